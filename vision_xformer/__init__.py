@@ -1,0 +1,57 @@
+"""Vision classifiers whose stem, backbone and token mixer are chosen apart."""
+
+from .backbones import BACKBONES, Backbone, Config
+from .kernels import KERNELS, Kernel
+from .layout import Layout
+from .mixers import MIXERS, Mixer, create_mixer, list_mixers, mixer_options
+from .published import (
+    FNet,
+    FNet2D,
+    HybridFNet,
+    HybridViL,
+    HybridViN,
+    HybridViP,
+    HybridViT,
+    ViL,
+    ViN,
+    ViP,
+    ViT,
+)
+from .stems import STEMS, Stem
+from .version import __version__
+from .weights import LoadReport, load_model, load_weights, save_model
+from .zoo import create_model, list_models
+
+__all__ = [
+    "BACKBONES",
+    "KERNELS",
+    "MIXERS",
+    "STEMS",
+    "Backbone",
+    "Config",
+    "FNet",
+    "FNet2D",
+    "HybridFNet",
+    "HybridViL",
+    "HybridViN",
+    "HybridViP",
+    "HybridViT",
+    "Kernel",
+    "Layout",
+    "LoadReport",
+    "Mixer",
+    "Stem",
+    "ViL",
+    "ViN",
+    "ViP",
+    "ViT",
+    "__version__",
+    "create_mixer",
+    "create_model",
+    "list_mixers",
+    "list_models",
+    "load_model",
+    "load_weights",
+    "mixer_options",
+    "save_model",
+]

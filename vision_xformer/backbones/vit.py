@@ -1,0 +1,204 @@
+"""Vision Transformer (Dosovitskiy et al. 2020, arXiv 2010.11929) with any mixer and stem.
+
+Pixels -> stem -> class and register tokens -> positions -> depth x block -> norm -> pool -> head.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torchvision.ops import StochasticDepth
+
+from ..layers import LayerScale, Mlp, SequencePool
+from ..layout import Layout
+from ..mixers import create_mixer
+from ..mixers.attention import head_width
+from ..positions import RotaryPosition, make_position
+from ..registry import unknown
+from ..stems import STEMS
+from .base import BACKBONES, Backbone, Config, make_head
+
+_IMAGENET = dict(  # what the sizes of Touvron et al. 2020 (DeiT) share
+    input_shape=(3, 224, 224), num_classes=1000, patch=16, depth=12, norm_eps=1e-6,
+    mixer_options={"qkv_bias": True},
+)  # fmt: skip
+POOLS = ("cls", "mean", "seq")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ViTConfig(Config):
+    """
+    Args:
+        patch: pixels for each token, one size or one for each axis.
+        dim, depth, heads, mlp_dim: width D, number of blocks, heads, hidden width of the MLP;
+            heads is None for a mixer without heads.
+        mixer, mixer_options: token mixer by name and its options.
+        stem, stem_options: "patch" or "conv" (hybrid), and its options.
+        position: "learned", "sincos" or "none", added to the tokens.
+        rope: rotary positions, "axial" or "raster", or None.
+        pool: "cls" (class token), "mean", or "seq" (learned weighted mean).
+        class_token: whether there is one; by default with pool "cls" only. Where there is one and
+            pool is "mean" it is part of the mean, as in the published models; registers never are.
+        registers: number of register tokens (Darcet et al. 2023).
+        dropout: in the MLP. emb_dropout: after the positions. drop_path: stochastic depth of the
+            last block, rising linearly from 0 at the first. A mixer's dropout is its option.
+        layer_scale: first value of LayerScale, or None for none.
+        norm_eps: epsilon of the layer norms.
+    """
+
+    backbone: ClassVar[str] = "vit"
+    patch: int | tuple[int, ...] = 1
+    dim: int = 128
+    depth: int = 4
+    heads: int | None = 4
+    mlp_dim: int = 256
+    mixer: str = "softmax"
+    mixer_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    stem: str = "patch"
+    stem_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    position: str = "learned"
+    rope: str | None = None
+    pool: str = "cls"
+    class_token: bool | None = None
+    registers: int = 0
+    dropout: float = 0.0
+    emb_dropout: float = 0.0
+    drop_path: float = 0.0
+    layer_scale: float | None = None
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pool not in POOLS:
+            raise unknown("pool", self.pool, POOLS)
+        if self.pool == "cls" and self.class_token is False:
+            raise ValueError("pool='cls' needs a class token: class_token must not be False")
+        if min(self.dim, self.depth, self.mlp_dim) < 1 or self.registers < 0:
+            raise ValueError(
+                f"dim {self.dim}, depth {self.depth} and mlp_dim {self.mlp_dim} must be at least "
+                f"1, registers {self.registers} at least 0"
+            )
+
+    @property
+    def has_class_token(self) -> bool:
+        return self.pool == "cls" if self.class_token is None else self.class_token
+
+
+class Block(nn.Module):
+    """x + mixer(norm x), then x + mlp(norm x): (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, config: ViTConfig, layout: Layout, drop_path: float) -> None:
+        super().__init__()
+        c = config
+        self.norm1 = nn.LayerNorm(c.dim, c.norm_eps)
+        self.mixer = create_mixer(
+            c.mixer, dim=c.dim, heads=c.heads, layout=layout, **c.mixer_options
+        )
+        self.norm2 = nn.LayerNorm(c.dim, c.norm_eps)
+        self.mlp = Mlp(c.dim, c.mlp_dim, c.dropout)
+        self.scale1, self.scale2 = (
+            nn.Identity() if c.layer_scale is None else LayerScale(c.dim, c.layer_scale)
+            for _ in range(2)
+        )  # fmt: skip
+        self.drop_path = StochasticDepth(drop_path, "row")
+
+    def forward(self, x: Tensor, layout: Layout, rope: Tensor | None) -> Tensor:
+        x = x + self.drop_path(self.scale1(self.mixer(self.norm1(x), layout, rope)))
+        return x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
+
+
+@BACKBONES.register("vit")
+class VisionTransformer(Backbone):
+    """
+    Args:
+        config: see :class:`ViTConfig`.
+
+    Raises:
+        ValueError: for values that do not fit together; it names the argument and the value.
+    """
+
+    config_class = ViTConfig
+    config: ViTConfig
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "": {},
+        "test": dict(
+            input_shape=(3, 14, 10), num_classes=5, patch=2, dim=24, depth=2, heads=3, mlp_dim=38
+        ),
+        "tiny": dict(dim=192, heads=3, mlp_dim=768, **_IMAGENET),
+        "small": dict(dim=384, heads=6, mlp_dim=1536, **_IMAGENET),
+        "base": dict(dim=768, heads=12, mlp_dim=3072, **_IMAGENET),
+    }
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        c = self.config = config
+        self.num_features = c.dim
+        self.stem = STEMS.create(c.stem, c.input_shape, c.patch, c.dim, options=c.stem_options)
+        class_tokens = int(c.has_class_token)
+        layout = self.layout = Layout(self.stem.grid, class_tokens + c.registers)
+        for name, count in (("cls_token", class_tokens), ("reg_token", c.registers)):
+            token = nn.Parameter(torch.randn(1, count, c.dim) * 0.02) if count else None
+            self.register_parameter(name, token)
+        self.position: nn.Module | None = make_position(c.position, layout, c.dim)
+        self.emb_drop = nn.Dropout(c.emb_dropout)
+        paths = (c.drop_path * i / max(1, c.depth - 1) for i in range(c.depth))
+        blocks = [Block(c, layout, p) for p in paths]
+        self.blocks = nn.ModuleList(blocks)
+        self.rope: RotaryPosition | None = None
+        if c.rope is not None:
+            if not blocks[0].mixer.takes_rope:
+                raise ValueError(
+                    f"mixer {c.mixer!r} has no queries and keys to rotate: rope must be None, "
+                    f"not {c.rope!r}"
+                )
+            head_dim = head_width(c.dim, c.heads, c.mixer_options.get("head_dim"))[1]
+            self.rope = RotaryPosition(layout, head_dim, c.rope)
+        # A mean is normalised after pooling, as timm and the published models do.
+        self.norm = nn.Identity() if c.pool == "mean" else nn.LayerNorm(c.dim, c.norm_eps)
+        self.fc_norm = nn.LayerNorm(c.dim, c.norm_eps) if c.pool == "mean" else nn.Identity()
+        self.pool = SequencePool(c.dim) if c.pool == "seq" else None
+        self.head = make_head(c.dim, c.num_classes)
+        self.grad_checkpointing = False
+        for linear in self.blocks.modules():
+            if isinstance(linear, nn.Linear):
+                nn.init.trunc_normal_(linear.weight, std=0.02)
+                if linear.bias is not None:
+                    nn.init.zeros_(linear.bias)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the blocks' inputs for the backward pass and compute the rest again."""
+        self.grad_checkpointing = enable
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, C, *shape) -> (B, N, D), class and register tokens in front."""
+        self.check_input(x)
+        x = self.stem(x)
+        prefix = [t for t in (self.cls_token, self.reg_token) if t is not None]
+        x = torch.cat([*(t.expand(len(x), -1, -1) for t in prefix), x], 1)
+        if self.position is not None:
+            x = x + self.position()
+        x = self.emb_drop(x)
+        rope = None if self.rope is None else self.rope()
+        for block in self.blocks:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, self.layout, rope, use_reentrant=False)
+            else:
+                x = block(x, self.layout, rope)
+        y: Tensor = self.norm(x)
+        return y
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """(B, N, D) -> (B, num_classes); the pooled (B, D) with ``pre_logits``."""
+        if self.config.pool == "cls":
+            x = x[:, 0]
+        else:
+            classes = int(self.config.has_class_token)
+            tokens = torch.cat((x[:, :classes], x[:, self.layout.prefix :]), 1)
+            x = tokens.mean(1) if self.pool is None else self.pool(tokens)
+        x = self.fc_norm(x)
+        y: Tensor = x if pre_logits else self.head(x)
+        return y

@@ -1,0 +1,134 @@
+"""Nystromformer (Xiong et al. 2021, arXiv 2102.03902, eq. 13-15) with landmarks ql, kl:
+
+softmax(q kl^T) pinv(softmax(ql kl^T)) softmax(ql k^T) v  +  depth-wise convolution of v,
+
+all logits scaled by 1/sqrt(K). The two outer maps are fused attention calls, so nothing N x m is
+stored. pinv is a fixed number of Newton-Schulz steps (eq. 14): a regularised inverse that the
+method relies on. Its start is scaled for each matrix alone, so no image sees its batch.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..layout import Layout, grid_parts, pool_grid
+from .base import KERNELS, Kernel, widened, without_autocast
+
+_BLOCK = 32  # rows of one Toeplitz product: the smallest that keeps it a dense one
+
+
+def newton_schulz_pinv(a: Tensor, iterations: int) -> Tensor:
+    """(..., m, m) with rows that sum to 1 -> approximate pseudo-inverse (eq. 14)."""
+    norms = a.abs().sum(-1).amax(-1) * a.abs().sum(-2).amax(-1)
+    z = a.mT / norms[..., None, None]
+    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    for _ in range(iterations):
+        az = a @ z
+        z = 0.25 * z @ (13 * eye - az @ (15 * eye - az @ (7 * eye - az)))
+    return z
+
+
+def depthwise_conv(v: Tensor, taps: Tensor) -> Tensor:
+    """out[b, h, i] = sum_t taps[h, t] v[b, h, i + t - T // 2]: (B, H, M, V), (H, T) -> same as v.
+
+    As two dense products with blocks of the banded Toeplitz matrix: several times faster than a
+    grouped convolution, whose weight gradient is moreover wrong on some CPUs.
+    """
+    heads, width = taps.shape
+    length, block = v.shape[2], max(_BLOCK, width)
+    blocks = -(-length // block)
+    # Row i of the matrix holds the taps from column i on. Repeating a row padded to one more than
+    # the matrix is wide and reading it at that width shifts each row by one.
+    band = F.pad(taps, (0, 2 * block + 1 - width)).repeat(1, block)
+    band = band[:, : 2 * block * block].view(heads, 1, block, 2 * block)
+    before = width // 2
+    x = F.pad(v, (0, 0, before, (blocks + 1) * block - length - before))
+    x = x.unflatten(2, (blocks + 1, block))
+    y = band[..., :block] @ x[:, :, :-1] + band[..., block:] @ x[:, :, 1:]
+    return y.flatten(2, 3)[:, :, :length]
+
+
+def nearest_keys(q_layout: Layout, k_layout: Layout) -> Tensor:
+    """(N,) index of the key that lies under each query; prefix tokens map to the prefix."""
+    index = torch.zeros((), dtype=torch.long)
+    for size, keys in zip(q_layout.grid, k_layout.grid, strict=True):
+        index = index[..., None] * keys + torch.arange(size) * keys // size
+    prefix = torch.arange(q_layout.prefix).clamp(max=max(k_layout.prefix - 1, 0))
+    return torch.cat((prefix, index.flatten() + k_layout.prefix))
+
+
+@KERNELS.register("nystrom")
+class Nystrom(Kernel):
+    """
+    Args:
+        landmarks: number m of landmarks; fewer where there are fewer tokens. Costs N m + m^3.
+        iterations: Newton-Schulz steps.
+        residual_kernel: taps of the convolution of v along the sequence, odd; 0 for none.
+        segments: what a landmark is the mean of: "grid" rectangular patches of the picture,
+            "sequence" runs of the row-major sequence, as in the paper. Any N: the segments differ
+            by at most one row, and nothing is padded. Prefix tokens are never in a landmark.
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        key_dim: int,
+        layout: Layout,
+        *,
+        landmarks: int = 64,
+        iterations: int = 6,
+        residual_kernel: int = 33,
+        segments: str = "grid",
+    ) -> None:
+        super().__init__(heads, key_dim, layout)
+        if landmarks < 1:
+            raise ValueError(f"landmarks {landmarks} must be at least 1")
+        if residual_kernel % 2 == 0 and residual_kernel != 0:
+            raise ValueError(f"residual_kernel {residual_kernel} must be odd, or 0 for none")
+        if segments not in ("grid", "sequence"):
+            raise ValueError(f"segments {segments!r} must be 'grid' or 'sequence'")
+        self.landmarks, self.iterations, self.segments = landmarks, iterations, segments
+        self.residual = None
+        if residual_kernel:
+            bound = residual_kernel**-0.5
+            self.residual = nn.Parameter(
+                torch.empty(heads, residual_kernel).uniform_(-bound, bound)
+            )
+
+    def _landmark_means(self, x: Tensor, layout: Layout, parts: tuple[int, ...]) -> Tensor:
+        """(B, H, N, K) -> (B, H, m, K). Heads are merged so that the inner axis is long."""
+        if self.segments == "sequence":
+            layout = Layout((math.prod(layout.grid),), layout.prefix)
+        tokens = x.transpose(1, 2).flatten(2)
+        return pool_grid(tokens, layout, parts).unflatten(2, (self.heads, -1)).transpose(1, 2)
+
+    def _parts(self, q_layout: Layout, k_layout: Layout) -> tuple[int, ...]:
+        """One choice for queries and keys, so that landmark i lies at one place in both."""
+        if self.segments == "sequence":
+            shorter = min(math.prod(q_layout.grid), math.prod(k_layout.grid))
+            return (min(self.landmarks, shorter),)
+        smaller = tuple(map(min, q_layout.grid, k_layout.grid))
+        return grid_parts(smaller, self.landmarks)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, q_layout: Layout, k_layout: Layout
+    ) -> Tensor:
+        parts = self._parts(q_layout, k_layout)
+        q_marks = self._landmark_means(q, q_layout, parts)
+        k_marks = self._landmark_means(k, k_layout, parts)
+        context = F.scaled_dot_product_attention(q_marks, k, v)
+        with without_autocast(q):  # entries of the inverse are large and cancel
+            ql, kl, c = widened(q_marks, k_marks, context)
+            core = (ql @ kl.mT * self.key_dim**-0.5).softmax(-1)
+            context = newton_schulz_pinv(core, self.iterations) @ c
+        out = F.scaled_dot_product_attention(q, k_marks, context.to(q.dtype))
+        if self.residual is None:
+            return out
+        local = depthwise_conv(v, self.residual)
+        if q_layout != k_layout:
+            local = local[:, :, nearest_keys(q_layout, k_layout).to(v.device)]
+        return out + local

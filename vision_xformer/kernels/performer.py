@@ -1,0 +1,212 @@
+"""Performer (Choromanski et al. 2020, arXiv 2009.14794): softmax attention by random features.
+
+FAVOR+ (eq. 5 and lemma 1): exp(q.k / sqrt(K)) = E[phi(q) phi(k)] with
+phi(x) = exp(w.x' - |x'|^2/2), x' = x / K^(1/4), w normal. With m features,
+out = phi(q) (phi(k)^T v) / phi(q) (phi(k)^T 1): linear in N. A column of ones beside v gives
+numerator and normaliser from the same product, in which common factors of phi cancel.
+
+The (N, m) features need not exist as a whole: a few heads' at a time fit in the cache, and the
+backward pass makes them again. That is a third of the time of keeping them, and the memory of
+fused softmax.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..layout import Layout
+from .base import KERNELS, Kernel, widened, without_autocast
+
+# Features at a time: on a CPU 2 MiB in float32, a core's level-2 cache; elsewhere 256 MiB, so that
+# most calls are one block and a long sequence still fits.
+_BLOCK_ELEMENTS = {"cpu": 2**19}
+_BLOCK_ELEMENTS_ELSEWHERE = 2**26
+
+
+def random_projection(features: int, key_dim: int, orthogonal: bool) -> Tensor:
+    """(m, K) normal rows; ``orthogonal``: within each block of K rows (section 2.4)."""
+    gaussian = torch.randn(features, key_dim)
+    if not orthogonal:
+        return gaussian
+    blocks = [
+        torch.linalg.qr(torch.randn(key_dim, key_dim))[0].mT
+        for _ in range(math.ceil(features / key_dim))
+    ]
+    return gaussian.norm(dim=1, keepdim=True) * torch.cat(blocks)[:features]
+
+
+class _FeatureMap:
+    """phi, up to factors that cancel, and its derivative. x (..., L, K), w (m, K) with K^(-1/4).
+
+    The largest exponent is taken off, and eps keeps a normaliser from vanishing:
+    "exponent" takes it over the whole exponent (of a query; of all keys of a head), "package" over
+    w.x alone, as performer-pytorch, "published" as package over all keys of the batch.
+    The shift is a constant of the derivative, as in performer-pytorch. "relu" is the generalised
+    kernel (section 2.2): relu(w.x) + eps.
+    """
+
+    def __init__(self, form: str, is_query: bool, eps: float, key_dim: int) -> None:
+        self.form, self.is_query, self.eps = form, is_query, eps
+        self.half_scale = 0.5 * key_dim**-0.5
+        # |x|^2 cancels in a query's ratio unless the shift leaves it out
+        self.with_norm = form != "relu" and not (is_query and form == "exponent")
+
+    def raw(self, x: Tensor, w: Tensor) -> Tensor:
+        """Features without eps."""
+        z = x @ w.mT
+        if self.form == "relu":
+            return z.relu_()
+        shift_of = z.detach()
+        if self.with_norm:
+            norm = x.square().sum(-1, keepdim=True) * self.half_scale
+            z = z - norm
+            if self.form == "exponent":
+                shift_of = z.detach()
+        if self.is_query:
+            shift = shift_of.amax(-1, keepdim=True)
+        elif self.form == "published":
+            shift = shift_of.amax()
+        else:
+            shift = shift_of.amax((-2, -1), keepdim=True)
+        return z.sub_(shift).exp_() if not z.requires_grad else (z - shift).exp()
+
+    def gradient(self, x: Tensor, w: Tensor, raw: Tensor, d: Tensor) -> Tensor:
+        """d(loss)/dx from d = d(loss)/d(features); ``d`` is overwritten."""
+        if self.form == "relu":
+            return d.mul_(raw > 0) @ w
+        d.mul_(raw)
+        dx = d @ w
+        if self.with_norm:
+            dx -= x * (2 * self.half_scale * d.sum(-1, keepdim=True))
+        return dx
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, w: Tensor, phi_q: _FeatureMap, phi_k: _FeatureMap
+) -> Tensor:
+    """The equations as they stand, for the compiler to fuse: (..., N, K) -> (..., N, V)."""
+    context = (phi_k.raw(k, w) + phi_k.eps).mT @ F.pad(v, (0, 1), value=1.0)
+    out = (phi_q.raw(q, w) + phi_q.eps) @ context
+    return out[..., :-1] / out[..., -1:]
+
+
+class _Blocked(torch.autograd.Function):
+    """The same in blocks of heads, (A, N, K), (A, M, K), (A, M, V) -> (A, N, V)."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, w: Tensor,
+                phi_q: _FeatureMap, phi_k: _FeatureMap, block: int) -> Tensor:  # fmt: skip
+        out = v.new_empty(*q.shape[:2], v.shape[-1])
+        normaliser = v.new_empty(*q.shape[:2], 1)
+        context = v.new_empty(v.shape[0], w.shape[0], v.shape[-1] + 1)
+        for i in range(0, q.shape[0], block):
+            at = slice(i, i + block)
+            ones = F.pad(v[at], (0, 1), value=1.0)
+            torch.matmul(phi_k.raw(k[at], w).add_(phi_k.eps).mT, ones, out=context[at])
+            sums = phi_q.raw(q[at], w).add_(phi_q.eps) @ context[at]
+            normaliser[at] = sums[..., -1:]
+            torch.div(sums[..., :-1], sums[..., -1:], out=out[at])
+        ctx.save_for_backward(q, k, v, w, out, normaliser, context)
+        ctx.maps = phi_q, phi_k, block
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, w, out, normaliser, context = ctx.saved_tensors
+        phi_q, phi_k, block = ctx.maps
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        with without_autocast(q):
+            for i in range(0, q.shape[0], block):
+                at = slice(i, i + block)
+                d = d_out[at]
+                d_sums = torch.cat((d, -(d * out[at]).sum(-1, keepdim=True)), -1).div_(
+                    normaliser[at]
+                )
+                raw = phi_q.raw(q[at], w)
+                d_context = raw.mT @ d_sums + phi_q.eps * d_sums.sum(-2, keepdim=True)
+                dq[at] = phi_q.gradient(q[at], w, raw, d_sums @ context[at].mT)
+                raw = phi_k.raw(k[at], w)
+                d_values = d_context[..., :-1]
+                dv[at] = raw @ d_values + phi_k.eps * d_values.sum(-2, keepdim=True)
+                ones = F.pad(v[at], (0, 1), value=1.0)
+                dk[at] = phi_k.gradient(k[at], w, raw, ones @ d_context.mT)
+        return dq, dk, dv, None, None, None, None
+
+
+@KERNELS.register("performer")
+class Performer(Kernel):
+    """
+    Args:
+        features: number m of random features; ``None`` for int(K ln K). Costs N m.
+        orthogonal: orthogonal rows of the projection: less variance at the same m.
+        feature_map: "softmax" (FAVOR+) or "relu", the generalised kernel.
+        stabilizer: for "softmax", what keeps exp in range. "exponent" (the default) is stable at
+            any scale of q and k. "package" is performer-pytorch's: it leaves out |x|^2, so that at
+            ordinary scales most of the mass is its epsilon and the output nears the mean of v.
+            "published" is that of vision_xformer 0.2.0, whose shift is shared by the whole batch:
+            for its checkpoints only.
+
+    Features are drawn once and saved with the weights; :meth:`redraw` draws new ones.
+    """
+
+    projection_matrix: Tensor
+
+    def __init__(
+        self,
+        heads: int,
+        key_dim: int,
+        layout: Layout,
+        *,
+        features: int | None = None,
+        orthogonal: bool = True,
+        feature_map: str = "softmax",
+        stabilizer: str | None = None,
+    ) -> None:
+        super().__init__(heads, key_dim, layout)
+        if features is None:
+            features = max(1, int(key_dim * math.log(key_dim)))
+        if features < 1:
+            raise ValueError(f"features {features} must be at least 1")
+        if feature_map not in ("softmax", "relu"):
+            raise ValueError(f"feature_map {feature_map!r} must be 'softmax' or 'relu'")
+        if feature_map == "relu" and stabilizer is not None:
+            raise ValueError(f"stabilizer {stabilizer!r} has no meaning for feature_map 'relu'")
+        if stabilizer not in (None, "exponent", "package", "published"):
+            raise ValueError(
+                f"stabilizer {stabilizer!r} must be 'exponent', 'package' or 'published'"
+            )
+        self.orthogonal = orthogonal
+        self.form = "relu" if feature_map == "relu" else stabilizer or "exponent"
+        eps = 1e-3 if feature_map == "relu" else 1e-4
+        self.phi_q = _FeatureMap(self.form, True, eps, key_dim)
+        self.phi_k = _FeatureMap(self.form, False, eps, key_dim)
+        self.register_buffer("projection_matrix", random_projection(features, key_dim, orthogonal))
+
+    @torch.no_grad()
+    def redraw(self) -> None:
+        """Draw new random features from PyTorch's global generator."""
+        features, key_dim = self.projection_matrix.shape
+        self.projection_matrix.copy_(random_projection(features, key_dim, self.orthogonal))
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, q_layout: Layout, k_layout: Layout
+    ) -> Tensor:
+        with without_autocast(q):
+            q_, k_, v_ = widened(q, k, v)
+            w = self.projection_matrix.to(q_) * self.key_dim**-0.25
+            if torch.compiler.is_compiling() or self.form == "published":
+                out = _attend(q_, k_, v_, w, self.phi_q, self.phi_k)
+            else:
+                elements = _BLOCK_ELEMENTS.get(q.device.type, _BLOCK_ELEMENTS_ELSEWHERE)
+                block = max(1, elements // (max(q.shape[2], k.shape[2]) * w.shape[0]))
+                operands = (t.flatten(0, 1) for t in (q_, k_, v_))
+                out = _Blocked.apply(*operands, w, self.phi_q, self.phi_k, block)
+                out = out.unflatten(0, q.shape[:2])
+        return out.to(v.dtype)

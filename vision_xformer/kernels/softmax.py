@@ -1,0 +1,45 @@
+"""Scaled dot-product attention (Vaswani et al. 2017, eq. 1): softmax(q k^T / sqrt(K)) v."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..layout import Layout
+from .base import KERNELS, Kernel
+
+
+class _Softmax(Kernel):
+    """
+    Args:
+        dropout: probability with which an attention weight is dropped in training.
+    """
+
+    def __init__(self, heads: int, key_dim: int, layout: Layout, *, dropout: float = 0.0) -> None:
+        super().__init__(heads, key_dim, layout)
+        self.dropout = dropout
+
+    @property
+    def dropout_now(self) -> float:
+        return self.dropout if self.training else 0.0
+
+
+@KERNELS.register("softmax")
+class Softmax(_Softmax):
+    """Fused: the N x M map is never stored, so memory is linear in N and time is quadratic."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, q_layout: Layout, k_layout: Layout
+    ) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout_now)
+
+
+@KERNELS.register("softmax_eager")
+class SoftmaxEager(_Softmax):
+    """Materialised: the N x M map is stored, as every implementation did in 2021."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, q_layout: Layout, k_layout: Layout
+    ) -> Tensor:
+        attention = (q @ k.mT * self.key_dim**-0.5).softmax(-1)
+        return F.dropout(attention, self.dropout_now) @ v

@@ -1,0 +1,73 @@
+"""The grid that travels with the tokens, and the arithmetic on it."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Layout(NamedTuple):
+    """Where N tokens lie: ``prefix`` class and register tokens, then a grid in row-major order.
+
+    Args:
+        grid: ``(L,)`` for signals, ``(H, W)`` for images, ``(T, H, W)`` for volumes and video.
+        prefix: number of tokens in front that have no place on the grid.
+    """
+
+    grid: tuple[int, ...]
+    prefix: int = 0
+
+    @property
+    def length(self) -> int:
+        """Number of tokens N, prefix included."""
+        return self.prefix + math.prod(self.grid)
+
+
+def grid_parts(grid: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """How many parts to cut each axis into: at most ``count`` cells in all, as square as can be.
+
+    >>> grid_parts((32, 32), 64), grid_parts((10, 30), 64), grid_parts((7, 9), 64)
+    ((8, 8), (4, 16), (7, 9))
+    """
+    scale = (count / math.prod(grid)) ** (1 / len(grid))
+    parts = [min(g, max(1, round(g * scale))) for g in grid]
+
+    def change(axis: int, by: int) -> list[int]:
+        return [p + by if a == axis else p for a, p in enumerate(parts)]
+
+    def fineness(axis: int) -> float:
+        return parts[axis] / grid[axis]
+
+    while math.prod(parts) > count:
+        parts = change(max((a for a in range(len(grid)) if parts[a] > 1), key=fineness), -1)
+    while room := [
+        a for a in range(len(grid)) if parts[a] < grid[a] and math.prod(change(a, 1)) <= count
+    ]:
+        parts = change(min(room, key=fineness), 1)
+    return tuple(parts)
+
+
+def segment_means(size: int, parts: int) -> Tensor:
+    """(parts, size) matrix whose rows average the ``parts`` nearly equal runs of ``size`` cells."""
+    segment = torch.arange(size) * parts // size
+    member = (segment == torch.arange(parts)[:, None]).double()
+    return member / member.sum(1, keepdim=True)
+
+
+def pool_grid(x: Tensor, layout: Layout, parts: tuple[int, ...]) -> Tensor:
+    """Means over rectangular cells of the grid, prefix left out: (B, N, C) -> (B, prod(parts), C).
+
+    One axis after the other: the cells are rectangles, so the mean of means is their mean.
+    """
+    x = x[:, layout.prefix :].unflatten(1, layout.grid)
+    for axis, (size, count) in enumerate(zip(layout.grid, parts, strict=True), start=1):
+        if size % count == 0:
+            if size > count:
+                x = x.unflatten(axis, (count, size // count)).mean(axis + 1)
+        else:
+            means = segment_means(size, count).to(x)
+            x = (means @ x.movedim(axis, -2)).movedim(-2, axis)
+    return x.flatten(1, len(parts))

@@ -1,0 +1,81 @@
+"""What a block can hold. A kernel's name stands for attention with that kernel."""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+from typing import Any
+
+from ..kernels import KERNELS
+from ..layout import Layout
+from ..registry import check_options, options_of, unknown
+from . import fourier, packages
+from .attention import Attention
+from .base import MIXERS, Mixer
+
+__all__ = [
+    "MIXERS",
+    "Attention",
+    "Mixer",
+    "create_mixer",
+    "fourier",
+    "list_mixers",
+    "mixer_options",
+    "packages",
+    "takes_heads",
+    "takes_rope",
+]
+
+
+def list_mixers(pattern: str = "*") -> list[str]:
+    """Names for :func:`create_mixer` that match a shell-style pattern, sorted."""
+    return sorted(fnmatch.filter({*KERNELS.names(), *MIXERS.names()}, pattern))
+
+
+def mixer_options(name: str) -> dict[str, inspect.Parameter]:
+    """The options of a mixer, with defaults and types, by name."""
+    if name in KERNELS:
+        return options_of(Attention) | options_of(KERNELS[name])
+    if name in MIXERS:
+        return options_of(MIXERS[name])
+    raise unknown("mixer", name, list_mixers())
+
+
+def takes_heads(name: str) -> bool:
+    """Whether the mixer has heads."""
+    return name in KERNELS or MIXERS[name].takes_heads
+
+
+def takes_rope(name: str) -> bool:
+    """Whether the mixer has queries and keys that can be rotated."""
+    return KERNELS[name].takes_rope if name in KERNELS else MIXERS[name].takes_rope
+
+
+def create_mixer(
+    name: str, *, dim: int, heads: int | None = None, layout: Layout, **options: Any
+) -> Mixer:
+    """One layer alone: a module ``mixer(x, layout)``, (B, N, D) -> (B, N, D).
+
+    Args:
+        name: one of :func:`list_mixers`.
+        dim: token width D.
+        heads: number of heads, for mixers that have heads.
+        layout: where the N tokens lie.
+        options: of that mixer, see :func:`mixer_options`.
+
+    Raises:
+        ValueError: for an unknown name or option (with the nearest) or a value that does not fit.
+    """
+    known = mixer_options(name)
+    check_options(f"mixer {name!r}", options, known)
+    if takes_heads(name):
+        if heads is None:
+            raise ValueError(f"mixer {name!r} needs heads")
+    elif heads is not None:
+        raise ValueError(f"mixer {name!r} has no heads: leave heads={heads} out")
+    if name in KERNELS:
+        own = options_of(KERNELS[name])
+        kernel_options = {k: v for k, v in options.items() if k in own}
+        rest = {k: v for k, v in options.items() if k not in own}
+        return Attention(dim, heads, layout, name, kernel_options, **rest)
+    return MIXERS.create(name, dim, heads, layout, options=options)

@@ -1,0 +1,80 @@
+"""One registry class; kernels, mixers, stems and backbones are four instances of it."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+
+def unknown(what: str, name: object, known: Iterable[str]) -> ValueError:
+    """The error for a name that is not in ``known``: it names the nearest ones, or all of them."""
+    known = sorted(known)
+    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+    if near:
+        hint = f"did you mean {' or '.join(map(repr, near))}?"
+    else:
+        hint = f"known: {', '.join(known) or 'none'}"
+    return ValueError(f"unknown {what} {name!r}; {hint}")
+
+
+def options_of(cls: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The options of a class: its keyword-only constructor arguments."""
+    parameters = inspect.signature(cls).parameters
+    return {n: p for n, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+class Registry(Generic[T]):
+    """Names for classes of one kind. A class's keyword-only constructor arguments are its options.
+
+    Args:
+        kind: what the entries are, for messages ("kernel", "stem", ...).
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._entries: dict[str, type[T]] = {}
+
+    def register(self, name: str) -> Callable[[type[T]], type[T]]:
+        """Class decorator that files the class under ``name``; a taken name is a ValueError."""
+
+        def add(cls: type[T]) -> type[T]:
+            if name in self._entries:
+                raise ValueError(f"{self.kind} {name!r} is taken by {self._entries[name].__name__}")
+            self._entries[name] = cls
+            return cls
+
+        return add
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __getitem__(self, name: str) -> type[T]:
+        if name not in self._entries:
+            raise unknown(self.kind, name, self._entries)
+        return self._entries[name]
+
+    def names(self, pattern: str = "*") -> list[str]:
+        """The names that match a shell-style pattern, sorted."""
+        return sorted(fnmatch.filter(self._entries, pattern))
+
+    def create(self, name: str, *args: Any, options: Mapping[str, Any]) -> T:
+        """Build the entry; an option its constructor does not have is a ValueError.
+
+        ``args`` come from the caller's construction, ``options`` from the user.
+        """
+        cls = self[name]
+        check_options(f"{self.kind} {name!r}", options, options_of(cls))
+        return cls(*args, **options)
+
+
+def check_options(what: str, options: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Raise a ValueError that names the first option ``what`` does not have."""
+    known = set(known)
+    for option in options:
+        if option not in known:
+            raise unknown(f"option of {what}:", option, known)

@@ -1,0 +1,186 @@
+"""The names of models: one grammar that parses and prints them.
+
+A name is ``[hybrid_]`` + a backbone's name whose T is replaced by the letter of the mixer +
+``[_size]`` + ``[_rope]``: T full attention, L Linformer, P Performer, N Nystromformer, F Fourier.
+Case, ``-`` and ``_`` do not matter: HybridViN-RoPE is hybrid_vin_rope. Without a size it is the
+CIFAR configuration of the paper (Jeevan & Sethi 2022): width 128, depth 4, heads 4, MLP 256.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from . import mixers
+from .backbones import BACKBONES, Backbone, Config
+from .registry import check_options, unknown
+
+LETTERS = {"t": "softmax", "l": "linformer", "p": "performer", "n": "nystrom", "f": "fourier"}
+_ALIASES = {"fnet": "vif"}
+
+
+class Name(NamedTuple):
+    """A parsed name; ``str`` prints it. ``letter`` is None for a backbone without mixer slot."""
+
+    backbone: str
+    letter: str | None = None
+    size: str = ""
+    hybrid: bool = False
+    rope: bool = False
+
+    def __str__(self) -> str:
+        family = self.backbone[:-1] + self.letter if self.letter else self.backbone
+        parts = ["hybrid" * self.hybrid, family, self.size, "rope" * self.rope]
+        return "_".join(p for p in parts if p)
+
+
+def _field_names(backbone: str) -> set[str]:
+    return {f.name for f in dataclasses.fields(BACKBONES[backbone].config_class)}
+
+
+def _all_names() -> list[Name]:
+    """Every supported name: what a backbone has no slot for, or a mixer cannot do, is not one."""
+    names = []
+    for backbone in BACKBONES.names():
+        fields = _field_names(backbone)
+        for size in BACKBONES[backbone].presets:
+            if "mixer" not in fields:
+                names.append(Name(backbone, size=size))
+                continue
+            for letter, mixer in LETTERS.items():
+                for hybrid in (False, True) if "stem" in fields else (False,):
+                    names.append(Name(backbone, letter, size, hybrid))
+                    if "rope" in fields and mixers.takes_rope(mixer):
+                        names.append(Name(backbone, letter, size, hybrid, True))
+    return names
+
+
+def _squash(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "").replace(" ", "")
+
+
+def parse_name(name: str) -> Name:
+    """The parts of a model's name; an unknown one is a ValueError with the nearest."""
+    wanted = _squash(name)
+    for alias, family in _ALIASES.items():
+        # fnet2d is a backbone of its own
+        if alias in wanted and "fnet2d" not in wanted:
+            wanted = wanted.replace(alias, family)
+    known = {_squash(str(n)): n for n in _all_names()}
+    if wanted not in known:
+        raise unknown("model", name.lower().replace("-", "_"), map(str, known.values()))
+    return known[wanted]
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names for :func:`create_model` that match a shell-style pattern ("hybrid*"), sorted."""
+    names = [str(n) for n in _all_names()]
+    return sorted(fnmatch.filter(names, pattern.lower().replace("-", "_")))
+
+
+def _paper_options(name: Name) -> dict[str, Any]:
+    """What the paper's scripts set beside the sizes (measured from their state dicts)."""
+    options: dict[str, dict[str, Any]] = {
+        "p": {"qkv_bias": True},
+        "l": {"share_kv": True, "one_kv_head": not (name.hybrid or name.rope)},
+    }
+    return options.get(name.letter or "", {})
+
+
+def name_to_config(name: str) -> Config:
+    """The configuration a name stands for."""
+    parsed = parse_name(name)
+    cls = BACKBONES[parsed.backbone]
+    fields = dict(cls.presets[parsed.size])
+    if parsed.letter:
+        options = dict(fields.get("mixer_options", {}))
+        if not parsed.size:
+            options |= _paper_options(parsed)
+        fields |= _with_mixer(fields, LETTERS[parsed.letter], options)
+    if parsed.hybrid:
+        fields["stem"] = "conv"
+    if parsed.rope:
+        # the paper rotates by the place in the sequence; the field's sizes by row and column
+        fields |= {"position": "none", "rope": "axial" if parsed.size else "raster"}
+    return cls.config_class(**fields)
+
+
+def _with_mixer(
+    fields: Mapping[str, Any], mixer: str, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The fields for another mixer: a preset's options and heads stay where the mixer has them."""
+    known = mixers.mixer_options(mixer)
+    changed: dict[str, Any] = {
+        "mixer": mixer,
+        "mixer_options": {k: v for k, v in options.items() if k in known},
+    }
+    if not mixers.takes_heads(mixer):
+        changed["heads"] = None
+    return changed
+
+
+def create_model(
+    name: str | Config | Mapping[str, Any],
+    *,
+    image_size: int | tuple[int, ...] | None = None,
+    channels: int | None = None,
+    mixer: str | None = None,
+    mixer_options: Mapping[str, Any] | None = None,
+    **overrides: Any,
+) -> Backbone:
+    """Build a model by name, or from the ``config`` of another (or its ``to_dict()``).
+
+    Args:
+        name: see :func:`list_models`; case, ``-`` and ``_`` do not matter.
+        image_size: pixels, one size for both axes or one each; sets ``input_shape``.
+        channels: channels of the input; sets ``input_shape``.
+        mixer: another token mixer, see :func:`~vision_xformer.list_mixers`. Options and heads of
+            the name that it does not have are left out.
+        mixer_options: added to the name's; an option the mixer does not have is refused.
+        overrides: any other field of the configuration, such as ``num_classes`` or
+            ``input_shape=(1, 4096)`` for signals and ``(1, 28, 28, 28)`` for volumes.
+
+    Returns:
+        The model in training mode, with fresh weights.
+
+    Raises:
+        ValueError: for an unknown name, field or option (with the nearest), or values that do not
+            fit together.
+    """
+    if isinstance(name, str):
+        config = name_to_config(name)
+    elif isinstance(name, Config):
+        config = name
+    else:
+        if "backbone" not in name:
+            raise ValueError(
+                f"a model's configuration needs the key 'backbone', has {sorted(name)}"
+            )
+        config = BACKBONES[name["backbone"]].config_class.from_dict(name)
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    if image_size is not None or channels is not None:
+        if "input_shape" in overrides:
+            raise ValueError("give either input_shape or image_size and channels, not both")
+        overrides["input_shape"] = input_shape_of(config.input_shape, image_size, channels)
+    what = f"model {name!r}" if isinstance(name, str) else f"backbone {config.backbone!r}"
+    slot = {"mixer": mixer, "mixer_options": mixer_options}
+    overrides |= {k: v for k, v in slot.items() if v is not None}
+    check_options(what, overrides, {*fields, "image_size", "channels"})
+    if mixer is not None and mixer != fields["mixer"]:
+        fields |= _with_mixer(fields, mixer, fields["mixer_options"])
+    if mixer_options is not None:
+        overrides["mixer_options"] = {**fields["mixer_options"], **mixer_options}
+    return BACKBONES[config.backbone](type(config)(**{**fields, **overrides}))
+
+
+def input_shape_of(
+    default: tuple[int, ...], image_size: int | tuple[int, ...] | None, channels: int | None
+) -> tuple[int, ...]:
+    """(C, *shape) from an image size and channels; what is None stays as in ``default``."""
+    if image_size is None:
+        size = default[1:]
+    else:
+        size = (image_size,) * 2 if isinstance(image_size, int) else tuple(image_size)
+    return (default[0] if channels is None else channels, *size)
