@@ -123,6 +123,8 @@ class VisionTransformer(Backbone):
 
     config_class = ViTConfig
     config: ViTConfig
+    cls_token: nn.Parameter | None
+    reg_token: nn.Parameter | None
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "": {},
         "test": dict(
