@@ -1,0 +1,1 @@
+"""The programs: training, the demo, benchmarks. Run from a checkout as ``python -m train``."""

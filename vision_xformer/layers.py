@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -67,11 +65,11 @@ class TokenTable(nn.Module):
 def resize_grid(table: Tensor, grid: tuple[int, ...]) -> Tensor:
     """Interpolate (*old, C) to (*grid, C): bicubic on images, else linear along each axis."""
     old = tuple(table.shape[:-1])
+    if len(grid) != len(old):
+        raise ValueError(f"a table over the grid {old} cannot be resized to the grid {grid}")
     x = table.detach().to(torch.promote_types(table.dtype, torch.float32)).movedim(-1, 0)[None]
     if len(grid) == 2:
         x = F.interpolate(x, grid, mode="bicubic", antialias=True, align_corners=False)
-    elif len(grid) == len(old):
+    else:
         x = F.interpolate(x, grid, mode=("linear", "", "trilinear")[len(grid) - 1])
-    if math.prod(x.shape[2:]) != math.prod(grid):
-        raise ValueError(f"a table over the grid {old} cannot be resized to the grid {grid}")
     return x[0].movedim(0, -1).to(table.dtype)

@@ -30,23 +30,17 @@ def grid_parts(grid: tuple[int, ...], count: int) -> tuple[int, ...]:
     """How many parts to cut each axis into: at most ``count`` cells in all, as square as can be.
 
     >>> grid_parts((32, 32), 64), grid_parts((10, 30), 64), grid_parts((7, 9), 64)
-    ((8, 8), (4, 16), (7, 9))
+    ((8, 8), (5, 12), (7, 9))
     """
-    scale = (count / math.prod(grid)) ** (1 / len(grid))
-    parts = [min(g, max(1, round(g * scale))) for g in grid]
+    parts = [1] * len(grid)
 
-    def change(axis: int, by: int) -> list[int]:
-        return [p + by if a == axis else p for a, p in enumerate(parts)]
+    def may_grow(axis: int) -> bool:
+        cells = math.prod(parts) // parts[axis] * (parts[axis] + 1)
+        return parts[axis] < grid[axis] and cells <= count
 
-    def fineness(axis: int) -> float:
-        return parts[axis] / grid[axis]
-
-    while math.prod(parts) > count:
-        parts = change(max((a for a in range(len(grid)) if parts[a] > 1), key=fineness), -1)
-    while room := [
-        a for a in range(len(grid)) if parts[a] < grid[a] and math.prod(change(a, 1)) <= count
-    ]:
-        parts = change(min(room, key=fineness), 1)
+    while room := [axis for axis in range(len(grid)) if may_grow(axis)]:
+        coarsest = min(room, key=lambda axis: parts[axis] / grid[axis])
+        parts[coarsest] += 1
     return tuple(parts)
 
 

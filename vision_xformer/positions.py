@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from rotary_embedding_torch import RotaryEmbedding, apply_rotary_emb
@@ -34,8 +33,8 @@ class SinCosPosition(nn.Module):
         pairs = dim // (2 * axes)
         if pairs == 0:
             raise ValueError(f"dim {dim} must be at least {2 * axes} for sin-cos on {axes} axes")
-        frequency = 10000.0 ** (-torch.arange(pairs) / pairs)
-        table = torch.zeros(layout.length, dim)
+        frequency = 10000.0 ** (-torch.arange(pairs, dtype=torch.float32) / pairs)
+        table = torch.zeros(layout.length, dim, dtype=torch.float32)
         coordinates = torch.meshgrid(*(torch.arange(g) for g in layout.grid), indexing="ij")
         for axis, coordinate in enumerate(coordinates):
             angle = coordinate.flatten()[:, None] * frequency
@@ -43,7 +42,7 @@ class SinCosPosition(nn.Module):
             table[layout.prefix :, start : start + 2 * pairs] = torch.cat(
                 (angle.sin(), angle.cos()), 1
             )
-        self.register_buffer("table", table, persistent=False)
+        self.register_buffer("table", table.to(torch.get_default_dtype()), persistent=False)
 
     def forward(self) -> Tensor:
         return self.table
@@ -80,14 +79,17 @@ class RotaryPosition(nn.Module):
 
     def _make(self, device: torch.device) -> Tensor:
         grid, prefix = self.layout
-        base = 100 if self.kind == "axial" else 10000
+        axial = self.kind == "axial"
+        lines = [range(g) for g in grid] if axial else [range(prefix, self.layout.length)]
         with torch.device(device):
-            rotary = RotaryEmbedding(self.axis_dim, theta=base, cache_if_possible=False)
-            if self.kind == "axial":
-                angles = rotary.get_axial_freqs(*grid).flatten(0, -2)
-            else:
-                angles = rotary(torch.arange(prefix, self.layout.length))
-            return torch.cat((torch.zeros(prefix, angles.shape[-1]), angles)).detach()
+            places = torch.meshgrid(*(torch.tensor(line) for line in lines), indexing="ij")
+            # it cannot be built for a width of 2; that of 4 begins with the same frequency, 1
+            rotary = RotaryEmbedding(
+                max(4, self.axis_dim), theta=100 if axial else 10000, cache_if_possible=False
+            )
+            angles = [rotary(place.flatten())[:, : self.axis_dim] for place in places]
+            table = torch.cat(angles, 1).detach()
+        return torch.cat((table.new_zeros(prefix, table.shape[1]), table))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryPosition:
         super()._apply(fn, recurse)
@@ -105,12 +107,12 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
     return rotated
 
 
-def make_position(kind: str, layout: Layout, dim: int) -> nn.Module | None:
-    """The table to add to the tokens for ``kind`` "learned", "sincos" or "none"."""
-    kinds: dict[str, Any] = {"learned": LearnedPosition, "sincos": SinCosPosition}
+def make_position(kind: str, layout: Layout, dim: int, std: float) -> nn.Module | None:
+    """The table to add to the tokens for ``kind`` "learned" (from ``std``), "sincos" or "none"."""
     if kind == "none":
         return None
-    if kind not in kinds:
-        raise unknown("position", kind, [*kinds, "none"])
-    module: nn.Module = kinds[kind](layout, dim)
-    return module
+    if kind == "learned":
+        return LearnedPosition(layout, dim, std)
+    if kind == "sincos":
+        return SinCosPosition(layout, dim)
+    raise unknown("position", kind, ("learned", "sincos", "none"))

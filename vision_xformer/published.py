@@ -30,6 +30,7 @@ def _published(
         class_token=True,
         stem=stem,
         position="learned" if rope is None else "none",
+        position_std=1.0,
         rope=rope,
         mixer_options={**options, **(more_options or {})},
         **fields,

@@ -110,7 +110,7 @@ def _fit(source: list[_Part], target: list[_Part]) -> list[Tensor] | None:
     tables = _is_table(source) and _is_table(target)
     if tables and source[-1].tensor.shape != target[-1].tensor.shape:
         return None  # (4, 8) and (8, 4) have as many rows, but not the same places
-    if len(source) == len(target) == 1:
+    if not (_is_table(source) or _is_table(target)) and len(source) == len(target) == 1:
         shape = target[0].tensor.shape
         squeezed = source[0].tensor.squeeze().shape == target[0].tensor.squeeze().shape
         return [source[0].tensor.reshape(shape)] if squeezed else None

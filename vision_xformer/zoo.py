@@ -101,6 +101,8 @@ def name_to_config(name: str) -> Config:
         fields |= _with_mixer(fields, LETTERS[parsed.letter], options)
     if parsed.hybrid:
         fields["stem"] = "conv"
+    elif not parsed.size and parsed.letter:
+        fields["position_std"] = 1.0  # as the paper's; its convolutions bring places of their own
     if parsed.rope:
         # the paper rotates by the place in the sequence; the field's sizes by row and column
         fields |= {"position": "none", "rope": "axial" if parsed.size else "raster"}

@@ -39,6 +39,8 @@ class ViTConfig(Config):
         mixer, mixer_options: token mixer by name and its options.
         stem, stem_options: "patch" or "conv" (hybrid), and its options.
         position: "learned", "sincos" or "none", added to the tokens.
+        position_std: standard deviation of learned positions at first. Small patches need large
+            ones: a token of few pixels says little, and a faint position is lost beside it.
         rope: rotary positions, "axial" or "raster", or None.
         pool: "cls" (class token), "mean", or "seq" (learned weighted mean).
         class_token: whether there is one; by default with pool "cls" only. Where there is one and
@@ -61,6 +63,7 @@ class ViTConfig(Config):
     stem: str = "patch"
     stem_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     position: str = "learned"
+    position_std: float = 0.02
     rope: str | None = None
     pool: str = "cls"
     class_token: bool | None = None
@@ -145,7 +148,7 @@ class VisionTransformer(Backbone):
         for name, count in (("cls_token", class_tokens), ("reg_token", c.registers)):
             token = nn.Parameter(torch.randn(1, count, c.dim) * 0.02) if count else None
             self.register_parameter(name, token)
-        self.position: nn.Module | None = make_position(c.position, layout, c.dim)
+        self.position: nn.Module | None = make_position(c.position, layout, c.dim, c.position_std)
         self.emb_drop = nn.Dropout(c.emb_dropout)
         paths = (c.drop_path * i / max(1, c.depth - 1) for i in range(c.depth))
         blocks = [Block(c, layout, p) for p in paths]

@@ -69,8 +69,10 @@ class Linformer(Softmax):
 
     def compress(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         e = self.proj_k().mT
-        f = e if self.proj_v is None else self.proj_v().mT
-        return e @ k, f @ v
+        short = e @ k
+        if self.proj_v is not None:
+            return short, self.proj_v().mT @ v
+        return short, short if v is k else e @ v
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, q_layout: Layout, k_layout: Layout

@@ -34,10 +34,10 @@ def random_projection(features: int, key_dim: int, orthogonal: bool) -> Tensor:
     gaussian = torch.randn(features, key_dim)
     if not orthogonal:
         return gaussian
-    blocks = [
-        torch.linalg.qr(torch.randn(key_dim, key_dim))[0].mT
-        for _ in range(math.ceil(features / key_dim))
-    ]
+    blocks = []
+    for _ in range(math.ceil(features / key_dim)):
+        q, r = torch.linalg.qr(torch.randn(key_dim, key_dim))
+        blocks.append((q * r.diagonal().sign()).mT)  # without the signs q is not uniform
     return gaussian.norm(dim=1, keepdim=True) * torch.cat(blocks)[:features]
 
 

@@ -1,0 +1,252 @@
+"""Slow, obvious forms of what the library computes: float64, one sample, head and query at a time.
+
+Written from the papers' equations and with none of the library's own arithmetic. Shapes: q (B, H,
+N, K), k (B, G, M, K), v (B, G, M, V) with G = H or 1; everything is differentiable by autograd.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+
+
+def relative_error(x, expected):
+    """|x - expected| / |expected|, over all elements, in float64."""
+    x, expected = x.detach().double(), expected.detach().double()
+    assert x.shape == expected.shape
+    return ((x - expected).norm() / expected.norm()).item()
+
+
+def assert_same(ours, expected, leaves, tolerance=1e-10):
+    """Two functions of no argument give equal outputs, and equal gradients of ``leaves``."""
+    outputs = ours(), expected()
+    assert relative_error(*outputs) <= tolerance
+    direction = torch.randn_like(outputs[1])
+    gradients = [torch.autograd.grad((y * direction).sum(), leaves) for y in outputs]
+    for place, pair in enumerate(zip(*gradients, strict=True)):
+        assert relative_error(*pair) <= tolerance, f"gradient of leaf {place}"
+
+
+def per_head(function, q, k, v):
+    """``function(q, k, v, head)`` on the (N, K), (M, K), (M, V) of every sample and head."""
+    samples = []
+    for b in range(q.shape[0]):
+        heads = []
+        for h in range(q.shape[1]):
+            g = h if k.shape[1] > 1 else 0
+            heads.append(function(q[b, h], k[b, g], v[b, g], h))
+        samples.append(torch.stack(heads))
+    return torch.stack(samples)
+
+
+def softmax_rows(logits):
+    weights = [(row - row.max()).exp() for row in logits]
+    return torch.stack([w / w.sum() for w in weights])
+
+
+def attend(q, k, v):
+    """softmax(q k^T / sqrt(K)) v of one head, query by query."""
+    out = []
+    for query in q:
+        logits = k @ query / math.sqrt(q.shape[-1])
+        weights = (logits - logits.max()).exp()
+        out.append(weights @ v / weights.sum())
+    return torch.stack(out)
+
+
+def softmax_attention(q, k, v):
+    return per_head(lambda q, k, v, _: attend(q, k, v), q, k, v)
+
+
+def compress(x, e):
+    """(..., M, C), (M, R) -> (..., R, C): row r is the sum over tokens of e[m, r] x[m]."""
+    columns = []
+    for r in range(e.shape[1]):
+        columns.append(sum(e[m, r] * x[..., m, :] for m in range(e.shape[0])))
+    return torch.stack(columns, -2)
+
+
+def linformer_attention(q, k, v, e, f):
+    """Linformer, eq. 7: k and v of full length, E and F (M, R)."""
+    return softmax_attention(q, compress(k, e), compress(v, f))
+
+
+def favor_features(x, w, form, is_query, eps):
+    """phi of x (B, H, L, K) with features w (m, K): (B, H, L, m).
+
+    (1 / sqrt(m)) (exp(w.x' - |x'|^2/2 - shift) + eps), x' = x / K^(1/4), Performer, lemma 1. The
+    shift is the largest exponent ("exponent") or the largest w.x' ("package", "published"): of the
+    query; of all keys of the head; in "published" of all keys of the batch. It is a constant to
+    autograd, but for the |x'|^2 of a query, which its exponents share: that cancels ("exponent").
+    "relu": relu(w.x') + eps.
+    """
+    x = x * x.shape[-1] ** -0.25
+    dots = torch.stack([(x * row).sum(-1) for row in w], -1)
+    if form == "relu":
+        return torch.where(dots > 0, dots, torch.zeros_like(dots)) + eps
+    exponent = dots - 0.5 * (x * x).sum(-1)[..., None]
+    if form == "exponent" and is_query:
+        exponent = dots
+    shifted = (exponent if form == "exponent" else dots).detach()
+    out = torch.zeros_like(exponent)
+    for b, h, i in itertools.product(*map(range, x.shape[:3])):
+        if is_query:
+            shift = shifted[b, h, i].max()
+        elif form == "published":
+            shift = shifted.max()
+        else:
+            shift = shifted[b, h].max()
+        out[b, h, i] = ((exponent[b, h, i] - shift).exp() + eps) / math.sqrt(w.shape[0])
+    return out
+
+
+def performer_attention(q, k, v, w, form):
+    """Attention with weights phi(q).phi(k) / sum over keys, the N x M map and all."""
+    eps = 1e-3 if form == "relu" else 1e-4
+    phi_q = favor_features(q, w, form, True, eps)
+    phi_k = favor_features(k, w, form, False, eps)
+
+    def one_head(phi_q, phi_k, v, _):
+        out = []
+        for query in phi_q:
+            weights = phi_k @ query
+            out.append(weights @ v / weights.sum())
+        return torch.stack(out)
+
+    return per_head(one_head, phi_q, phi_k, v)
+
+
+def runs(size, parts):
+    """``size`` cells in ``parts`` runs whose lengths differ by at most one."""
+    return [range(-(-p * size // parts), -(-(p + 1) * size // parts)) for p in range(parts)]
+
+
+def cell_means(x, grid, prefix, parts):
+    """(L, C) -> (prod(parts), C): means over boxes of the grid, box by box, token by token."""
+    means = []
+    for box in itertools.product(*map(runs, grid, parts)):
+        rows = []
+        for cell in itertools.product(*box):
+            row = 0
+            for size, coordinate in zip(grid, cell, strict=True):
+                row = row * size + coordinate
+            rows.append(x[prefix + row])
+        means.append(sum(rows) / len(rows))
+    return torch.stack(means)
+
+
+def newton_schulz(a, iterations):
+    """Nystromformer, eq. 14, of one matrix (m, m)."""
+    z = a.T / (a.abs().sum(0).max() * a.abs().sum(1).max())
+    one = torch.eye(a.shape[0], dtype=a.dtype)
+    for _ in range(iterations):
+        z = z @ (13 * one - a @ z @ (15 * one - a @ z @ (7 * one - a @ z))) / 4
+    return z
+
+
+def convolve(v, taps):
+    """out[..., i, :] = sum_t taps[h, t] v[..., h, i + t - T // 2, :], zero outside the sequence."""
+    out = torch.zeros_like(v)
+    length, width = v.shape[-2], taps.shape[1]
+    for h, i in itertools.product(range(v.shape[1]), range(length)):
+        for t in range(width):
+            j = i + t - width // 2
+            if 0 <= j < length:
+                out[:, h, i] = out[:, h, i] + taps[h, t] * v[:, h, j]
+    return out
+
+
+def key_under(query, q_grid, q_prefix, k_grid, k_prefix):
+    """Index of the key at the place of a query: prefix to prefix, grid to grid."""
+    if query < q_prefix:
+        return min(query, k_prefix - 1)
+    rest, key, stride = query - q_prefix, 0, 1
+    for q_size, k_size in zip(reversed(q_grid), reversed(k_grid), strict=True):
+        key += rest % q_size * k_size // q_size * stride
+        rest, stride = rest // q_size, stride * k_size
+    return k_prefix + key
+
+
+def nystrom_attention(q, k, v, q_layout, k_layout, parts, iterations, taps=None):
+    """Nystromformer, eq. 13-15. ``parts``: boxes on each axis, or one number of runs.
+
+    ``q_layout``, ``k_layout``: (grid, prefix).
+    """
+
+    def boxes(layout):
+        grid, prefix = layout
+        return (grid if len(parts) == len(grid) else (math.prod(grid),)), prefix
+
+    def one_head(q, k, v, _):
+        ql, kl = (cell_means(x, *boxes(at), parts) for x, at in ((q, q_layout), (k, k_layout)))
+        scale = 1 / math.sqrt(q.shape[-1])
+        first, core, last = (softmax_rows(a @ b.T * scale) for a, b in ((q, kl), (ql, kl), (ql, k)))
+        return first @ newton_schulz(core, iterations) @ last @ v
+
+    out = per_head(one_head, q, k, v)
+    if taps is None:
+        return out
+    local = convolve(v, taps)
+    under = [key_under(i, *q_layout, *k_layout) for i in range(q.shape[2])]
+    return out + torch.stack([local[:, :, j] for j in under], 2)
+
+
+def dft(size):
+    """(C, S): C - iS is the matrix of the discrete Fourier transform."""
+    angle = torch.zeros(size, size, dtype=torch.float64)
+    for j, k in itertools.product(range(size), repeat=2):
+        angle[j, k] = 2 * math.pi * (j * k % size) / size
+    return angle.cos(), angle.sin()
+
+
+def real_fourier(x, grid):
+    """Re of the transform over the axes of ``grid`` and the width: (B, prod(grid), D) -> same.
+
+    Over several axes the matrix is a Kronecker product, and over tokens and width
+    Re((C_n - i S_n) x (C_d - i S_d)) = C_n x C_d - S_n x S_d.
+    """
+    c, s = dft(grid[0])
+    for size in grid[1:]:
+        c2, s2 = dft(size)
+        c, s = (
+            torch.kron(c, c2) - torch.kron(s, s2),
+            torch.kron(c, s2) + torch.kron(s, c2),
+        )
+    cd, sd = dft(x.shape[-1])
+    return torch.stack([c @ sample @ cd - s @ sample @ sd for sample in x])
+
+
+def rotate(x, coordinates, dim, base):
+    """Rotary embedding, pair by pair, of x (B, N, H, K).
+
+    Token n with ``coordinates[n]`` = (p_0, p_1, ...) has pair i of axis a, the channels
+    ``a dim + 2 i`` and the next, turned by p_a base^(-2 i / dim). ``None`` leaves it as it is.
+    """
+    x = x.double()
+    out = x.clone()
+    for n, places in enumerate(coordinates):
+        for axis, place in enumerate(places or ()):
+            for i in range(dim // 2):
+                angle = place * base ** (-2 * i / dim)
+                turn = torch.tensor(
+                    [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]],
+                    dtype=torch.float64,
+                )
+                first = axis * dim + 2 * i
+                out[:, n, :, first : first + 2] = x[:, n, :, first : first + 2] @ turn.T
+    return out
+
+
+def patches(x, patch):
+    """(B, C, *shape) -> (B, N, prod(patch) * C): row-major patches, channels innermost."""
+    shape = x.shape[2:]
+    tokens = []
+    for place in itertools.product(*(range(s // p) for s, p in zip(shape, patch, strict=True))):
+        values = []
+        for offset in itertools.product(*map(range, patch)):
+            at = tuple(i * p + o for i, p, o in zip(place, patch, offset, strict=True))
+            values += [x[(slice(None), channel, *at)] for channel in range(x.shape[1])]
+        tokens.append(torch.stack(values, -1))
+    return torch.stack(tokens, 1)

@@ -1,0 +1,365 @@
+"""Positions: rotary angles against explicit rotations, sin-cos against its formula, resizing."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from reference import assert_same, relative_error
+
+from vision_xformer import Layout
+from vision_xformer.layers import TokenTable, resize_grid
+from vision_xformer.positions import (
+    LearnedPosition,
+    RotaryPosition,
+    SinCosPosition,
+    make_position,
+    rotate,
+)
+
+LAYOUTS = [
+    Layout((13,)),
+    Layout((11,), 2),
+    Layout((5, 7)),
+    Layout((7, 5), 1),
+    Layout((2, 3, 5)),
+    Layout((5, 2, 3), 3),
+]
+BASE = {"axial": 100, "raster": 10000}
+every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+both_kinds = pytest.mark.parametrize("kind", ["axial", "raster"])
+
+
+def coordinates(layout, kind):
+    """Of every token: its place on each axis, or in the sequence; None for the prefix."""
+    cells = list(itertools.product(*map(range, layout.grid)))
+    if kind == "raster":
+        cells = [(layout.prefix + i,) for i in range(len(cells))]
+    return [None] * layout.prefix + cells
+
+
+def axis_dim(layout, kind, head_dim):
+    """Channels an axis turns: an equal share, in pairs."""
+    return head_dim // (2 * len(layout.grid) if kind == "axial" else 2) * 2
+
+
+# 12: all channels; 13: one is left over; 17 also where there are two or three axes
+@pytest.mark.parametrize("head_dim", [12, 13, 17])
+@both_kinds
+@every_layout
+def test_rotation_is_pair_by_pair(layout, kind, head_dim):
+    dim = axis_dim(layout, kind, head_dim)
+    angles = RotaryPosition(layout, head_dim, kind)()
+    assert angles.dtype == torch.float32
+    assert angles.shape == (layout.length, dim * (len(layout.grid) if kind == "axial" else 1))
+    x = torch.randn(2, layout.length, 3, head_dim, dtype=torch.float64, requires_grad=True)
+    places = coordinates(layout, kind)
+    assert_same(
+        lambda: rotate(x, angles),
+        lambda: reference.rotate(x, places, dim, BASE[kind]),
+        (x,),
+        1e-6,  # float32 angles
+    )
+    with torch.no_grad():
+        turned = rotate(x, angles)
+    assert torch.equal(turned[..., angles.shape[1] :], x[..., angles.shape[1] :])
+    assert relative_error(turned[:, layout.prefix :], x[:, layout.prefix :]) > 0.1
+
+
+@both_kinds
+@every_layout
+def test_rotation_by_float64_angles_is_exact(layout, kind):
+    dim = axis_dim(layout, kind, 13)
+    places = coordinates(layout, kind)
+    frequencies = [BASE[kind] ** (-2 * i / dim) for i in range(dim // 2)]
+    rows = []
+    for place in places:
+        row = [p * f for p in place or (0,) * len(places[-1]) for f in frequencies for _ in "ab"]
+        rows.append(row)
+    angles = torch.tensor(rows, dtype=torch.float64)
+    assert (RotaryPosition(layout, 13, kind)() - angles).abs().max() < 1e-5
+    x = torch.randn(2, layout.length, 3, 13, dtype=torch.float64)
+    assert relative_error(rotate(x, angles), reference.rotate(x, places, dim, BASE[kind])) < 1e-14
+
+
+@every_layout
+def test_prefix_has_angle_zero_and_the_raster_counts_it(layout):
+    axial, raster = (RotaryPosition(layout, 12, kind)() for kind in ("axial", "raster"))
+    for angles in (axial, raster):
+        assert (angles[: layout.prefix] == 0).all()
+    assert (axial[layout.prefix] == 0).all()
+    assert raster[layout.prefix, 0] == layout.prefix
+    assert raster[-1, 0] == layout.length - 1
+
+
+@pytest.mark.parametrize("grid", [(13,), (5, 7), (2, 3, 5)])
+@both_kinds
+def test_scores_depend_on_the_offset_only(grid, kind):
+    layout = Layout(grid, 1)
+    places = coordinates(layout, kind)[1:]
+    q, k = torch.randn(2, 1, 1, 1, 13, dtype=torch.float64)
+    angles = RotaryPosition(layout, 13, kind)()
+    q, k = (rotate(t.expand(-1, layout.length, -1, -1), angles)[0, 1:, 0] for t in (q, k))
+    scores = q @ k.T
+    of_offset = {}
+    for i, j in itertools.product(range(len(places)), repeat=2):
+        offset = tuple(b - a for a, b in zip(places[i], places[j], strict=True))
+        of_offset.setdefault(offset, []).append(scores[i, j])
+    assert len(of_offset) > len(places)
+    for values in of_offset.values():
+        assert max(values) - min(values) < 1e-4
+    means = torch.stack([torch.stack(values).mean() for values in of_offset.values()])
+    assert means.std() > 0.1
+
+
+@both_kinds
+@pytest.mark.parametrize(
+    "cast",
+    [
+        lambda m: m.half(),
+        lambda m: m.bfloat16(),
+        lambda m: m.double(),
+        lambda m: m.to(torch.float16).to(torch.float32),
+        lambda m: m.bfloat16().double(),
+    ],
+)
+def test_angles_stay_float32_in_a_module_of_any_type(kind, cast):
+    layout = Layout((211, 5), 1)
+    module = torch.nn.Sequential(RotaryPosition(layout, 13, kind), torch.nn.Linear(3, 3))
+    before = module[0]().clone()
+    module = cast(module)
+    assert module[0]().dtype == torch.float32
+    assert torch.equal(module[0](), before)
+    assert not module.state_dict().keys() - {"1.weight", "1.bias"}
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("position", ["axial", "raster", "sincos"])
+def test_positions_do_not_depend_on_the_default_type(default, position):
+    layout = Layout((1009,), 1)
+
+    def build():
+        if position == "sincos":
+            return SinCosPosition(layout, 13)()
+        return RotaryPosition(layout, 13, position)()
+
+    expected = build()
+    try:
+        torch.set_default_dtype(default)
+        table = build()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    if position != "sincos":
+        assert table.dtype == torch.float32
+    bound = 1e-3 if position != "sincos" else max(1e-3, torch.finfo(default).eps)
+    assert (table.double() - expected.double()).abs().max() <= bound
+
+
+@both_kinds
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_rotates_right_at_position_1000(kind, dtype):
+    """Equal to float64 up to the rounding of the result: positions are not rounded."""
+    layout = Layout((1009,))
+    module = RotaryPosition(layout, 8, kind).to(dtype)
+    x = torch.randn(1, 1009, 2, 8).to(dtype)
+    out = rotate(x, module())
+    assert out.dtype == dtype
+    expected = reference.rotate(x, coordinates(layout, kind), 8, BASE[kind])
+    error = (out.double() - expected).abs()
+    assert (error <= 0.5 * torch.finfo(dtype).eps * expected.abs() + 1e-3).all()
+    if dtype == torch.bfloat16:  # what rounding them would do
+        rounded = module().to(dtype).double()
+        assert relative_error(rotate(x.double(), rounded), expected) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("grid", "kind", "head_dim", "rotated"),
+    [
+        ((7,), "axial", 2, 2),
+        ((7,), "axial", 3, 2),
+        ((3, 5), "axial", 4, 4),
+        ((3, 5), "axial", 7, 4),
+        ((3, 5), "axial", 11, 8),
+        ((2, 3, 5), "axial", 6, 6),
+        ((2, 3, 5), "axial", 11, 6),
+        ((2, 3, 5), "axial", 13, 12),
+        ((3, 5), "raster", 2, 2),
+        ((2, 3, 5), "raster", 7, 6),
+    ],
+)
+def test_narrow_and_odd_heads_are_rotated_in_part(grid, kind, head_dim, rotated):
+    layout = Layout(grid, 1)
+    module = RotaryPosition(layout, head_dim, kind)
+    assert module().shape == (layout.length, rotated)
+    x = torch.randn(1, layout.length, 1, head_dim, dtype=torch.float64)
+    dim = axis_dim(layout, kind, head_dim)
+    expected = reference.rotate(x, coordinates(layout, kind), dim, BASE[kind])
+    assert relative_error(rotate(x, module()), expected) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("grid", "kind", "head_dim"),
+    [((7,), "axial", 1), ((3, 5), "axial", 3), ((2, 3, 5), "axial", 5), ((3, 5), "raster", 1)],
+)
+def test_too_narrow_heads_are_refused(grid, kind, head_dim):
+    with pytest.raises(ValueError, match=f"head_dim {head_dim} must be at least"):
+        RotaryPosition(Layout(grid), head_dim, kind)
+
+
+def test_unknown_kinds_are_refused_with_the_nearest():
+    with pytest.raises(ValueError, match="'axail'; did you mean 'axial'"):
+        RotaryPosition(Layout((5,)), 8, "axail")
+    with pytest.raises(ValueError, match="'sincoss'; did you mean 'sincos'"):
+        make_position("sincoss", Layout((5,)), 8, 1.0)
+
+
+# Sin-cos
+
+
+@pytest.mark.parametrize("dim", [6, 11, 24])
+@every_layout
+def test_sincos_is_its_formula(layout, dim):
+    """Of each axis: the sines of all frequencies, then the cosines; the rest is zero."""
+    axes = len(layout.grid)
+    pairs = dim // (2 * axes)
+    table = torch.zeros(layout.length, dim, dtype=torch.float64)
+    for n, place in enumerate(itertools.product(*map(range, layout.grid)), layout.prefix):
+        for axis, coordinate in enumerate(place):
+            for i in range(pairs):
+                angle = coordinate * 10000 ** (-i / pairs)
+                table[n, 2 * pairs * axis + i] = math.sin(angle)
+                table[n, 2 * pairs * axis + pairs + i] = math.cos(angle)
+    module = SinCosPosition(layout, dim)
+    assert module().shape == table.shape
+    assert (module() - table).abs().max() < 1e-5
+    assert not list(module.parameters())
+    assert not module.state_dict()
+
+
+def test_sincos_of_too_few_channels_is_refused():
+    with pytest.raises(ValueError, match="dim 3 must be at least 4 for sin-cos on 2 axes"):
+        SinCosPosition(Layout((3, 5)), 3)
+
+
+# Learned
+
+
+@every_layout
+def test_learned_position_has_a_row_for_each_token(layout):
+    module = LearnedPosition(layout, 7)
+    assert module().shape == (layout.length, 7)
+    assert module.grid.shape == (*layout.grid, 7)
+    if layout.prefix:
+        assert torch.equal(module()[: layout.prefix], module.prefix)
+    else:
+        assert module.prefix is None
+    for n, place in enumerate(itertools.product(*map(range, layout.grid)), layout.prefix):
+        assert torch.equal(module()[n], module.grid[place])
+    module().sum().backward()
+    assert all((p.grad == 1).all() for p in module.parameters())
+
+
+def test_positions_by_name():
+    layout = Layout((31, 37), 1)
+    assert make_position("none", layout, 7, 1.0) is None
+    assert torch.equal(make_position("sincos", layout, 7, 1.0)(), SinCosPosition(layout, 7)())
+    for std in (0.02, 1.0):
+        learned = make_position("learned", layout, 7, std)
+        assert isinstance(learned, LearnedPosition)
+        assert learned().std().item() == pytest.approx(std, rel=0.05)
+
+
+# Tables on another grid
+
+RESIZES = [
+    ((7,), (13,)),
+    ((13,), (5,)),
+    ((5, 7), (11, 13)),
+    ((11, 13), (5, 7)),
+    ((5, 7), (11, 3)),
+    ((2, 3, 5), (3, 5, 7)),
+    ((3, 5, 7), (2, 7, 5)),
+]
+
+
+@pytest.mark.parametrize(("old", "new"), RESIZES)
+def test_constant_tables_stay_constant(old, new):
+    row = torch.randn(3, dtype=torch.float64)
+    resized = resize_grid(row.expand(*old, 3), new)
+    assert resized.shape == (*new, 3)
+    assert (resized - row).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("grid", [(7,), (5, 7), (2, 3, 5)])
+def test_the_same_grid_changes_nothing(grid):
+    table = torch.randn(*grid, 3, dtype=torch.float64)
+    assert (resize_grid(table, grid) - table).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("new", [(11, 13), (3, 5), (11, 2)])
+def test_pictures_are_resized_bicubic(new):
+    table = torch.randn(5, 7, 3, dtype=torch.float64)
+    expected = torch.stack(
+        [
+            F.interpolate(channel[None, None], new, mode="bicubic", antialias=True)[0, 0]
+            for channel in table.unbind(-1)
+        ],
+        -1,
+    )
+    assert relative_error(resize_grid(table, new), expected) < 1e-12
+
+
+def linear(size, new):
+    """(new, size) matrix of linear interpolation between cell centres, by its definition."""
+    matrix = torch.zeros(new, size, dtype=torch.float64)
+    for i in range(new):
+        place = min(max((i + 0.5) * size / new - 0.5, 0), size - 1)
+        left = min(int(place), size - 1)
+        matrix[i, left] += 1 - (place - left)
+        matrix[i, min(left + 1, size - 1)] += place - left
+    return matrix
+
+
+@pytest.mark.parametrize(("old", "new"), [r for r in RESIZES if len(r[0]) != 2])
+def test_signals_and_volumes_are_resized_linearly_along_each_axis(old, new):
+    table = torch.randn(*old, 3, dtype=torch.float64)
+    expected = table
+    for axis, sizes in enumerate(zip(old, new, strict=True)):
+        expected = torch.tensordot(linear(*sizes), expected.movedim(axis, 0), 1).movedim(0, axis)
+    assert relative_error(resize_grid(table, new), expected) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_resizing_keeps_the_type(dtype):
+    table = torch.randn(5, 7, 3).to(dtype)
+    resized = resize_grid(table, (7, 11))
+    assert resized.dtype == dtype
+    exact = resize_grid(table.double(), (7, 11))
+    assert relative_error(resized, exact) <= 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ((12,), (3, 4)),
+        ((3, 4), (12,)),
+        ((5,), (2, 2, 2)),
+        ((2, 6), (1, 2, 6)),
+        ((2, 2, 3), (3, 4)),
+        ((2, 2, 3), (12,)),
+    ],
+)
+def test_another_number_of_axes_is_refused(old, new):
+    with pytest.raises(ValueError, match="cannot be resized"):
+        resize_grid(torch.randn(*old, 5), new)
+
+
+def test_token_table_rows_follow_the_layout():
+    layout = Layout((3, 5), 2)
+    table = TokenTable(layout, 7)
+    expected = torch.cat((table.prefix, table.grid.reshape(15, 7)))
+    assert torch.equal(table(), expected)

@@ -1,0 +1,81 @@
+"""What a run is made of. YAML files, the command line and ``config.yaml`` of a run all say this."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+
+@dataclasses.dataclass
+class ModelConfig:
+    """
+    Args:
+        name: a name of ``vision_xformer.list_models()``.
+        mixer: another token mixer than the name's.
+        mixer_options: options of the mixer.
+        options: any other field of the model's configuration, such as dropout or drop_path.
+    """
+
+    name: str = "HybridViN-RoPE"
+    mixer: str | None = None
+    mixer_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class DataConfig:
+    """
+    Args:
+        name: which reader; "imagefolder" takes any folder with a subfolder for each class.
+        root: where the data lies; CIFAR-10 is downloaded there where it is missing.
+        image_size: pixels on each side; by default the data set's own.
+        batch_size: images for each step and process.
+        val_fraction: share of the training set held out for choices, stratified.
+        augment: random crops after padding by an eighth, and mirror images (not of digits).
+        workers: processes that load images.
+    """
+
+    name: Literal["digits", "cifar10", "tiny_imagenet", "imagefolder"] = "digits"
+    root: str = "data"
+    image_size: int | None = None
+    batch_size: int = 128
+    val_fraction: float = 0.1
+    augment: bool = True
+    workers: int = 2
+
+
+@dataclasses.dataclass
+class TrainConfig:
+    """
+    Args:
+        epochs: passes over the training set.
+        lr: highest learning rate: linear warm-up over ``warmup_epochs``, then a cosine to 0.
+        weight_decay: of matrices and convolutions; never of biases, norms, positions and tokens.
+        label_smoothing: share of the target spread over all classes.
+        clip_norm: largest norm of the gradient; 0 for none.
+        precision: "auto" is bf16 on a GPU that has it, fp16 on another GPU, else fp32.
+    """
+
+    epochs: int = 40
+    lr: float = 1e-3
+    warmup_epochs: float = 2.0
+    weight_decay: float = 0.05
+    label_smoothing: float = 0.0
+    clip_norm: float = 1.0
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+
+
+@dataclasses.dataclass
+class RunConfig:
+    """
+    Args:
+        model, data, train: see there.
+        seed: of weights, order and augmentation; the validation split has its own, fixed.
+        run_dir: where everything of the run goes; a name made of model and data by default.
+    """
+
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    seed: int = 0
+    run_dir: str | None = None

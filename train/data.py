@@ -1,0 +1,232 @@
+"""Readers: digits, CIFAR-10, Tiny ImageNet, image folders. Each gives three sets of (image, class).
+
+Training and validation are a stratified split of the training set with a fixed seed: choices are
+made on validation, and the test set is read once, at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.datasets import CIFAR10
+from torchvision.transforms import v2
+
+from .config import DataConfig
+
+SPLIT_SEED = 20211
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+LARGEST_GUESS = 128  # a folder's first image says its size up to here
+
+Sample = tuple[Any, int]  # an image, PIL or uint8 (C, H, W), or a path to one; and its class
+
+
+class Splits(NamedTuple):
+    """Three data sets of float (C, H, W) images and class numbers, and what a model must know."""
+
+    train: Dataset[tuple[Tensor, int]]
+    val: Dataset[tuple[Tensor, int]]
+    test: Dataset[tuple[Tensor, int]]
+    classes: list[str]
+    channels: int
+    image_size: int
+
+
+class Images(Dataset[tuple[Tensor, int]]):
+    """Samples through a transform; a path is opened when it is asked for."""
+
+    def __init__(self, samples: Sequence[Sample], transform: Callable[[Any], Tensor]) -> None:
+        self.samples, self.transform = samples, transform
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = self.samples[index]
+        if isinstance(image, Path):
+            image = open_image(image)
+        return self.transform(image), label
+
+
+def open_image(path: Path) -> Image.Image:
+    """Read an image file as RGB, whole; a ValueError names a file that cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+
+
+def load_data(config: DataConfig) -> Splits:
+    """Read the data set a configuration names.
+
+    Raises:
+        ValueError: for a folder that is missing, empty or half-written; it names what is wrong.
+    """
+    if not 0 < config.val_fraction < 1:
+        raise ValueError(f"data.val_fraction {config.val_fraction} must be between 0 and 1")
+    if config.batch_size < 1:
+        raise ValueError(f"data.batch_size {config.batch_size} must be at least 1")
+    readers = {
+        "digits": _digits,
+        "cifar10": _cifar10,
+        "tiny_imagenet": _tiny_imagenet,
+        "imagefolder": _image_folder,
+    }
+    train, test, classes, size = readers[config.name](config)
+    channels = 1 if config.name == "digits" else 3
+    train, val = _split(train, config.val_fraction)
+    plain = _transform(size, channels, augment=False, mirror=False)
+    augmented = _transform(size, channels, config.augment, mirror=config.name != "digits")
+    return Splits(
+        Images(train, augmented), Images(val, plain), Images(test, plain), classes, channels, size
+    )
+
+
+def _transform(size: int, channels: int, augment: bool, mirror: bool) -> Callable[[Any], Tensor]:
+    steps: list[Any] = [v2.ToImage(), v2.Resize((size, size), antialias=True)]
+    if augment:
+        steps.append(v2.RandomCrop(size, padding=max(1, size // 8)))
+        if mirror:
+            steps.append(v2.RandomHorizontalFlip())
+    to_unit = [
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize([0.5] * channels, [0.5] * channels),
+    ]
+    return v2.Compose([*steps, *to_unit, v2.ToPureTensor()])
+
+
+def _split(samples: list[Sample], fraction: float) -> tuple[list[Sample], list[Sample]]:
+    labels = [label for _, label in samples]
+    try:
+        first, second = train_test_split(
+            samples, test_size=fraction, random_state=SPLIT_SEED, stratify=labels
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"{len(samples)} images of {len(set(labels))} classes are too few to hold out "
+            f"{fraction:.0%} of each class: {error}"
+        ) from error
+    return first, second
+
+
+Read = tuple[list[Sample], list[Sample], list[str], int]  # train, test, class names, image size
+
+
+def _digits(config: DataConfig) -> Read:
+    """1,797 handwritten digits of 8 x 8 pixels (UCI), which come with scikit-learn."""
+    digits = load_digits()
+    images = torch.from_numpy(digits.images * (255 / 16)).round().to(torch.uint8)[:, None]
+    samples = list(zip(images, map(int, digits.target), strict=True))
+    train, test = _split(samples, 0.2)
+    return train, test, [str(name) for name in digits.target_names], config.image_size or 8
+
+
+def _cifar10(config: DataConfig) -> Read:
+    root = Path(config.root)
+    folder = root / CIFAR10.base_folder
+    if not folder.exists() and (root / "train").is_dir():
+        raise ValueError(
+            f"{root} has no {CIFAR10.base_folder}; it looks like an image folder: use "
+            "--data.name imagefolder"
+        )
+    try:
+        sets = [CIFAR10(root, train=train, download=not folder.exists()) for train in (True, False)]
+    except (RuntimeError, OSError, EOFError) as error:
+        raise ValueError(
+            f"no whole CIFAR-10 in {root} (expected {folder}, as unpacked from "
+            f"{CIFAR10.filename}), and it could not be downloaded: {error}"
+        ) from error
+    train, test = (
+        list(zip(torch.from_numpy(s.data).permute(0, 3, 1, 2), s.targets, strict=True))
+        for s in sets
+    )
+    return train, test, list(sets[0].classes), config.image_size or 32
+
+
+def _tiny_imagenet(config: DataConfig) -> Read:
+    """Its own layout. The 10,000 validation images, whose classes are known, are the test set."""
+    root = Path(config.root)
+    if not (root / "wnids.txt").is_file() and (root / "tiny-imagenet-200").is_dir():
+        root = root / "tiny-imagenet-200"
+    for name in ("wnids.txt", "val/val_annotations.txt"):
+        if not (root / name).is_file():
+            raise ValueError(f"no Tiny ImageNet in {root}: {name} is missing")
+    wnids = (root / "wnids.txt").read_text().split()
+    number = {wnid: i for i, wnid in enumerate(wnids)}
+    train: list[Sample] = []
+    for wnid in wnids:
+        files = _image_files(root / "train" / wnid / "images")
+        if not files:
+            raise ValueError(f"no training images of class {wnid} in {root / 'train' / wnid}")
+        train += [(path, number[wnid]) for path in files]
+    test: list[Sample] = []
+    for line in (root / "val" / "val_annotations.txt").read_text().splitlines():
+        file, wnid, *_ = [*line.split("\t"), ""]
+        path = root / "val" / "images" / file
+        if wnid not in number:
+            raise ValueError(f"val_annotations.txt in {root}: class {wnid!r} is not in wnids.txt")
+        if not path.is_file():
+            raise ValueError(f"val_annotations.txt in {root} lists {file}, which is missing")
+        test.append((path, number[wnid]))
+    if not test:
+        raise ValueError(f"{root / 'val' / 'val_annotations.txt'} is empty")
+    return train, test, wnids, config.image_size or 64
+
+
+def _image_folder(config: DataConfig) -> Read:
+    """``root/train/<class>/*`` and ``root/test`` or ``root/val``; or ``root/<class>/*`` alone.
+
+    Without a test folder a stratified fifth is the test set.
+    """
+    root = Path(config.root)
+    if not root.is_dir():
+        raise ValueError(f"data.root {root} is not a folder")
+    if not (root / "train").is_dir():
+        samples, classes = _class_folders(root)
+        train, test = _split(samples, 0.2)
+    else:
+        held_out = [root / n for n in ("test", "val") if (root / n).is_dir()]
+        train, classes = _class_folders(root / "train")
+        if held_out:
+            test, test_classes = _class_folders(held_out[0])
+            if classes != test_classes:
+                differing = sorted(set(classes) ^ set(test_classes))
+                raise ValueError(
+                    f"{root / 'train'} and {held_out[0]} differ in their class folders: "
+                    f"{', '.join(differing[:5])}"
+                )
+        else:
+            train, test = _split(train, 0.2)
+    size = config.image_size
+    if size is None:
+        size = max(open_image(train[0][0]).size)
+        if size > LARGEST_GUESS:
+            raise ValueError(f"data.image_size is needed: {train[0][0]} is {size} pixels wide")
+    return train, test, classes, size
+
+
+def _class_folders(root: Path) -> tuple[list[Sample], list[str]]:
+    classes = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if len(classes) < 2:
+        raise ValueError(f"{root} needs a folder for each of at least 2 classes, has {classes}")
+    samples: list[Sample] = []
+    for label, name in enumerate(classes):
+        files = _image_files(root / name)
+        if not files:
+            raise ValueError(f"no images in the class folder {root / name}")
+        samples += [(path, label) for path in files]
+    return samples, classes
+
+
+def _image_files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_ENDINGS)
