@@ -13,7 +13,9 @@ from .loop import Run
 def parse(arguments: list[str] | None = None) -> RunConfig:
     """The configuration from YAML files and the command line, the later over the earlier."""
     parser = ArgumentParser(
-        prog="python -m train", description="Train a model, choose on validation, test once."
+        prog="python -m train",
+        description="Train a model, choose on validation, test once.",
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="a YAML file of the options below")
     parser.add_class_arguments(RunConfig, as_group=False)

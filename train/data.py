@@ -31,9 +31,9 @@ Sample = tuple[Any, int]  # an image, PIL or uint8 (C, H, W), or a path to one; 
 class Splits(NamedTuple):
     """Three data sets of float (C, H, W) images and class numbers, and what a model must know."""
 
-    train: Dataset[tuple[Tensor, int]]
-    val: Dataset[tuple[Tensor, int]]
-    test: Dataset[tuple[Tensor, int]]
+    train: Images
+    val: Images
+    test: Images
     classes: list[str]
     channels: int
     image_size: int

@@ -68,9 +68,8 @@ def evaluate(model: nn.Module, loader: Iterable[Any], accelerator: Accelerator) 
         logits = logits.float()
         best = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum")
-        sums += torch.stack(
-            [best[:, 0].sum(), best.any(1).sum(), loss, torch.tensor(len(labels))]
-        ).cpu()  # fmt: skip
+        found = torch.stack([best[:, 0].sum(), best.any(1).sum(), loss])
+        sums += torch.cat([found, found.new_tensor([len(labels)])]).cpu()
     model.train(was_training)
     top1, top5, total_loss = (sums[:3] / sums[3]).tolist()
     return Accuracy(top1, top5, total_loss)

@@ -1,0 +1,38 @@
+# make demo: train ten models and draw what they cost.   make test: run the tests.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test test-slow lint install constraints clean
+
+demo: install
+	$(RUN) -m train.demo
+
+test: install
+	$(RUN) -m pytest -q -n 2
+
+test-slow: install
+	$(RUN) -m pytest -q -m slow
+
+lint: install
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+install: $(VENV)/installed
+
+# The published package is the oracle of tests/test_published.py. It has our name, so it lies apart.
+$(VENV)/installed: constraints.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,test]'
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/published vision_xformer==0.2.0
+	touch $@
+
+# Writes constraints.txt anew, for every supported Python.
+constraints:
+	$(RUN) -m pip install --quiet uv
+	$(RUN) -m uv pip compile --quiet --universal --python-version 3.10 --no-header --no-annotate --no-emit-index-url --extra train --extra test --upgrade -o constraints.txt pyproject.toml
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

@@ -1,0 +1,453 @@
+"""The programs: readers and their refusals, the loop, configurations, demo and benchmark."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import math
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from accelerate import Accelerator
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import vision_xformer as vx
+from train import benchmark, demo
+from train.__main__ import main, parse
+from train.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from train.data import CIFAR10, load_data
+from train.loop import Run, evaluate, learning_rate, parameter_groups, pick_precision
+from train.measure import bytes_kept
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+TINY = {"dim": 12, "depth": 1, "heads": 2, "mlp_dim": 14}
+
+
+def write_image(path: Path, value: int, mode: str = "RGB", size: int = 10) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, (size, size), value if mode == "L" else (value,) * 3).save(path)
+
+
+def image_folder(root: Path, parts: tuple[str, ...] = ("train", "test"), images: int = 11) -> Path:
+    for part in parts:
+        for label, name in enumerate(("cat", "dog", "emu")):
+            for i in range(images):
+                write_image(root / part / name / f"{i}.png", 20 * label + i)
+    return root
+
+
+def tiny_imagenet(root: Path) -> Path:
+    wnids = ["n01", "n02", "n03"]
+    root.mkdir()
+    (root / "wnids.txt").write_text("\n".join(wnids) + "\n")
+    lines = []
+    for k, wnid in enumerate(wnids):
+        for i in range(7):
+            mode = "L" if i == 0 else "RGB"  # a few images of the real one are grey
+            write_image(root / "train" / wnid / "images" / f"{wnid}_{i}.JPEG", 9 * k + i, mode, 64)
+        file = f"val_{k}.JPEG"
+        write_image(root / "val" / "images" / file, k, size=64)
+        lines.append(f"{file}\t{wnid}\t0\t0\t62\t62")
+    (root / "val" / "val_annotations.txt").write_text("\n".join(reversed(lines)) + "\n")
+    return root
+
+
+def config_for(folder: Path, **data: object) -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(name="vit", options=TINY),
+        data=DataConfig(**{"name": "digits", "workers": 0, "batch_size": 100, **data}),
+        train=TrainConfig(epochs=2, warmup_epochs=1),
+        run_dir=str(folder),
+    )
+
+
+# readers
+
+
+def test_digits_are_split_by_class_and_apart() -> None:
+    data = load_data(DataConfig(name="digits", augment=False))
+    sizes = [len(s) for s in (data.train, data.val, data.test)]
+    assert sum(sizes) == 1797
+    assert sizes[2] == 360
+    assert abs(sizes[1] - 144) <= 1
+    counts = np.bincount([label for _, label in data.test.samples])
+    assert counts.min() >= 34
+    parts = (data.train, data.val, data.test)
+    images = [image.numpy().tobytes() for s in parts for image, _ in s.samples]
+    assert len(set(images)) == len(images)
+    image, label = data.train[0]
+    assert image.shape == (1, 8, 8)
+    assert image.dtype == torch.float32
+    assert -1 <= image.min() <= image.max() <= 1
+    assert isinstance(label, int)
+
+
+def test_image_folder_with_and_without_a_test_folder(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "a")
+    data = load_data(DataConfig(name="imagefolder", root=str(root), val_fraction=0.2))
+    assert data.classes == ["cat", "dog", "emu"]
+    assert (data.image_size, len(data.test)) == (10, 33)
+    assert len(data.train) + len(data.val) == 33
+    alone = load_data(DataConfig(name="imagefolder", root=str(root / "train"), val_fraction=0.2))
+    assert len(alone.test) == 7
+    assert len(alone.train) + len(alone.val) == 26
+    resized = load_data(DataConfig(name="imagefolder", root=str(root), image_size=6))
+    assert resized.test[0][0].shape == (3, 6, 6)
+
+
+def test_tiny_imagenet_reads_its_own_layout(tmp_path: Path) -> None:
+    root = tiny_imagenet(tmp_path / "tiny-imagenet-200")
+    config = DataConfig(name="tiny_imagenet", root=str(tmp_path), val_fraction=0.2, augment=False)
+    data = load_data(config)
+    assert data.classes == ["n01", "n02", "n03"]
+    # the flat val/ folder is three classes, in the order of the annotations
+    assert [label for _, label in data.test.samples] == [2, 1, 0]
+    assert all(image.shape == (3, 64, 64) for image, _ in data.train)
+    (root / "val" / "images" / "val_1.JPEG").unlink()
+    with pytest.raises(ValueError, match=r"lists val_1.JPEG, which is missing"):
+        load_data(config)
+    (root / "val" / "val_annotations.txt").unlink()
+    with pytest.raises(ValueError, match=r"val_annotations.txt is missing"):
+        load_data(config)
+
+
+def cifar_batches(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CIFAR-10's own files with few images; its checksums are of the real ones."""
+    folder = root / CIFAR10.base_folder
+    folder.mkdir(parents=True)
+    labels = [i % 10 for i in range(40)]
+    for name, _ in (*CIFAR10.train_list, *CIFAR10.test_list):
+        images = np.random.default_rng(0).integers(0, 256, (40, 3072), dtype=np.uint8)
+        (folder / name).write_bytes(pickle.dumps({"data": images, "labels": labels}))
+    names = {"label_names": list("abcdefghij")}
+    (folder / "batches.meta").write_bytes(pickle.dumps(names))
+    monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
+
+
+def test_cifar10_from_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cifar_batches(tmp_path, monkeypatch)
+    data = load_data(DataConfig(name="cifar10", root=str(tmp_path)))
+    assert (len(data.train), len(data.val), len(data.test)) == (180, 20, 40)
+    assert data.classes == list("abcdefghij")
+    assert data.train[3][0].shape == (3, 32, 32)
+
+
+def test_half_written_cifar10_is_refused(tmp_path: Path) -> None:
+    (tmp_path / CIFAR10.base_folder).mkdir()
+    with pytest.raises(ValueError, match=r"no whole CIFAR-10 in .*cifar-10-batches-py"):
+        load_data(DataConfig(name="cifar10", root=str(tmp_path)))
+
+
+def test_image_folder_given_as_cifar10_names_the_right_reader(tmp_path: Path) -> None:
+    image_folder(tmp_path)
+    with pytest.raises(ValueError, match=r"use --data.name imagefolder"):
+        load_data(DataConfig(name="cifar10", root=str(tmp_path)))
+
+
+def test_broken_image_folders_are_refused(tmp_path: Path) -> None:
+    def refused(root: Path, match: str, **more: object) -> None:
+        with pytest.raises(ValueError, match=match):
+            load_data(DataConfig(name="imagefolder", root=str(root), **more))
+
+    refused(tmp_path / "nowhere", r"data.root .*nowhere is not a folder")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", r"at least 2 classes, has \[\]")
+    root = image_folder(tmp_path / "differs")
+    (root / "test" / "fox").mkdir()
+    write_image(root / "test" / "fox" / "0.png", 3)
+    refused(root, r"differ in their class folders: fox")
+    root = image_folder(tmp_path / "hollow")
+    for file in (root / "train" / "dog").iterdir():
+        file.unlink()
+    refused(root, r"no images in the class folder .*dog")
+    refused(image_folder(tmp_path / "few", images=1), r"too few to hold out")
+    large = image_folder(tmp_path / "large")
+    write_image(large / "train" / "cat" / "0.png", 1, size=300)
+    refused(large, r"data.image_size is needed: .* is 300 pixels wide")
+    refused(image_folder(tmp_path / "ok"), r"data.val_fraction 1.5", val_fraction=1.5)
+    refused(tmp_path / "ok", r"data.batch_size 0", batch_size=0)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_corrupt_image_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: int
+) -> None:
+    root = image_folder(tmp_path / "photos")
+    bad = root / "train" / "dog" / "3.png"
+    bad.write_bytes(bad.read_bytes()[:40])
+    options = json.dumps(TINY)
+    with pytest.raises(SystemExit) as stop:
+        main(
+            ["--data.name", "imagefolder", "--data.root", str(root), "--model.name", "vit",
+             "--model.options", options, "--data.workers", str(workers), "--train.epochs", "1",
+             "--run_dir", str(tmp_path / "run")]
+        )  # fmt: skip
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    # in validation or training: either way one sentence with the file
+    assert error.startswith(f"error: {bad} cannot be read as an image")
+
+
+# the loop
+
+
+def test_learning_rate_is_warm_up_then_cosine() -> None:
+    rates = [learning_rate(s, 110, 10, 2.0) for s in range(111)]
+    assert rates[0] == pytest.approx(0.2)
+    assert rates[9] == rates[10] == pytest.approx(2.0)
+    assert rates[60] == pytest.approx(1.0)
+    assert rates[110] == pytest.approx(0.0)
+    assert all(b < a for a, b in itertools.pairwise(rates[10:]))
+    assert learning_rate(0, 5, 0, 1.0) == 1.0
+
+
+@pytest.mark.parametrize("name", vx.list_models("*test*"))
+def test_only_weights_of_maps_decay(name: str) -> None:
+    model = vx.create_model(name)
+    decayed, rest = parameter_groups(model, 0.3)
+    assert (decayed["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert len(decayed["params"]) + len(rest["params"]) == len(names)
+    assert all(names[id(p)].endswith("weight") and p.ndim > 1 for p in decayed["params"])
+    free = [names[id(p)] for p in rest["params"]]
+    assert any("norm" in n for n in free)
+    assert all(".fc1.weight" not in n for n in free)
+
+
+class Table(nn.Module):
+    """Answers with a row of a table; the image is the row's number."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+        self.dropout = nn.Dropout(0.9)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.logits[x[:, 0].long()])
+
+
+@pytest.mark.parametrize(("classes", "batch"), [(13, 5), (3, 4), (13, 47)])
+def test_evaluation_counts_each_image_once(classes: int, batch: int) -> None:
+    logits, labels = torch.randn(47, classes), torch.randint(classes, (47,))
+    images = torch.arange(47.0)[:, None]
+    model = Table(logits).train()
+    loader = DataLoader(TensorDataset(images, labels), batch_size=batch)
+    result = evaluate(model, loader, Accelerator(cpu=True))
+    order = logits.argsort(1, descending=True)
+    top1 = sum(int(order[i, 0] == labels[i]) for i in range(47)) / 47
+    top5 = sum(int(labels[i] in order[i, :5]) for i in range(47)) / 47
+    assert result.top1 == pytest.approx(top1)
+    assert result.top5 == pytest.approx(top5)
+    assert result.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert model.training  # it was, and is again; dropout was off in between
+
+
+def test_a_run_leaves_a_folder_that_explains_itself(tmp_path: Path) -> None:
+    config = config_for(tmp_path / "run")
+    run = Run(config)
+    test = run.fit()
+    assert parse(["--config", str(tmp_path / "run" / "config.yaml")]) == config
+    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines()))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert float(rows[1]["train_loss"]) < float(rows[0]["train_loss"]) < 3
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["test_top1"] == test.top1
+    assert result["val_top1"] == max(float(row["val_top1"]) for row in rows)
+    assert 0 < result["val_top1"] <= result["test_top5"] <= 1
+    best = vx.load_model(tmp_path / "run" / "best.safetensors")
+    again = evaluate(best, DataLoader(run.data.test, batch_size=77), Accelerator(cpu=True))
+    assert again.top1 == pytest.approx(test.top1)
+    assert best.config == run.model.config
+
+
+def test_the_same_seed_gives_the_same_weights(tmp_path: Path) -> None:
+    def weights(seed: int) -> torch.Tensor:
+        config = config_for(tmp_path / str(seed))
+        config.seed, config.train.epochs = seed, 1
+        run = Run(config)
+        run.fit()
+        return torch.cat([p.detach().flatten() for p in run.model.parameters()])
+
+    first = weights(3)
+    assert torch.equal(first, weights(3))
+    assert not torch.equal(first, weights(4))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    run = Run(config_for(tmp_path))
+    with torch.no_grad():
+        run.model.head.weight.fill_(math.inf)
+    with pytest.raises(ValueError, match=r"the loss is nan in epoch 1 at learning rate"):
+        run.fit()
+
+
+def test_precision_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pick_precision("fp32") == "no"
+    assert pick_precision("fp16") == "fp16"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_precision("auto") == "no"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    assert pick_precision("auto") == "bf16"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    assert pick_precision("auto") == "fp16"
+
+
+# configurations and the command line
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_every_configuration_builds_its_model(path: Path) -> None:
+    config = parse(["--config", str(path)])
+    size = {"cifar10": 32, "tiny_imagenet": 64}[config.data.name]
+    assert path.parent.name == config.data.name
+    assert f"--config configs/{path.parent.name}/{path.name}" in path.read_text()
+    with torch.device("meta"):
+        model = vx.create_model(config.model.name, image_size=size, **config.model.options)
+    assert str(model.config.dim) == "128"
+
+
+def test_the_command_line_goes_over_the_file() -> None:
+    path = ROOT / "configs" / "cifar10" / "hybrid_vin_rope.yaml"
+    config = parse(
+        ["--config", str(path), "--model.mixer", "performer", "--model.mixer_options.features", "8",
+         "--train.epochs", "3", "--data.root", "elsewhere"]
+    )  # fmt: skip
+    assert config.model.name == "HybridViN-RoPE"
+    assert (config.model.mixer, config.model.mixer_options) == ("performer", {"features": 8})
+    assert (config.train.epochs, config.data.root, config.data.batch_size) == (3, "elsewhere", 128)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--model.name", "vitt"], "vit"),
+        (["--model.mixer", "performr"], "performer"),
+        (["--model.mixer_options", '{"heds": 3}'], "heds"),
+        (["--model.options", '{"deph": 3}'], "depth"),
+        (["--train.epochs", "0"], "train.epochs 0"),
+        (["--train.epochs", "many"], "train.epochs"),
+        (["--train.epoch", "3"], "train.epoch"),
+        (["--data.name", "cifar11"], "cifar11"),
+        (["--data.name", "imagefolder", "--data.root", "/no/where"], "/no/where"),
+        (["--config", "missing.yaml"], "missing.yaml"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_sentence_and_exit_code_2(
+    arguments: list[str], word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--run_dir", str(tmp_path / "run"), *arguments])
+    assert stop.value.code == 2
+    assert word in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_program_runs_as_a_module(tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "train", "--model.name", "vit", "--model.options", json.dumps(TINY),
+        "--model.mixer", "nystrom", "--train.epochs", "1", "--data.workers", "0",
+        "--run_dir", str(tmp_path / "run"),
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("test top-1 ")
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert saved["model"]["mixer"] == "nystrom"
+
+
+# measurement
+
+
+def test_bytes_kept_are_those_of_the_operands() -> None:
+    layer = nn.Linear(7, 5)
+    x = torch.randn(11, 7)
+    # of x W^T + b the input alone is kept; a second layer keeps the output of the first
+    assert bytes_kept(layer, lambda: layer(x)) == 11 * 7 * 4
+    two = nn.Sequential(layer, nn.Sigmoid(), nn.Linear(5, 3))
+    assert bytes_kept(two, lambda: two(x)) == 11 * 7 * 4 + 11 * 5 * 4
+    with torch.no_grad():
+        assert bytes_kept(two, lambda: two(x)) == 0
+
+
+def test_bytes_kept_grow_as_the_paper_says() -> None:
+    def kept(name: str, side: int) -> int:
+        layout = vx.Layout((side, side))
+        options = {"landmarks": 9} if name == "nystrom" else {}
+        heads = None if name == "fourier" else 1
+        mixer = vx.create_mixer(name, dim=16, heads=heads, layout=layout, **options)
+        x = torch.randn(1, side * side, 16)
+        return bytes_kept(mixer, lambda: mixer(x, layout))
+
+    def exponent(name: str) -> float:
+        return math.log(kept(name, 64) / kept(name, 32), 4)
+
+    assert 1.7 < exponent("softmax_eager") < 2.05
+    for name in ("softmax", "linformer", "performer", "nystrom"):
+        assert 0.9 < exponent(name) < 1.1
+    assert kept("fourier", 32) == 0
+
+
+def test_benchmark_of_mixers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "mixers.csv"
+    benchmark.main(
+        ["mixers", "--only", "softmax", "linformer", "linformer-pytorch", "--lengths", "16",
+         "--repeats", "1", "--out", str(out)]
+    )  # fmt: skip
+    assert "| linformer | eager | 16 |" in capsys.readouterr().out
+    lines = [line for line in out.read_text().splitlines() if not line.startswith("#")]
+    rows = {row["mixer"]: row for row in csv.DictReader(lines)}
+    ratio = float(rows["linformer-pytorch"]["ms"]) / float(rows["linformer"]["ms"])
+    assert float(rows["linformer"]["times_eager_package"]) == pytest.approx(ratio)
+    assert rows["linformer-pytorch"]["parameters"] == rows["linformer"]["parameters"]
+
+
+def test_benchmark_layers_and_packages_compute_the_same() -> None:
+    x, layout = torch.randn(1, 256, benchmark.DIM), benchmark.layout_of(256)
+    for name, (peer, _, _) in benchmark.PAIRS.items():
+        if name != "nystrom":  # the package shares its start among heads
+            ours, theirs = benchmark.build(name, 256), benchmark.build(peer, 256)
+            assert torch.allclose(ours(x, layout), theirs(x, layout), atol=1e-5)
+    assert torch.allclose(
+        benchmark.build("fourier", 256)(x, layout),
+        benchmark.build("fft2", 256)(x, layout),
+        atol=1e-2,
+    )
+
+
+def test_benchmark_refuses_what_is_no_square(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main(["mixers", "--lengths", "200"])
+    assert stop.value.code == 2
+    assert "length 200 must be a square" in capsys.readouterr().err
+
+
+def test_demo_table_and_picture(tmp_path: Path) -> None:
+    rows = [
+        {"model": kind + mixer, "parameters": 1234567, "test_top1": 0.971,
+         "images_per_second": 801.0, "kept_per_image": 99 * 1024.0}
+        for mixer in demo.MIXERS for kind in ("", "Hybrid")
+    ]  # fmt: skip
+    assert demo.table(rows).splitlines()[1].split() == [
+        "ViT",
+        "1,234,567",
+        "97.1%",
+        "801",
+        "99",
+        "KiB",
+    ]
+    demo.picture(rows, tmp_path / "demo.png")
+    with Image.open(tmp_path / "demo.png") as image:
+        assert image.width > 1500
+        assert len(image.convert("RGB").resize((300, 100)).getcolors(30000) or []) > 20
