@@ -31,7 +31,7 @@ MIXERS: dict[str, dict[str, Any]] = {
     "ViN": {"landmarks": 16},
     "FNet": {"norm": "ortho"},
 }
-EPOCHS = 14
+EPOCHS = 16
 BATCH = 64
 # convolutions with a norm and a GELU between them: trains in a third of the epochs
 HYBRID_STEM = {"norm": "batch", "activation": "gelu"}
@@ -39,7 +39,7 @@ HYBRID_STEM = {"norm": "batch", "activation": "gelu"}
 
 def run_config(name: str, mixer: str, epochs: int, folder: Path) -> RunConfig:
     """One model of the demo."""
-    options: dict[str, Any] = {"dim": 64, "depth": 3, "mlp_dim": 128}
+    options: dict[str, Any] = {"dim": 64, "depth": 2, "mlp_dim": 128}
     if mixer != "FNet":
         options["heads"] = 4
     if name.startswith("Hybrid"):

@@ -33,18 +33,23 @@ class Registry(Generic[T]):
 
     Args:
         kind: what the entries are, for messages ("kernel", "stem", ...).
+        beside: a registry in which a name of this one must not be, nor the other way round.
     """
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, beside: Registry[Any] | None = None) -> None:
+        self.kind, self._beside = kind, beside
+        if beside is not None:
+            beside._beside = self
         self._entries: dict[str, type[T]] = {}
 
     def register(self, name: str) -> Callable[[type[T]], type[T]]:
         """Class decorator that files the class under ``name``; a taken name is a ValueError."""
 
         def add(cls: type[T]) -> type[T]:
-            if name in self._entries:
-                raise ValueError(f"{self.kind} {name!r} is taken by {self._entries[name].__name__}")
+            for registry in (self, self._beside):
+                if registry is not None and name in registry:
+                    taken_by = registry[name].__name__
+                    raise ValueError(f"{registry.kind} {name!r} is taken by {taken_by}")
             self._entries[name] = cls
             return cls
 
@@ -78,3 +83,15 @@ def check_options(what: str, options: Mapping[str, Any], known: Iterable[str]) -
     for option in options:
         if option not in known:
             raise unknown(f"option of {what}:", option, known)
+
+
+def check_at_least(name: str, value: int, least: int) -> None:
+    """Raise a ValueError for a value below ``least``."""
+    if value < least:
+        raise ValueError(f"{name} {value} must be at least {least}")
+
+
+def check_share(name: str, value: float) -> None:
+    """Raise a ValueError for a probability that is none."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} {value} must be between 0 and 1")

@@ -27,6 +27,7 @@ from .zoo import create_model
 
 # (pattern, our spelling), applied in this order
 _SPELLINGS = [
+    (r"^_orig_mod\.", ""),  # of a model under torch.compile
     # vision_xformer 0.1.8 to 0.2.0: ViN, ViP, ViL, FNet
     (r"^pos_embedding$", "position"),
     (r"^to_patch_embedding\.1\.", "stem.norm_in."),
@@ -250,10 +251,15 @@ def save_model(model: Backbone, path: str | os.PathLike[str]) -> None:
 def load_model(path: str | os.PathLike[str]) -> Backbone:
     """Rebuild a model from :func:`save_model`'s file, in evaluation mode on the CPU."""
     state = read_weights(path)
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
-    if "config" not in metadata:
+    metadata = None
+    if Path(path).suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+    if not metadata or "config" not in metadata:
         raise ValueError(f"{path} has no model configuration: was it written by save_model?")
-    model = create_model(json.loads(metadata["config"]))
-    load_weights(model, state)
+    try:
+        model = create_model(json.loads(metadata["config"]))
+        load_weights(model, state)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return model.eval()

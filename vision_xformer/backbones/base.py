@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ..registry import Registry, check_options
+from ..registry import Registry, check_at_least, check_options
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,8 +34,7 @@ class Config:
             elif isinstance(value, Mapping):
                 plain = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
                 object.__setattr__(self, field.name, plain)
-        if self.num_classes < 0:
-            raise ValueError(f"num_classes {self.num_classes} must be at least 0")
+        check_at_least("num_classes", self.num_classes, 0)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values under field names, and the backbone's name: rebuilds the model."""

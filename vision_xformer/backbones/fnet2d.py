@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..layers import Mlp
 from ..layout import Layout
 from ..mixers.fourier import Fourier
+from ..registry import check_at_least
 from ..stems import ConvStem
 from .base import BACKBONES, Backbone, Config, make_head
 
@@ -33,11 +34,8 @@ class FNet2DConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.dim < 2 or min(self.depth, self.mlp_dim) < 1:
-            raise ValueError(
-                f"dim {self.dim} must be at least 2, depth {self.depth} and mlp_dim "
-                f"{self.mlp_dim} at least 1"
-            )
+        for name, least in (("dim", 2), ("depth", 1), ("mlp_dim", 1)):
+            check_at_least(name, getattr(self, name), least)
 
 
 class Block(nn.Module):

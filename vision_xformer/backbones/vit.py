@@ -18,7 +18,7 @@ from ..layout import Layout
 from ..mixers import create_mixer
 from ..mixers.attention import head_width
 from ..positions import RotaryPosition, make_position
-from ..registry import unknown
+from ..registry import check_at_least, check_share, unknown
 from ..stems import STEMS
 from .base import BACKBONES, Backbone, Config, make_head
 
@@ -80,11 +80,9 @@ class ViTConfig(Config):
             raise unknown("pool", self.pool, POOLS)
         if self.pool == "cls" and self.class_token is False:
             raise ValueError("pool='cls' needs a class token: class_token must not be False")
-        if min(self.dim, self.depth, self.mlp_dim) < 1 or self.registers < 0:
-            raise ValueError(
-                f"dim {self.dim}, depth {self.depth} and mlp_dim {self.mlp_dim} must be at least "
-                f"1, registers {self.registers} at least 0"
-            )
+        check_share("drop_path", self.drop_path)
+        for name, least in (("dim", 1), ("depth", 1), ("mlp_dim", 1), ("registers", 0)):
+            check_at_least(name, getattr(self, name), least)
 
     @property
     def has_class_token(self) -> bool:
@@ -183,7 +181,7 @@ class VisionTransformer(Backbone):
         self.check_input(x)
         x = self.stem(x)
         prefix = [t for t in (self.cls_token, self.reg_token) if t is not None]
-        x = torch.cat([*(t.expand(len(x), -1, -1) for t in prefix), x], 1)
+        x = torch.cat([*(t.expand(x.shape[0], -1, -1) for t in prefix), x], 1)
         if self.position is not None:
             x = x + self.position()
         x = self.emb_drop(x)

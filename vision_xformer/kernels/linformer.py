@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..layers import TokenTable
 from ..layout import Layout, grid_parts, segment_means
+from ..registry import check_at_least
 from .base import KERNELS
 from .softmax import Softmax
 
@@ -60,8 +61,7 @@ class Linformer(Softmax):
         dropout: float = 0.0,
     ) -> None:
         super().__init__(heads, key_dim, layout, dropout=dropout)
-        if rank < 1:
-            raise ValueError(f"rank {rank} must be at least 1")
+        check_at_least("rank", rank, 1)
         self.share_kv = share_kv
         self.kv_heads = 1 if one_kv_head else heads
         self.proj_k = LengthProjection(layout, rank)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layout import Layout, grid_parts, pool_grid
+from ..registry import check_at_least
 from .base import KERNELS, Kernel, widened, without_autocast
 
 _BLOCK = 32  # rows of one Toeplitz product: the smallest that keeps it a dense one
@@ -61,6 +62,14 @@ def nearest_keys(q_layout: Layout, k_layout: Layout) -> Tensor:
     return torch.cat((prefix, index.flatten() + k_layout.prefix))
 
 
+def check_sizes(landmarks: int, iterations: int, residual_kernel: int) -> None:
+    """Raise a ValueError for a value that cannot be."""
+    check_at_least("landmarks", landmarks, 1)
+    check_at_least("iterations", iterations, 0)
+    if residual_kernel < 0 or (residual_kernel % 2 == 0 and residual_kernel != 0):
+        raise ValueError(f"residual_kernel {residual_kernel} must be odd, or 0 for none")
+
+
 @KERNELS.register("nystrom")
 class Nystrom(Kernel):
     """
@@ -85,10 +94,7 @@ class Nystrom(Kernel):
         segments: str = "grid",
     ) -> None:
         super().__init__(heads, key_dim, layout)
-        if landmarks < 1:
-            raise ValueError(f"landmarks {landmarks} must be at least 1")
-        if residual_kernel % 2 == 0 and residual_kernel != 0:
-            raise ValueError(f"residual_kernel {residual_kernel} must be odd, or 0 for none")
+        check_sizes(landmarks, iterations, residual_kernel)
         if segments not in ("grid", "sequence"):
             raise ValueError(f"segments {segments!r} must be 'grid' or 'sequence'")
         self.landmarks, self.iterations, self.segments = landmarks, iterations, segments

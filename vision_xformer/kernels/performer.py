@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..layout import Layout
+from ..registry import check_at_least
 from .base import KERNELS, Kernel, widened, without_autocast
 
 # Features at a time: on a CPU 2 MiB in float32, a core's level-2 cache; elsewhere 256 MiB, so that
@@ -172,8 +173,7 @@ class Performer(Kernel):
         super().__init__(heads, key_dim, layout)
         if features is None:
             features = max(1, int(key_dim * math.log(key_dim)))
-        if features < 1:
-            raise ValueError(f"features {features} must be at least 1")
+        check_at_least("features", features, 1)
         if feature_map not in ("softmax", "relu"):
             raise ValueError(f"feature_map {feature_map!r} must be 'softmax' or 'relu'")
         if feature_map == "relu" and stabilizer is not None:

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..layout import Layout
+from ..registry import check_share
 from .base import KERNELS, Kernel
 
 
@@ -17,6 +18,7 @@ class _Softmax(Kernel):
 
     def __init__(self, heads: int, key_dim: int, layout: Layout, *, dropout: float = 0.0) -> None:
         super().__init__(heads, key_dim, layout)
+        check_share("dropout", dropout)
         self.dropout = dropout
 
     @property

@@ -36,19 +36,24 @@ def mixer_options(name: str) -> dict[str, inspect.Parameter]:
     """The options of a mixer, with defaults and types, by name."""
     if name in KERNELS:
         return options_of(Attention) | options_of(KERNELS[name])
-    if name in MIXERS:
-        return options_of(MIXERS[name])
-    raise unknown("mixer", name, list_mixers())
+    return options_of(_mixer(name))
+
+
+def _mixer(name: str) -> type[Mixer]:
+    """The class of a mixer that is no kernel; an unknown name is told all of both."""
+    if name not in MIXERS:
+        raise unknown("mixer", name, list_mixers())
+    return MIXERS[name]
 
 
 def takes_heads(name: str) -> bool:
     """Whether the mixer has heads."""
-    return name in KERNELS or MIXERS[name].takes_heads
+    return name in KERNELS or _mixer(name).takes_heads
 
 
 def takes_rope(name: str) -> bool:
     """Whether the mixer has queries and keys that can be rotated."""
-    return KERNELS[name].takes_rope if name in KERNELS else MIXERS[name].takes_rope
+    return KERNELS[name].takes_rope if name in KERNELS else _mixer(name).takes_rope
 
 
 def create_mixer(

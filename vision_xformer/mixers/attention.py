@@ -11,19 +11,20 @@ from ..kernels import KERNELS
 from ..layout import Layout
 from ..positions import rotate
 from ..projections import LinearProjection
+from ..registry import check_at_least
 from .base import Mixer
 
 
 def head_width(dim: int, heads: int | None, head_dim: int | None) -> tuple[int, int]:
     """(heads, head_dim), checked; ``head_dim`` is dim / heads where it is None."""
-    if heads is None or heads < 1:
-        raise ValueError(f"heads {heads} must be at least 1")
+    if heads is None:
+        raise ValueError("heads is needed")
+    check_at_least("heads", heads, 1)
     if head_dim is None:
         if dim % heads:
             raise ValueError(f"heads {heads} must divide dim {dim}, or head_dim must be given")
         head_dim = dim // heads
-    if head_dim < 1:
-        raise ValueError(f"head_dim {head_dim} must be at least 1")
+    check_at_least("head_dim", head_dim, 1)
     return heads, head_dim
 
 

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from ..kernels import KERNELS
 from ..layout import Layout
 from ..registry import Registry
 
@@ -51,6 +52,11 @@ class Mixer(nn.Module):
             )
         if rope is not None and not self.takes_rope:
             raise ValueError(f"{name} has no queries and keys to rotate: leave rope out")
+        if rope is not None and rope.shape[0] != layout.length:
+            raise ValueError(
+                f"rope of shape {tuple(rope.shape)} must have a row for each of the "
+                f"{layout.length} tokens of {layout}"
+            )
 
 
-MIXERS: Registry[Mixer] = Registry("mixer")
+MIXERS: Registry[Mixer] = Registry("mixer", beside=KERNELS)

@@ -11,7 +11,9 @@ import warnings
 
 from torch import Tensor, nn
 
+from ..kernels.nystrom import check_sizes
 from ..layout import Layout
+from ..registry import check_at_least
 from .attention import head_width
 from .base import MIXERS, Mixer
 
@@ -49,6 +51,8 @@ class PerformerPytorch(_Package):
         proj_dropout: float = 0.0,
     ) -> None:
         super().__init__(dim, heads, layout)
+        if features is not None:
+            check_at_least("features", features, 1)
         if feature_map not in ("softmax", "relu"):
             raise ValueError(f"feature_map {feature_map!r} must be 'softmax' or 'relu'")
         heads, head_dim = head_width(dim, heads, head_dim)
@@ -92,6 +96,7 @@ class NystromAttention(_Package):
     ) -> None:
         super().__init__(dim, heads, layout)
         heads, head_dim = head_width(dim, heads, head_dim)
+        check_sizes(landmarks, iterations, residual_kernel)
         from nystrom_attention import NystromAttention
 
         self.module = NystromAttention(
@@ -132,6 +137,7 @@ class LinformerPytorch(_Package):
     ) -> None:
         super().__init__(dim, heads, layout)
         heads, head_dim = head_width(dim, heads, head_dim)
+        check_at_least("rank", rank, 1)
         if dim % heads:
             raise ValueError(f"linformer-pytorch needs heads {heads} to divide dim {dim}")
         from linformer import LinformerSelfAttention

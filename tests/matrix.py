@@ -1,0 +1,71 @@
+"""What each mixer can do: the literal that test_contract.py verifies and the README shows.
+
+Run it to print the README's table: ``python tests/matrix.py``.
+"""
+
+from __future__ import annotations
+
+YES, NO = "✓", "–"
+
+# name in _TABLE -> heading in the README
+CAPABILITIES = {
+    "rope": "RoPE",
+    "length": "any length",
+    "batch": "batch-invariant",
+    "1-D": "1-D",
+    "2-D": "2-D",
+    "3-D": "3-D",
+    "prefix": "prefix tokens",
+    "float64": "float64",
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+    "auto-bf16": "autocast bfloat16",
+    "auto-fp16": "autocast float16",
+    "compile": "`torch.compile`",
+    "export": "`torch.export`",
+}
+
+# fmt: off
+_TABLE = """
+mixer              rope length batch 1-D 2-D 3-D prefix float64 bfloat16 float16 auto-bf16 auto-fp16 compile export
+fourier             –     ✓      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
+linformer           ✓     –      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
+linformer-pytorch   –     –      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
+nystrom             ✓     ✓      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
+nystrom-attention   –     ✓      –    ✓   ✓   ✓    ✓       ✓       –        –        ✓         ✓        ✓      ✓
+performer           ✓     ✓      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
+performer-pytorch   –     ✓      ✓    ✓   ✓   ✓    ✓       ✓       ✓        –        ✓         –        ✓      ✓
+softmax             ✓     ✓      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
+softmax_eager       ✓     ✓      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
+"""  # noqa: E501
+# fmt: on
+
+
+def _parse(table: str) -> dict[str, dict[str, bool]]:
+    (_, *capabilities), *rows = (line.split() for line in table.strip().splitlines())
+    if capabilities != list(CAPABILITIES):
+        raise ValueError(f"the table's columns {capabilities} are not {list(CAPABILITIES)}")
+    return {
+        name: {c: {YES: True, NO: False}[m] for c, m in zip(capabilities, marks, strict=True)}
+        for name, *marks in rows
+    }
+
+
+MATRIX = _parse(_TABLE)
+
+
+def markdown() -> str:
+    """The table for the README."""
+    lines = [
+        ["mixer", *CAPABILITIES.values()],
+        ["---", *(":-:" for _ in CAPABILITIES)],
+        *(
+            [f"`{name}`", *(YES if can else NO for can in row.values())]
+            for name, row in MATRIX.items()
+        ),
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    print(markdown())

@@ -1,0 +1,677 @@
+"""What every mixer and every model of the registries must do; matrix.py says what a mixer cannot.
+
+A tick of the support matrix is verified by success, a dash by the failure it stands for. A newly
+registered mixer is held to everything until the matrix says otherwise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import json
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from matrix import MATRIX
+from torch import Tensor, nn
+
+import vision_xformer as vx
+from vision_xformer import Layout
+from vision_xformer.layers import LayerScale
+from vision_xformer.mixers import takes_heads, takes_rope
+from vision_xformer.positions import ROPE_KINDS, RotaryPosition
+from vision_xformer.zoo import parse_name
+
+DIM, HEADS = 14, 2
+LAYOUTS = {"1-D": Layout((11,)), "2-D": Layout((7, 5), 1), "3-D": Layout((2, 3, 5), 2)}
+# fewer landmarks than there are tokens, and more
+FEW = {"landmarks": 5, "rank": 5, "features": 13}
+MANY = {"landmarks": 53, "rank": 53, "features": 61}
+
+MODELS = vx.list_models()
+TEST_MODELS = [n for n in MODELS if parse_name(n).size == "test"]
+PAPER_MODELS = [n for n in MODELS if not parse_name(n).size]
+VIT_MODELS = [n for n in TEST_MODELS if parse_name(n).backbone == "vit"]
+
+each_mixer = pytest.mark.parametrize("name", vx.list_mixers())
+each_layout = pytest.mark.parametrize("axes", LAYOUTS)
+each_test_model = pytest.mark.parametrize("name", TEST_MODELS)
+
+
+def make(name: str, layout: Layout, options: dict[str, Any] = FEW, **more: Any) -> vx.Mixer:
+    """A mixer in float64, with those of the options that it has."""
+    known = vx.mixer_options(name)
+    options = {k: v for k, v in options.items() if k in known} | more
+    heads = HEADS if takes_heads(name) else None
+    return vx.create_mixer(name, dim=DIM, heads=heads, layout=layout, **options).double()
+
+
+def tokens(layout: Layout, batch: int = 3) -> Tensor:
+    return torch.randn(batch, layout.length, DIM, dtype=torch.float64)
+
+
+def images(model: vx.Backbone, batch: int = 3) -> Tensor:
+    """Samples for a model, of its type."""
+    return torch.randn(batch, *model.config.input_shape).to(next(model.parameters()))
+
+
+def supports(name: str, capability: str) -> bool:
+    return MATRIX.get(name, {}).get(capability, True)
+
+
+@contextlib.contextmanager
+def cell(name: str, capability: str, failure: Any = Exception, match: str = "") -> Iterator[None]:
+    """What is done inside works where the matrix has a tick, and fails so where it has a dash."""
+    if supports(name, capability):
+        yield
+    else:
+        with pytest.raises(failure, match=match):
+            yield
+
+
+def assert_finite(*tensors: Tensor | None) -> None:
+    for tensor in tensors:
+        assert tensor is not None, "no gradient"
+        assert tensor.isfinite().all(), "not finite"
+
+
+def assert_all_learn(module: nn.Module, never: tuple[str, ...] = ()) -> None:
+    """Every parameter has a gradient that is finite, and not zero but for those named."""
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is not None, f"{name} has no gradient"
+        assert parameter.grad.isfinite().all(), f"the gradient of {name} is not finite"
+        assert name in never or parameter.grad.any(), f"the gradient of {name} is zero"
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    return float((got.detach().double() - want.detach()).norm() / want.detach().norm())
+
+
+# The support matrix
+
+
+def test_matrix_has_a_row_for_every_mixer_and_no_other() -> None:
+    assert sorted(MATRIX) == vx.list_mixers()
+
+
+# Mixers
+
+
+@each_mixer
+@each_layout
+@pytest.mark.parametrize("options", [FEW, MANY], ids=["few", "many"])
+def test_mixer_maps_tokens_to_tokens(name: str, axes: str, options: dict[str, Any]) -> None:
+    layout = LAYOUTS[axes]
+    with cell(name, axes, ValueError):
+        mixer = make(name, layout, options)
+        x = tokens(layout).requires_grad_()
+        y = mixer(x, layout)
+        assert (y.shape, y.dtype) == (x.shape, x.dtype)
+        assert_finite(y)
+        y.square().sum().backward()
+        assert_finite(x.grad)
+        assert x.grad is not None
+        assert x.grad.any(-1).all(), "a token without influence"
+        assert_all_learn(mixer)
+        mixer.eval()
+        assert torch.equal(mixer(x, layout), mixer(x, layout))
+
+
+@each_mixer
+@each_layout
+@pytest.mark.parametrize("options", [FEW, MANY], ids=["few", "many"])
+def test_sample_does_not_see_its_batch(name: str, axes: str, options: dict[str, Any]) -> None:
+    layout = LAYOUTS[axes]
+    mixer = make(name, layout, options).eval()
+    x = tokens(layout)
+    x[1:] *= 10
+    with torch.no_grad():
+        difference = float((mixer(x, layout)[:1] - mixer(x[:1], layout)).abs().max())
+    if supports(name, "batch"):
+        assert difference <= 1e-10
+    else:
+        assert difference > 1e-4
+
+
+@each_mixer
+@pytest.mark.parametrize(
+    "other",
+    [Layout((5, 7), 1), Layout((3, 11), 1), Layout((2, 2), 1), Layout((13,)), Layout((2, 3, 5), 2)],
+    ids=str,
+)
+def test_any_length(name: str, other: Layout) -> None:
+    """At another layout a mixer is the one built for that layout with the same weights."""
+    mixer, x = make(name, LAYOUTS["2-D"]).eval(), tokens(other)
+    with cell(name, "length", ValueError, "was built for"):
+        y = mixer(x, other)
+        built_for_it = make(name, other).eval()
+        built_for_it.load_state_dict(mixer.state_dict())
+        torch.testing.assert_close(y, built_for_it(x, other), rtol=0, atol=1e-12)
+
+
+@each_mixer
+@each_layout
+@pytest.mark.parametrize("kind", ROPE_KINDS)
+def test_rope(name: str, axes: str, kind: str) -> None:
+    """Angle zero changes nothing, positions do."""
+    layout = LAYOUTS[axes]
+    mixer, x = make(name, layout).eval(), tokens(layout)
+    angles = RotaryPosition(layout, DIM // HEADS, kind)()
+    plain = mixer(x, layout)
+    with cell(name, "rope", ValueError, "no queries and keys to rotate"):
+        zero = mixer(x, layout, torch.zeros_like(angles))
+        torch.testing.assert_close(zero, plain, rtol=0, atol=1e-10)
+        assert (mixer(x, layout, angles) - plain).abs().max() > 1e-6
+
+
+@each_mixer
+def test_prefix_tokens_and_grid_see_each_other(name: str) -> None:
+    layout = Layout((5, 3), 2)
+    with cell(name, "prefix", ValueError):
+        mixer, x = make(name, layout).eval(), tokens(layout)
+        before = mixer(x, layout)
+        for token, others in ((1, slice(2, None)), (9, slice(0, 2)), (0, slice(1, 2))):
+            changed = x.clone()
+            changed[:, token] += torch.randn(DIM)
+            assert (mixer(changed, layout) - before)[:, others].abs().amax((0, 2)).all()
+
+
+@each_mixer
+@each_layout
+def test_float64_is_computed_in_float64(name: str, axes: str) -> None:
+    layout = LAYOUTS[axes]
+    with cell(name, "float64", RuntimeError):
+        mixer, x = make(name, layout).eval(), tokens(layout)
+        change = (mixer(x + 1e-11 * torch.randn_like(x), layout) - mixer(x, layout)).abs().max()
+        assert 0 < change < 1e-9, "rounded to float32 inside"
+
+
+@each_mixer
+@each_layout
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float32, 1e-5), (torch.bfloat16, 5e-2), (torch.float16, 1e-2)],
+    ids=["float32", "bfloat16", "float16"],
+)
+def test_low_precision_modules(name: str, axes: str, dtype: torch.dtype, tolerance: float) -> None:
+    """Near float64 at ordinary scales, and finite for inputs six times as large."""
+    layout = LAYOUTS[axes]
+    low = make(name, layout).to(dtype).eval()
+    exact = copy.deepcopy(low).double()
+    failure = (RuntimeError, AssertionError)
+    with cell(name, str(dtype)[len("torch.") :], failure, "expected scalar type|not finite"):
+        for scale in (1, 6):
+            x = (scale * tokens(layout)).to(dtype).requires_grad_()
+            y = low(x, layout)
+            assert y.dtype == dtype
+            assert_finite(y)
+            y.float().square().mean().backward()
+            assert_finite(x.grad, *(p.grad for p in low.parameters()))
+            if scale == 1:
+                assert relative_error(y, exact(x.double(), layout)) <= tolerance
+
+
+@each_mixer
+@each_layout
+@pytest.mark.parametrize(
+    ("capability", "dtype", "tolerance"),
+    [("auto-bf16", torch.bfloat16, 5e-2), ("auto-fp16", torch.float16, 1e-2)],
+)
+def test_autocast(
+    name: str, axes: str, capability: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    layout = LAYOUTS[axes]
+    mixer = make(name, layout).float()
+    exact = copy.deepcopy(mixer).double()
+    with cell(name, capability, AssertionError, "not finite"):
+        for scale in (1, 6):
+            x = (scale * tokens(layout)).float().requires_grad_()
+            with torch.autocast("cpu", dtype):
+                y = mixer(x, layout)
+            assert_finite(y)
+            y.float().square().mean().backward()
+            assert_finite(x.grad, *(p.grad for p in mixer.parameters()))
+            if scale == 1:
+                assert relative_error(y, exact(x.double(), layout)) <= tolerance
+
+
+@each_mixer
+def test_mixer_compiles_to_one_graph(name: str) -> None:
+    layout = LAYOUTS["2-D"]
+    mixer, x = make(name, layout), tokens(layout).requires_grad_()
+    torch._dynamo.reset()
+    with cell(name, "compile"):
+        assert_same_compiled(mixer, x, layout)
+
+
+def assert_same_compiled(module: nn.Module, x: Tensor, *rest: Any) -> None:
+    """torch.compile in one graph: equal output, equal gradients of input and parameters."""
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    wanted = [x, *module.parameters()]
+    eager, other = module(x, *rest), compiled(x, *rest)
+    torch.testing.assert_close(other, eager, rtol=0, atol=1e-10)
+    for got, want in zip(
+        torch.autograd.grad(other.square().mean(), wanted),
+        torch.autograd.grad(eager.square().mean(), wanted),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10)
+
+
+class OfTokens(nn.Module):
+    """A mixer for one layout, as a function of tensors alone."""
+
+    def __init__(self, mixer: vx.Mixer, layout: Layout) -> None:
+        super().__init__()
+        self.mixer, self.layout = mixer, layout
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.mixer(x, self.layout)
+        return y
+
+
+@each_mixer
+def test_mixer_exports_for_any_batch(name: str) -> None:
+    layout = LAYOUTS["2-D"]
+    module = OfTokens(make(name, layout), layout).eval()
+    with cell(name, "export"):
+        assert_same_exported(module, tokens(layout, 3), tokens(layout, 7))
+
+
+def assert_same_exported(module: nn.Module, traced: Tensor, other: Tensor) -> None:
+    """torch.export with one batch size: equal at another."""
+    shapes = ({0: torch.export.Dim("batch")},)
+    program = torch.export.export(module, (traced,), dynamic_shapes=shapes).module()
+    for x in (traced, other):
+        torch.testing.assert_close(program(x), module(x), rtol=0, atol=1e-10)
+
+
+@each_mixer
+@each_layout
+def test_mixer_state_dict_deep_copy_and_pickle(name: str, axes: str) -> None:
+    layout = LAYOUTS[axes]
+    mixer, other, x = make(name, layout).eval(), make(name, layout).eval(), tokens(layout)
+    want = mixer(x, layout)
+    if mixer.state_dict():
+        assert not torch.equal(other(x, layout), want), "the two should have differed"
+    other.load_state_dict(mixer.state_dict())
+    for same in (other, copy.deepcopy(mixer), pickle.loads(pickle.dumps(mixer))):
+        assert torch.equal(same(x, layout), want)
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [(n, o) for n in vx.list_mixers() for o in vx.mixer_options(n) if "dropout" in o],
+)
+def test_mixer_dropout_is_random_in_training_only(name: str, option: str) -> None:
+    layout = LAYOUTS["2-D"]
+    dropped, plain, x = make(name, layout, **{option: 0.5}), make(name, layout), tokens(layout)
+    plain.load_state_dict(dropped.state_dict())
+    assert not torch.equal(dropped(x, layout), dropped(x, layout))
+    torch.testing.assert_close(dropped.eval()(x, layout), plain.eval()(x, layout))
+
+
+# Models: every name
+
+PAPER_COUNTS = {  # of the scripts published with the paper
+    "vit": 661_770,
+    "hybrid_vit": 754_506,
+    "vil": 809_482,
+    "hybrid_vil": 951_370,
+    "vip": 663_306,
+    "vip_rope": 532_106,
+    "hybrid_vip": 756_042,
+    "hybrid_vip_rope": 624_842,
+    "vin": 662_298,
+    "vin_rope": 531_098,
+    "hybrid_vin": 755_034,
+    "hybrid_vin_rope": 623_834,
+    "vif": 399_114,
+    "fnet": 399_114,
+    "hybrid_vif": 491_850,
+    "fnet2d": 407_818,
+}
+DEIT_COUNTS = {"vit_tiny": 5_717_416, "vit_small": 22_050_664, "vit_base": 86_567_656}
+
+
+def on_meta(name: Any, **overrides: Any) -> vx.Backbone:
+    """A model without memory or arithmetic."""
+    with torch.device("meta"):
+        return vx.create_model(name, **overrides)
+
+
+@pytest.mark.parametrize(("name", "count"), [*PAPER_COUNTS.items(), *DEIT_COUNTS.items()])
+def test_parameter_count(name: str, count: int) -> None:
+    assert sum(p.numel() for p in on_meta(name).parameters()) == count
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_config_round_trip_rebuilds_the_model(name: str) -> None:
+    model = on_meta(name)
+    values = model.config.to_dict()
+    for again in (json.loads(json.dumps(values)), yaml.safe_load(yaml.safe_dump(values))):
+        assert again == values
+        rebuilt = on_meta(again)
+        assert rebuilt.config == model.config
+        assert type(rebuilt) is type(model)
+        shapes = {k: v.shape for k, v in model.state_dict().items()}
+        assert {k: v.shape for k, v in rebuilt.state_dict().items()} == shapes
+
+
+def test_config_round_trip_of_everything_set() -> None:
+    model = vx.create_model(
+        "hybrid_vin_test_rope",
+        input_shape=[2, 14, 15],
+        patch=[2, 3],
+        mixer_options={"landmarks": 7, "segments": "sequence", "head_dim": 6},
+        stem_options={"channels": [5, 7], "norm": "batch", "activation": "relu"},
+        pool="seq",
+        class_token=True,
+        registers=2,
+        dropout=0.1,
+        emb_dropout=0.2,
+        drop_path=0.3,
+        layer_scale=1e-5,
+        norm_eps=1e-6,
+    ).eval()
+    values = model.config.to_dict()
+    assert values["stem_options"]["channels"] == [5, 7]
+    for again in (json.loads(json.dumps(values)), yaml.safe_load(yaml.safe_dump(values))):
+        assert again == values
+        rebuilt = vx.create_model(again).eval()
+        assert rebuilt.config == model.config
+        rebuilt.load_state_dict(model.state_dict())
+        x = images(model)
+        assert torch.equal(rebuilt(x), model(x))
+
+
+def train_once(model: vx.Backbone, batch: int = 3) -> Tensor:
+    x = images(model, batch)
+    logits: Tensor = model(x)
+    F.cross_entropy(logits, torch.arange(batch) % model.config.num_classes).backward()
+    return logits
+
+
+@each_test_model
+def test_logits_and_a_gradient_for_every_parameter(name: str) -> None:
+    model = vx.create_model(name)
+    logits = train_once(model)
+    assert logits.shape == (3, model.config.num_classes)
+    assert_finite(logits)
+    assert_all_learn(model)
+    model.eval()
+    x = images(model)
+    assert torch.equal(model(x), model(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PAPER_MODELS)
+def test_paper_size_trains(name: str) -> None:
+    model = vx.create_model(name)
+    logits = train_once(model, batch=2)
+    assert logits.shape == (2, 10)
+    assert_finite(logits)
+    assert_all_learn(model)
+
+
+@each_test_model
+def test_features_and_head(name: str) -> None:
+    model = vx.create_model(name).double().eval()
+    x = images(model)
+    features = model.forward_features(x)
+    assert features.shape[0] == 3
+    assert features.shape[2] == model.num_features
+    pooled = model.forward_head(features, pre_logits=True)
+    assert pooled.shape == (3, model.num_features)
+    assert torch.equal(model.head(pooled), model(x))
+    assert torch.equal(model.forward_head(features), model(x))
+
+
+@each_test_model
+def test_reset_classifier(name: str) -> None:
+    model = vx.create_model(name).double().eval()
+    x = images(model)
+    pooled = model.forward_head(model.forward_features(x), pre_logits=True)
+    for num_classes in (7, 0, 11):
+        model.reset_classifier(num_classes)
+        assert model.config.num_classes == num_classes
+        logits = model(x)
+        assert logits.dtype == torch.float64
+        if num_classes:
+            assert logits.shape == (3, num_classes)
+        else:
+            assert torch.equal(logits, pooled)
+        rebuilt = vx.create_model(model.config).double().eval()
+        rebuilt.load_state_dict(model.state_dict())
+        assert torch.equal(rebuilt(x), logits)
+
+
+@each_test_model
+def test_model_sample_does_not_see_its_batch(name: str) -> None:
+    model = vx.create_model(name).double().eval()
+    x = images(model)
+    x[1:] *= 10
+    torch.testing.assert_close(model(x)[:1], model(x[:1]), rtol=0, atol=1e-10)
+
+
+@each_test_model
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float32, 1e-5), (torch.bfloat16, 5e-2), (torch.float16, 1e-2)],
+    ids=["float32", "bfloat16", "float16"],
+)
+def test_low_precision_models(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    model = vx.create_model(name).to(dtype).eval()
+    x = images(model)
+    logits = model(x)
+    assert logits.dtype == dtype
+    exact = copy.deepcopy(model).double()(x.double())
+    assert relative_error(logits, exact) <= tolerance
+    if dtype == torch.float32:
+        return
+    wide = copy.deepcopy(model).float().train()
+    with torch.autocast("cpu", dtype):
+        loss = F.cross_entropy(wide(x.float()), torch.arange(3))
+    loss.backward()
+    assert_finite(loss, *(p.grad for p in wide.parameters()))
+
+
+@each_test_model
+def test_model_deep_copy_and_pickle(name: str) -> None:
+    model = vx.create_model(name).eval()
+    x = images(model)
+    for same in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert same.config == model.config
+        assert torch.equal(same(x), model(x))
+
+
+@each_test_model
+def test_model_compiles_to_one_graph(name: str) -> None:
+    model = vx.create_model(name).double()
+    torch._dynamo.reset()
+    assert_same_compiled(model.eval(), images(model).requires_grad_())
+
+
+@each_test_model
+def test_model_exports_for_any_batch(name: str) -> None:
+    model = vx.create_model(name).double().eval()
+    assert_same_exported(model, images(model, 3), images(model, 7))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex")
+@each_mixer
+def test_inductor_compiles(name: str) -> None:
+    model = vx.create_model("vit_test", mixer=name)
+    x = images(model)
+    torch._dynamo.reset()
+    logits = torch.compile(model)(x)
+    torch.testing.assert_close(logits, model(x), rtol=0, atol=1e-5)
+    logits.square().mean().backward()
+    assert_all_learn(model)
+
+
+# Models: the choices of the ViT backbone
+
+
+@pytest.mark.parametrize("name", VIT_MODELS)
+def test_gradient_checkpointing_gives_equal_gradients(name: str) -> None:
+    model = vx.create_model(name, dropout=0.2, drop_path=0.3).double()
+    x, gradients, calls = images(model), [], []
+    model.get_submodule("blocks.0").register_forward_pre_hook(lambda *_: calls.append(1))
+    for enable, count in ((False, 1), (True, 2)):
+        model.set_grad_checkpointing(enable)
+        torch.manual_seed(5)
+        gradients.append(torch.autograd.grad(model(x).square().mean(), list(model.parameters())))
+        assert len(calls) == count, "the backward pass computes blocks again just when asked to"
+        calls.clear()
+    for plain, again in zip(*gradients, strict=True):
+        assert torch.equal(plain, again)
+
+
+@each_mixer
+@pytest.mark.parametrize("option", ["dropout", "emb_dropout", "drop_path"])
+def test_dropout_is_random_in_training_only(name: str, option: str) -> None:
+    model = vx.create_model("vit_test", mixer=name, **{option: 0.5})
+    plain = vx.create_model("vit_test", mixer=name)
+    plain.load_state_dict(model.state_dict())
+    x = images(model, 7)
+    assert not torch.equal(model(x), model(x))
+    assert torch.equal(model.eval()(x), plain.eval()(x))
+
+
+def test_drop_path_rises_with_depth_and_drops_whole_samples() -> None:
+    model = vx.create_model("vit_test", drop_path=1.0, depth=3).double()
+    x, after = images(model, 29), []
+    for block in model.get_submodule("blocks").children():
+        block.register_forward_hook(lambda _module, _args, y: after.append(y))
+    model.eval()(x)
+    first = after[0]
+    after.clear()
+    model.train()(x)
+    assert torch.equal(after[0], first), "the first block is never dropped"
+    assert torch.equal(after[2], after[1]), "the last always is"
+    changed = (after[1] != after[0]).flatten(1)
+    assert torch.equal(changed.any(1), changed.all(1)), "a sample is dropped as a whole"
+    assert 0 < changed.all(1).sum() < 29, "both branches of the second are, now and then"
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "pool cls": dict(pool="cls"),
+    "pool mean": dict(pool="mean"),
+    "pool seq": dict(pool="seq"),
+    "pool mean, class token": dict(pool="mean", class_token=True),
+    "pool seq, class token, registers": dict(pool="seq", class_token=True, registers=2),
+    "registers": dict(registers=3),
+    "registers, pool mean": dict(registers=2, pool="mean"),
+    "layer scale": dict(layer_scale=1e-3),
+    "sincos": dict(position="sincos"),
+    "no position": dict(position="none"),
+    "rectangular patch": dict(patch=(2, 5)),
+    "patch 1": dict(patch=1, input_shape=(3, 7, 5)),
+    "signal": dict(input_shape=(2, 33), patch=3),
+    "signal, conv": dict(input_shape=(2, 33), patch=3, stem="conv"),
+    "volume": dict(input_shape=(1, 4, 6, 10), patch=2),
+    "volume, conv": dict(input_shape=(1, 4, 6, 10), patch=(2, 1, 5), stem="conv"),
+    "conv": dict(stem="conv", channels=5),
+    "conv, rectangular patch": dict(stem="conv", patch=(7, 2)),
+    "conv, norm": dict(stem="conv", stem_options={"channels": (5,), "norm": "batch"}),
+    "conv, activation": dict(stem="conv", stem_options={"channels": (), "activation": "relu"}),
+    "deep": dict(depth=5),
+}
+ROPE_VARIANTS: dict[str, dict[str, Any]] = {
+    f"{kind}, {where}": dict(rope=kind, **fields)
+    for kind in ROPE_KINDS
+    for where, fields in {
+        "image": dict(position="none"),
+        "image, learned too, registers": dict(registers=2),
+        "signal": dict(input_shape=(2, 33), patch=3),
+        "volume": dict(input_shape=(1, 4, 6, 10), patch=2, position="none"),
+    }.items()
+}
+CHOICES = [(m, v, k) for m in vx.list_mixers() for v, k in VARIANTS.items()] + [
+    (m, v, k) for m in vx.list_mixers() if takes_rope(m) for v, k in ROPE_VARIANTS.items()
+]
+
+
+@pytest.mark.parametrize(
+    ("mixer", "fields"),
+    [pytest.param(m, k, id=f"{m}-{v}") for m, v, k in CHOICES],
+)
+def test_variants_train_and_rebuild(mixer: str, fields: dict[str, Any]) -> None:
+    options = {k: v for k, v in FEW.items() if k in vx.mixer_options(mixer)}
+    model = vx.create_model("vit_test", mixer=mixer, mixer_options=options, **fields)
+    assert train_once(model).shape == (3, 5)
+    # a softmax over tokens does not see what is added to all of its logits
+    assert_all_learn(model, never=("pool.attention.bias",))
+    rebuilt = vx.create_model(json.loads(json.dumps(model.config.to_dict()))).eval()
+    assert rebuilt.config == model.config
+    rebuilt.load_state_dict(model.state_dict())
+    x = images(model)
+    assert torch.equal(rebuilt(x), model.eval()(x))
+
+
+def test_pools_are_what_they_say() -> None:
+    base = dict(class_token=True, registers=2)
+    cls, mean, seq = (
+        vx.create_model("vit_test", pool=p, **base).double() for p in ("cls", "mean", "seq")
+    )
+    x = torch.randn(3, 3 + 35, 24, dtype=torch.float64)
+    without_registers = torch.cat((x[:, :1], x[:, 3:]), 1)
+    assert torch.equal(cls.forward_head(x, pre_logits=True), x[:, 0])
+    want = F.layer_norm(without_registers.mean(1), (24,))
+    torch.testing.assert_close(mean.forward_head(x, pre_logits=True), want)
+    pool = seq.get_submodule("pool.attention")
+    assert isinstance(pool, nn.Linear)
+    weight = (without_registers @ pool.weight[0]).softmax(1)
+    want = torch.einsum("bn,bnd->bd", weight, without_registers)
+    torch.testing.assert_close(seq.forward_head(x, pre_logits=True), want)
+
+
+@pytest.mark.parametrize(
+    ("fields", "knows_places"),
+    [
+        (dict(position="none"), False),
+        (dict(position="learned"), True),
+        (dict(position="sincos"), True),
+        (dict(position="none", rope="axial"), True),
+        (dict(position="none", rope="raster"), True),
+    ],
+    ids=str,
+)
+def test_positions_are_what_tells_places_apart(fields: dict[str, Any], knows_places: bool) -> None:
+    """Attention is blind to the order of its tokens; the patches in another order show it."""
+    model = vx.create_model("vit_test", patch=1, input_shape=(3, 7, 5), **fields).double().eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    x = images(model)
+    other = x.flatten(2)[:, :, torch.randperm(35)].view_as(x)
+    difference = (model(other) - model(x)).abs().max()
+    assert difference > 1e-3 if knows_places else difference < 1e-10
+
+
+def test_layer_scale_starts_as_asked() -> None:
+    model = vx.create_model("vit_test", layer_scale=1e-7)
+    scales = [m for m in model.modules() if isinstance(m, LayerScale)]
+    assert len(scales) == 2 * 2
+    assert all(torch.equal(s.gamma, torch.full((24,), 1e-7)) for s in scales)
+    shallow = vx.create_model(dataclasses.replace(model.config, depth=1))
+    shallow.load_state_dict(model.state_dict(), strict=False)
+    x = images(model)
+    torch.testing.assert_close(model(x), shallow(x), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(3, 15, 9), (3, 7, 22), (2, 31), (1, 3, 5, 7)], ids=str)
+def test_fnet2d_takes_any_size(shape: tuple[int, ...]) -> None:
+    built_for = (shape[0], *(s + 1 for s in shape[1:]))
+    model = vx.create_model("fnet2d_test", input_shape=built_for)
+    logits = model(torch.randn(3, *shape))
+    assert logits.shape == (3, 5)
+    logits.square().mean().backward()
+    assert_all_learn(model)

@@ -1,0 +1,486 @@
+"""Files of weights and models: round trips, torn and foreign files, and tables that are resized.
+
+What does not fit is a ValueError that says what, and not one weight has changed.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import vision_xformer as vx
+import vision_xformer.weights
+from vision_xformer.zoo import parse_name
+
+TEST_MODELS = [n for n in vx.list_models() if parse_name(n).size == "test"]
+State = dict[str, Tensor]
+
+
+def create(name: str = "vit_test", **overrides: Any) -> vx.Backbone:
+    return vx.create_model(name, **overrides).eval()
+
+
+def images(model: vx.Backbone) -> Tensor:
+    return torch.randn(3, *model.config.input_shape)
+
+
+def state_of(module: nn.Module) -> State:
+    return {k: v.clone() for k, v in module.state_dict().items()}
+
+
+def assert_same(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> None:
+    assert got.keys() == want.keys()
+    for key, value in want.items():
+        assert got[key].dtype == value.dtype
+        assert torch.equal(got[key], value), key
+
+
+def assert_not_loaded(module: nn.Module, weights: Any, *words: str, resize: bool = False) -> None:
+    """Refused with all of the words, and the module is as it was."""
+    before = state_of(module)
+    with pytest.raises(ValueError, match=r"\w") as caught:
+        vx.load_weights(module, weights, resize=resize)
+    for word in words:
+        assert word in str(caught.value)
+    assert_same(module.state_dict(), before)
+
+
+def save_safetensors(state: Mapping[str, Tensor], path: Path) -> None:
+    save_file({k: v.contiguous() for k, v in state.items()}, path)
+
+
+def save_torch(state: Mapping[str, Tensor], path: Path) -> None:
+    torch.save(dict(state), path)
+
+
+FORMATS: dict[str, Callable[[Mapping[str, Tensor], Path], None]] = {
+    ".safetensors": save_safetensors,
+    ".pt": save_torch,
+    ".pth": save_torch,
+}
+each_format = pytest.mark.parametrize("suffix", FORMATS)
+
+
+# Round trips
+
+
+@pytest.mark.parametrize("name", TEST_MODELS)
+def test_save_and_load_model(name: str, tmp_path: Path) -> None:
+    model = vx.create_model(name)
+    model(images(model))  # statistics of batch norms, where there are any
+    path = tmp_path / "model.safetensors"
+    vx.save_model(model, path)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert model.training
+    loaded = vx.load_model(path)
+    assert not any(m.training for m in loaded.modules())
+    assert type(loaded) is type(model)
+    assert loaded.config == model.config
+    assert_same(loaded.state_dict(), model.state_dict())
+    x = images(model)
+    assert torch.equal(loaded(x), model.eval()(x))
+
+
+def test_save_model_of_other_memory_formats_and_heads(tmp_path: Path) -> None:
+    model = create("hybrid_vin_test").to(memory_format=torch.channels_last)
+    assert not model.get_parameter("stem.convs.1.weight").is_contiguous()
+    model.reset_classifier(7)
+    vx.save_model(model, str(tmp_path / "model.safetensors"))
+    loaded = vx.load_model(str(tmp_path / "model.safetensors"))
+    x = images(model)
+    torch.testing.assert_close(loaded(x), model(x))
+    assert loaded.config.num_classes == 7
+
+
+def test_save_model_replaces_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    for name in ("vit_test", "vin_test_rope"):
+        vx.save_model(create(name), path)
+        assert vx.load_model(path).config == create(name).config
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@each_format
+@pytest.mark.parametrize("name", ["hybrid_vil_test", "vip_test_rope", "fnet2d_test"])
+def test_state_dict_files(name: str, suffix: str, tmp_path: Path) -> None:
+    source, target, again = create(name), create(name), create(name)
+    path = tmp_path / f"weights{suffix}"
+    FORMATS[suffix](source.state_dict(), path)
+    for where, module in ((path, target), (str(path), again)):
+        report = vx.load_weights(module, where)
+        assert report.used == sorted(source.state_dict())
+        assert report.resized == []
+        assert_same(module.state_dict(), source.state_dict())
+
+
+def test_state_dicts_of_wrapped_models_and_other_types() -> None:
+    source, target = create(), create()
+    wrapped = {f"module.{k}": v.double() for k, v in source.state_dict().items()}
+    vx.load_weights(target, wrapped)
+    assert_same(target.state_dict(), source.state_dict())
+    low = create().bfloat16()
+    vx.load_weights(low, source.state_dict())
+    assert_same(low.state_dict(), {k: v.bfloat16() for k, v in source.state_dict().items()})
+
+
+def test_the_module_keeps_no_memory_of_the_source() -> None:
+    source, target = create(), create()
+    vx.load_weights(target, source.state_dict())
+    before = state_of(target)
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.zero_()
+    assert_same(target.state_dict(), before)
+    assert all(p.requires_grad for p in target.parameters())
+
+
+# Files that are no files of weights
+
+
+@each_format
+@pytest.mark.parametrize("part", [0.0, 0.001, 0.02, 0.3, 0.5, 0.9, 0.99])
+def test_torn_files(suffix: str, part: float, tmp_path: Path) -> None:
+    whole, torn = tmp_path / f"whole{suffix}", tmp_path / f"torn{suffix}"
+    FORMATS[suffix](create().state_dict(), whole)
+    data = whole.read_bytes()
+    torn.write_bytes(data[: int(part * len(data))])
+    assert_not_loaded(create(), torn, str(torn))
+    with pytest.raises(ValueError, match=torn.name):
+        vx.load_model(torn)
+
+
+def test_a_torn_model_file_by_single_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    vx.save_model(create(), path)
+    data = path.read_bytes()
+    for length in (1, 7, 8, 9, 100, len(data) - 1):
+        path.write_bytes(data[:length])
+        assert_not_loaded(create(), path, str(path))
+        with pytest.raises(ValueError, match=path.name):
+            vx.load_model(path)
+    path.write_bytes(data)
+    assert vx.load_model(path).config == create().config
+
+
+@each_format
+def test_files_of_anything_else(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"weights{suffix}"
+    assert_not_loaded(create(), path, "no weights at", str(path))
+    with pytest.raises(ValueError, match="no weights at"):
+        vx.load_model(path)
+    assert_not_loaded(create(), tmp_path, str(tmp_path))
+    for data in (b"", b"not weights, " * 99, b"\x80\x04N.", bytes(99)):
+        path.write_bytes(data)
+        assert_not_loaded(create(), path, str(path))
+        with pytest.raises(ValueError, match=path.name):
+            vx.load_model(path)
+
+
+class Trap:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda o, p: p.write_bytes(pickle.dumps(o))])
+def test_pickles_are_not_run(save: Callable[[Any, Path], Any], tmp_path: Path) -> None:
+    path, touched = tmp_path / "weights.pt", tmp_path / "touched"
+    save({**create().state_dict(), "trap": Trap(touched)}, path)
+    assert_not_loaded(create(), path, str(path))
+    assert not touched.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [torch.ones(3)],
+        torch.ones(3),
+        {"model": {"head.bias": torch.ones(5)}, "epoch": 3},
+        {"head.bias": [1.0, 2.0]},
+        None,
+    ],
+    ids=["list", "tensor", "nested", "numbers", "nothing"],
+)
+def test_files_of_other_things(content: Any, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save(content, path)
+    assert_not_loaded(create(), path, str(path), "state dict")
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth"])
+def test_load_model_needs_save_models_file(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"weights{suffix}"
+    save_torch(create().state_dict(), path)
+    with pytest.raises(ValueError, match=f"{path.name}.*save_model"):
+        vx.load_model(path)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        (None, r"no model configuration.*save_model"),
+        ({"format": "pt"}, r"no model configuration.*save_model"),
+        ({"config": "{"}, r"line 1 column 2"),
+        ({"config": "[3]"}, r"'backbone'"),
+        ({"config": "{}"}, r"'backbone'"),
+        ({"config": '{"backbone": "vitt"}'}, r"'vitt'.*'vit'"),
+        ({"config": '{"backbone": "vit", "dept": 2}'}, r"'dept'.*'depth'"),
+        ({"config": json.dumps(create("vin_test").config.to_dict())}, r"kernel\.residual"),
+    ],
+    ids=["none", "other", "torn", "list", "empty", "backbone", "field", "weights"],
+)
+def test_load_model_of_another_configuration(
+    metadata: dict[str, str] | None, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(create().state_dict(), path, metadata)
+    with pytest.raises(ValueError, match=message) as caught:
+        vx.load_model(path)
+    assert str(path) in str(caught.value)
+    vx.load_weights(create(), path)
+
+
+# Weights of something else
+
+
+def test_another_models_weights(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_safetensors(create("vil_test").state_dict(), path)
+    words = [str(path), "VisionTransformer", "not in the module", "mixer.kernel.proj_k.grid"]
+    assert_not_loaded(create(), path, *words)
+    words = ["missing", "blocks.0.mixer.kernel.proj_k.grid"]
+    assert_not_loaded(create("vil_test"), create().state_dict(), *words)
+    words = ["head.bias", "(5,)", "(7,)", "head.weight", "(5, 24)", "(7, 24)"]
+    assert_not_loaded(create(num_classes=7), create().state_dict(), *words)
+    words = ["missing", "blocks.2.", "and 6 more"]
+    assert_not_loaded(create(depth=3), create().state_dict(), *words)
+    words = ["not in the module", "blocks.2.", "and 6 more"]
+    assert_not_loaded(create(), create(depth=3).state_dict(), *words)
+    assert_not_loaded(
+        create(dim=18), create().state_dict(), "cls_token", "(1, 1, 24)", "(1, 1, 18)"
+    )
+    assert_not_loaded(create(), {}, "missing")
+
+
+@pytest.mark.parametrize("resize", [False, True])
+@pytest.mark.parametrize("key", ["stem.proj.weight", "blocks.1.mlp.fc2.bias", "head.weight"])
+def test_one_wrong_key_of_many(key: str, resize: bool) -> None:
+    module, good = create(), state_of(create())
+    missing = {k: v for k, v in good.items() if k != key}
+    assert_not_loaded(module, missing, "missing", key, resize=resize)
+    renamed = {**missing, "spam": good[key]}
+    assert_not_loaded(module, renamed, "missing", key, "spam", resize=resize)
+    words = [key, str(tuple(good[key].shape))]
+    assert_not_loaded(module, {**good, key: good[key][1:]}, *words, resize=resize)
+    more = {**good, "epoch": torch.tensor(3)}
+    assert_not_loaded(module, more, "not in the module", "epoch", resize=resize)
+    vx.load_weights(module, good, resize=resize)
+    assert_same(module.state_dict(), good)
+
+
+def test_one_tensor_under_two_names() -> None:
+    good = state_of(create())
+    twice = {**good, "mlp_head.1.bias": good["head.bias"]}
+    assert_not_loaded(create(), twice, "head.bias", "mlp_head.1.bias")
+
+
+# Another grid
+
+
+def assert_resized(source: vx.Backbone, target: vx.Backbone, tables: set[str]) -> State:
+    """Refused without resize=True; with it only the tables change. Returns the new state."""
+    state = state_of(source)
+    grids = [k for k in tables if k.endswith(".grid")]
+    assert_not_loaded(target, state, "resize=True", *grids)
+    report = vx.load_weights(target, state, resize=True)
+    assert set(report.resized) == tables
+    assert set(report.used) == set(state) - tables
+    new = state_of(target)
+    for key in state.keys() - set(grids):
+        assert torch.equal(new[key], state[key]), key
+    assert target(images(target)).isfinite().all()
+    return new
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ((3, 14, 10), (3, 22, 26)),
+        ((3, 14, 10), (3, 10, 14)),
+        ((3, 22, 26), (3, 6, 4)),
+        ((3, 14), (3, 22)),
+        ((3, 4, 6, 10), (3, 6, 4, 14)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("registers", "pool"), [(0, "cls"), (2, "cls"), (3, "mean"), (0, "mean")])
+def test_learned_positions_are_resized(
+    old: tuple[int, ...], new: tuple[int, ...], registers: int, pool: str
+) -> None:
+    """A constant stays a constant, a slope rises along its own axis; prefix rows stay."""
+    fields: dict[str, Any] = dict(registers=registers, pool=pool)
+    source = create(input_shape=old, **fields)
+    table = source.get_parameter("position.grid")
+    with torch.no_grad():
+        table.zero_()
+        table[..., 0] = 3.0
+        for axis in range(table.ndim - 1):
+            slope = torch.linspace(-1, 1, table.shape[axis])
+            table[..., 1 + axis] = slope.view(-1, *(1,) * (table.ndim - 2 - axis))
+    prefix = {"position.prefix"} if "position.prefix" in source.state_dict() else set()
+    assert bool(prefix) == (registers > 0 or pool == "cls")
+    target = create(input_shape=new, **fields)
+    grid = assert_resized(source, target, {"position.grid", *prefix})["position.grid"]
+    assert grid.shape[:-1] == tuple(s // 2 for s in new[1:])
+    torch.testing.assert_close(grid[..., 0], torch.full(grid.shape[:-1], 3.0))
+    for axis in range(grid.ndim - 1):
+        slope = grid[..., 1 + axis].movedim(axis, 0)
+        assert (slope.diff(dim=0) > 0).all()
+        torch.testing.assert_close(slope, -slope.flip(0))
+        across = slope.reshape(len(slope), -1)
+        torch.testing.assert_close(across, across[:, :1].expand_as(across))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [((14, 10), (22, 26)), ((14, 10), (10, 14)), ((22, 6), (4, 10))], ids=str
+)
+@pytest.mark.parametrize("registers", [0, 2])
+@pytest.mark.parametrize("share_kv", [True, False])
+def test_length_projections_are_resized(
+    old: tuple[int, int], new: tuple[int, int], registers: int, share_kv: bool
+) -> None:
+    """They weigh a sum over the tokens, and the sum stays as large."""
+    fields: dict[str, Any] = dict(
+        registers=registers, mixer_options={"rank": 5, "share_kv": share_kv}
+    )
+    source = create("vil_test", image_size=old, **fields)
+    projections = [k for k in source.state_dict() if ".kernel.proj_" in k and k.endswith(".grid")]
+    assert len(projections) == 2 * (1 if share_kv else 2)
+    constant = torch.tensor([1.0, -2.0, 0.5, 3.0, 0.0])
+    with torch.no_grad():
+        for key in projections:
+            source.get_parameter(key).copy_(constant.expand_as(source.get_parameter(key)))
+    prefixes = {k.replace(".grid", ".prefix") for k in projections}
+    tables = {*projections, *prefixes, "position.grid", "position.prefix"}
+    state = assert_resized(source, create("vil_test", image_size=new, **fields), tables)
+    cells = old[0] * old[1] // 4
+    for key in projections:
+        torch.testing.assert_close(state[key].sum((0, 1)), constant * cells)
+        torch.testing.assert_close(state[key], state[key][:1, :1].expand_as(state[key]))
+
+
+@pytest.mark.parametrize("name", ["vit_test", "vil_test"])
+def test_as_many_rows_of_another_grid(name: str) -> None:
+    """(4, 8) and (8, 4) have as many tokens, at other places."""
+    wide, high = (create(name, patch=1, image_size=s) for s in ((4, 8), (8, 4)))
+    assert_not_loaded(high, wide.state_dict(), "position.grid", "(4, 8, 24)", "(8, 4, 24)",
+                      "resize=True")  # fmt: skip
+    report = vx.load_weights(high, wide.state_dict(), resize=True)
+    assert "position.grid" in report.resized
+    report = vx.load_weights(
+        create(name, patch=1, image_size=(4, 8)), wide.state_dict(), resize=True
+    )
+    assert report.resized == []
+
+
+@pytest.mark.parametrize("resize", [False, True])
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (dict(input_shape=(3, 32)), dict(input_shape=(3, 4, 8)), ["position", "(32, 24)"]),
+        (dict(registers=2), dict(), ["reg_token", "not in the module"]),
+        (dict(), dict(registers=2), ["reg_token", "missing"]),
+        (dict(pool="mean"), dict(pool="mean", class_token=True), ["cls_token", "missing"]),
+        (dict(), dict(position="sincos"), ["position.grid", "not in the module"]),
+        (dict(position="none"), dict(), ["position.grid", "missing"]),
+        (dict(), dict(dim=30), ["position.grid", "(14, 10, 24)", "(14, 10, 30)"]),
+    ],
+    ids=str,
+)
+def test_what_resizing_cannot_do(
+    old: dict[str, Any], new: dict[str, Any], words: list[str], resize: bool
+) -> None:
+    source, target = (create(patch=1, **fields) for fields in (old, new))
+    assert_not_loaded(target, source.state_dict(), *words, resize=resize)
+
+
+def published_spelling(state: State) -> State:
+    """Positions as the published package saves them: one table without a grid."""
+    rows = torch.cat((state.pop("position.prefix"), state.pop("position.grid").flatten(0, -2)))
+    return {**state, "pos_embedding": rows[None]}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [((8, 8), (6, 6)), ((4, 8), (6, 12)), ((8, 8), (6, 10)), ((6, 12), (4, 8))],
+    ids=str,
+)
+def test_tables_that_do_not_say_their_grid(old: tuple[int, int], new: tuple[int, int]) -> None:
+    """Their grid has the proportions of the target's, or else is square."""
+    source = create(patch=1, image_size=old)
+    same, other, want = (create(patch=1, image_size=s) for s in (old, new, new))
+    state = published_spelling(state_of(source))
+    assert "pos_embedding" in vx.load_weights(same, state).used
+    assert_same(same.state_dict(), source.state_dict())
+    assert_not_loaded(other, state, "pos_embedding", "resize=True")
+    assert vx.load_weights(other, state, resize=True).resized == ["pos_embedding"]
+    vx.load_weights(want, source.state_dict(), resize=True)
+    assert_same(other.state_dict(), want.state_dict())
+
+
+def test_a_table_of_no_known_grid() -> None:
+    state = published_spelling(state_of(create(patch=1, image_size=(3, 11))))
+    words = ["pos_embedding", "(1, 34, 24)"]
+    assert_not_loaded(create(patch=1, image_size=8), state, *words, resize=True)
+
+
+# Writing
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("existed", [True, False])
+def test_a_failed_save_leaves_the_old_file(
+    error: BaseException, existed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.safetensors"
+    old = create()
+    if existed:
+        vx.save_model(old, path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    real = vision_xformer.weights.save_file
+
+    def half(state: State, file: Path, metadata: dict[str, str]) -> None:
+        real(state, file, metadata)
+        data = Path(file).read_bytes()
+        Path(file).write_bytes(data[: len(data) // 2])
+        raise error
+
+    monkeypatch.setattr(vision_xformer.weights, "save_file", half)
+    with pytest.raises(type(error)):
+        vx.save_model(create(), path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    if existed:
+        assert_same(vx.load_model(path).state_dict(), old.state_dict())
+
+
+def test_the_file_is_plain_safetensors(tmp_path: Path) -> None:
+    """Anything that reads safetensors reads it; the configuration is in its metadata."""
+    model, path = create("vin_test"), tmp_path / "model.safetensors"
+    vx.save_model(model, path)
+    assert_same(load_file(path), model.state_dict())
+    header = path.read_bytes()
+    length = int.from_bytes(header[:8], "little")
+    metadata = json.loads(header[8 : 8 + length])["__metadata__"]
+    assert vx.create_model(json.loads(metadata["config"])).config == model.config
