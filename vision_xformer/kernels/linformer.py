@@ -34,6 +34,11 @@ class LengthProjection(TokenTable):
             self.grid[..., :cells] += pooling.mT.view(*layout.grid, cells).to(self.grid)
 
 
+def _shorten(x: Tensor, weights: Tensor) -> Tensor:
+    """(B, M, C), (M, R) -> (B, R, C). A product that broadcasts would copy x to fold it."""
+    return torch.bmm(weights.mT.expand(x.shape[0], -1, -1), x)
+
+
 @KERNELS.register("linformer")
 class Linformer(Softmax):
     """
@@ -68,11 +73,16 @@ class Linformer(Softmax):
         self.proj_v = None if share_kv else LengthProjection(layout, rank)
 
     def compress(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        e = self.proj_k().mT
-        short = e @ k
-        if self.proj_v is not None:
-            return short, self.proj_v().mT @ v
-        return short, short if v is k else e @ v
+        e = self.proj_k()
+        if self.proj_v is None:
+            short = _shorten(k, e)
+            return short, short if v is k else _shorten(v, e)
+        f = self.proj_v()
+        if v is k:
+            rank = e.shape[1]
+            both = _shorten(k, torch.cat((e, f), 1))
+            return both[:, :rank], both[:, rank:]
+        return _shorten(k, e), _shorten(v, f)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, q_layout: Layout, k_layout: Layout

@@ -6,6 +6,7 @@ No parameters. "grid" transforms each axis of the picture instead of the row-maj
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -24,9 +25,15 @@ def real_fft(x: Tensor, norm: str) -> Tensor:
     """
     axes = tuple(range(1, x.ndim))
     half = torch.fft.rfftn(x, dim=axes, norm=norm).real
-    rest = half[..., 1 : (x.shape[-1] + 1) // 2].flip(axes)
-    # n -> -n modulo the length: a flip that keeps index 0 first
-    return torch.cat((half, rest.roll((1,) * (x.ndim - 2), axes[:-1])), -1)
+    width, mirrored = half.shape[-1], slice(1, (x.shape[-1] + 1) // 2)
+    y = torch.empty_like(x)
+    y[..., :width] = half
+    # n -> -n modulo the length: on each axis index 0 stays and the rest turns round
+    for places in itertools.product((slice(0, 1), slice(1, None)), repeat=x.ndim - 2):
+        left = (slice(None), *places, mirrored)
+        right = (slice(None), *places, slice(width, None))
+        y[right] = y[left].flip(axes)
+    return y
 
 
 class _RealFFT(torch.autograd.Function):
@@ -82,9 +89,5 @@ class Fourier(Mixer):
         (y,) = widened(x)
         if self.axes == "grid":
             y = y.unflatten(1, layout.grid)
-        y = (
-            real_fft(y, self.norm)
-            if torch.compiler.is_compiling()
-            else _RealFFT.apply(y, self.norm)
-        )
+        y = _RealFFT.apply(y, self.norm)
         return y.reshape(x.shape).to(x.dtype)
