@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from matrix import markdown
 
 import vision_xformer as vx
 from train.__main__ import parse
+from train.benchmark import summary
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -39,6 +41,12 @@ def test_every_snippet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_support_matrix_is_that_of_the_tests() -> None:
     assert between("support matrix") == markdown().strip()
+
+
+def test_benchmark_table_is_that_of_the_results() -> None:
+    lines = (ROOT / "results" / "mixers-cpu.csv").read_text().splitlines()
+    rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
+    assert between("benchmark") == summary(rows)
 
 
 def test_commands_are_there() -> None:

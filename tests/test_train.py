@@ -405,7 +405,7 @@ def test_benchmark_of_mixers(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ["mixers", "--only", "softmax", "linformer", "linformer-pytorch", "--lengths", "16",
          "--repeats", "1", "--out", str(out)]
     )  # fmt: skip
-    assert "| linformer | eager | 16 |" in capsys.readouterr().out
+    assert "| `linformer` |" in capsys.readouterr().out
     lines = [line for line in out.read_text().splitlines() if not line.startswith("#")]
     rows = {row["mixer"]: row for row in csv.DictReader(lines)}
     ratio = float(rows["linformer-pytorch"]["ms"]) / float(rows["linformer"]["ms"])

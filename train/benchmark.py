@@ -146,25 +146,35 @@ def _ratios(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, float]
     return ratios
 
 
-COLUMNS = {
-    "mixer": "{}",
-    "mode": "{}",
-    "tokens": "{}",
-    "ms": "{:.1f}",
-    "times_eager_package": "{:.2f}",
-    "times_compiled_package": "{:.2f}",
-    "kept_mib": "{:.1f}",
-    "peak_mib": "{:.1f}",
-    "peak_to_softmax": "{:.2f}",
-    "parameters": "{}",
-}
+COLUMNS = [
+    "mixer", "mode", "tokens", "ms", "times_eager_package", "times_compiled_package", "kept_mib",
+    "peak_mib", "peak_to_softmax", "parameters",
+]  # fmt: skip
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as a Markdown table."""
-    columns = [c for c in COLUMNS if any(c in row for row in rows)]
-    cells = [[COLUMNS[c].format(row[c]) if c in row else "" for c in columns] for row in rows]
-    lines = [columns, ["---"] * len(columns), *cells]
+def summary(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table with a line for each mixer; a cell holds a figure for each length."""
+    lengths = sorted({int(row["tokens"]) for row in rows})
+    at = {(row["mixer"], row["mode"], int(row["tokens"])): row for row in rows}
+
+    def cell(mixer: str, mode: str, column: str, digits: int) -> str:
+        figures = [at.get((mixer, mode, n), {}).get(column) for n in lengths]
+        if not any(figures):
+            return ""
+        return " / ".join(f"{float(f):,.{digits}f}" if f else "-" for f in figures)
+
+    columns = [
+        ("ms", "eager", "ms", 0),
+        ("ms, compiled", "compiled", "ms", 0),
+        ("package / ours", "eager", "times_eager_package", 2),
+        ("compiled package / ours", "eager", "times_compiled_package", 2),
+        ("kept for backward, MiB", "eager", "kept_mib", 0),
+        ("peak, MiB", "eager", "peak_mib", 0),
+    ]
+    lines = [["mixer", *(title for title, *_ in columns)], ["---"] * (len(columns) + 1)]
+    for mixer in dict.fromkeys(row["mixer"] for row in rows):
+        cells = [cell(mixer, mode, column, digits) for _, mode, column, digits in columns]
+        lines.append([f"`{mixer}`", *cells])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -216,8 +226,9 @@ def main(arguments: list[str] | None = None) -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*complex operators.*")
             rows += measure(args.only, tokens, args.repeats, device, args.compile)
-    print(f"{device_name(device)}, torch {torch.__version__}, forward + backward, float32\n")
-    print(table(rows))
+    print(f"{device_name(device)}, torch {torch.__version__}, forward + backward, float32;")
+    print(f"figures at {' / '.join(map(str, args.lengths))} tokens\n")
+    print(summary(rows))
     if args.out:
         write_csv(args.out, rows, device, arguments)
 

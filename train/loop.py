@@ -119,7 +119,7 @@ class Run:
         self.net, self.optimizer, *self.loaders = self.accelerator.prepare(
             self.model, self.optimizer, *self._loaders()
         )
-        self.images_per_second = 0.0
+        self.images_seen, self.seconds = 0, 0.0
 
     def _loaders(self) -> list[DataLoader[tuple[Tensor, int]]]:
         """Of training, validation and test images."""
@@ -163,13 +163,19 @@ class Run:
             images_seen += len(images)
             progress.update()
         mean = (total / images_seen).item()
-        self.images_per_second = images_seen / (time.perf_counter() - start)
+        self.images_seen += images_seen
+        self.seconds += time.perf_counter() - start
         if not math.isfinite(mean):
             raise ValueError(
                 f"the loss is {mean} in epoch {epoch + 1} at learning rate {rate:.2g}: "
                 "lower train.lr, or set train.precision to fp32"
             )
         return mean
+
+    @property
+    def images_per_second(self) -> float:
+        """Of this process in training so far, loading included, evaluation apart."""
+        return self.images_seen / self.seconds
 
     def fit(self, progress: tqdm[Any] | None = None) -> Accuracy:
         """Train; keep the last weights and those best on validation; test the best once."""

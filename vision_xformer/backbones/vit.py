@@ -199,9 +199,10 @@ class VisionTransformer(Backbone):
         if self.config.pool == "cls":
             x = x[:, 0]
         else:
-            classes = int(self.config.has_class_token)
-            tokens = torch.cat((x[:, :classes], x[:, self.layout.prefix :]), 1)
-            x = tokens.mean(1) if self.pool is None else self.pool(tokens)
+            if self.reg_token is not None:
+                classes = int(self.config.has_class_token)
+                x = torch.cat((x[:, :classes], x[:, self.layout.prefix :]), 1)
+            x = x.mean(1) if self.pool is None else self.pool(x)
         x = self.fc_norm(x)
         y: Tensor = x if pre_logits else self.head(x)
         return y

@@ -63,19 +63,18 @@ class _FeatureMap:
         z = x @ w.mT
         if self.form == "relu":
             return z.relu_()
-        shift_of = z.detach()
+        norm: Tensor | float = 0.0
         if self.with_norm:
             norm = x.square().sum(-1, keepdim=True) * self.half_scale
-            z = z - norm
-            if self.form == "exponent":
-                shift_of = z.detach()
+        if self.form == "exponent":
+            z, norm = z.sub_(norm), 0.0
         if self.is_query:
-            shift = shift_of.amax(-1, keepdim=True)
+            shift = z.detach().amax(-1, keepdim=True)
         elif self.form == "published":
-            shift = shift_of.amax()
+            shift = z.detach().amax()
         else:
-            shift = shift_of.amax((-2, -1), keepdim=True)
-        return z.sub_(shift).exp_() if not z.requires_grad else (z - shift).exp()
+            shift = z.detach().amax((-2, -1), keepdim=True)
+        return z.sub_(shift + norm).exp_()
 
     def gradient(self, x: Tensor, w: Tensor, raw: Tensor, d: Tensor) -> Tensor:
         """d(loss)/dx from d = d(loss)/d(features); ``d`` is overwritten."""
