@@ -314,13 +314,14 @@ def test_pictures_are_resized_bicubic(new):
 
 
 def linear(size, new):
-    """(new, size) matrix of linear interpolation between cell centres, by its definition."""
+    """(new, size) matrix of triangle filters around cell centres, as wide as the larger cell."""
     matrix = torch.zeros(new, size, dtype=torch.float64)
+    reach = max(1.0, size / new)
     for i in range(new):
-        place = min(max((i + 0.5) * size / new - 0.5, 0), size - 1)
-        left = min(int(place), size - 1)
-        matrix[i, left] += 1 - (place - left)
-        matrix[i, min(left + 1, size - 1)] += place - left
+        centre = (i + 0.5) * size / new
+        for j in range(size):
+            matrix[i, j] = max(0.0, 1 - abs(j + 0.5 - centre) / reach)
+        matrix[i] /= matrix[i].sum()
     return matrix
 
 

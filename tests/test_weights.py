@@ -381,6 +381,53 @@ def test_length_projections_are_resized(
         torch.testing.assert_close(state[key], state[key][:1, :1].expand_as(state[key]))
 
 
+@pytest.mark.parametrize(("old", "new"), [((64,), (16,)), ((8, 8, 8), (2, 4, 2))])
+def test_fresh_length_projections_keep_their_sums(
+    old: tuple[int, ...], new: tuple[int, ...]
+) -> None:
+    """Of signals and volumes too: what lies between two new places is not skipped."""
+    options = {"rank": 4}
+    source, target = (
+        vx.create_model("vil_test", input_shape=(1, *s), patch=1, mixer_options=options)
+        for s in (old, new)
+    )
+    vx.load_weights(target, source.state_dict(), resize=True)
+    before, after = (
+        m.blocks[0].mixer.kernel.proj_k.grid.detach().flatten(0, -2).sum(0)
+        for m in (source, target)
+    )
+    torch.testing.assert_close(after, before, rtol=0.1, atol=0.1)
+
+
+def test_a_table_without_its_grid_is_refused() -> None:
+    model = vx.create_model("vit_test")
+    state = model.state_dict()
+    del state["position.grid"]
+    for resize in (False, True):
+        with pytest.raises(ValueError, match=r"position.prefix"):
+            vx.load_weights(model, state, resize=resize)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_prefixes_of_parallel_and_compiled_models(prefix: str) -> None:
+    source, target = (vx.create_model("vin_test", pool="mean") for _ in range(2))
+    vx.load_weights(target, {prefix + k: v for k, v in source.state_dict().items()})
+    assert torch.equal(target.fc_norm.weight, source.fc_norm.weight)
+    assert torch.equal(target.head.weight, source.head.weight)
+
+
+@pytest.mark.parametrize("name", ["vit_test", "vit_test_rope"])
+def test_a_model_made_on_the_meta_device_gets_its_fixed_tables(name: str) -> None:
+    fields = {} if "rope" in name else {"position": "sincos"}
+    model = vx.create_model(name, **fields).eval()
+    with torch.device("meta"):
+        empty = vx.create_model(name, **fields)
+    empty = empty.to_empty(device="cpu").eval()
+    empty.load_state_dict(model.state_dict())
+    x = torch.randn(2, 3, 14, 10)
+    assert torch.equal(empty(x), model(x))
+
+
 @pytest.mark.parametrize("name", ["vit_test", "vil_test"])
 def test_as_many_rows_of_another_grid(name: str) -> None:
     """(4, 8) and (8, 4) have as many tokens, at other places."""

@@ -70,6 +70,10 @@ def resize_grid(table: Tensor, grid: tuple[int, ...]) -> Tensor:
     x = table.detach().to(torch.promote_types(table.dtype, torch.float32)).movedim(-1, 0)[None]
     if len(grid) == 2:
         x = F.interpolate(x, grid, mode="bicubic", antialias=True, align_corners=False)
-    else:
-        x = F.interpolate(x, grid, mode=("linear", "", "trilinear")[len(grid) - 1])
+    else:  # one axis after the other: only the two-dimensional modes know antialiasing
+        for axis, size in enumerate(grid, start=2):
+            lines = x.movedim(axis, -1)
+            flat = lines.reshape(1, 1, -1, lines.shape[-1])
+            flat = F.interpolate(flat, (flat.shape[2], size), mode="bilinear", antialias=True)
+            x = flat.view(*lines.shape[:-1], size).movedim(-1, axis)
     return x[0].movedim(0, -1).to(table.dtype)

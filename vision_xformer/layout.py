@@ -44,10 +44,10 @@ def grid_parts(grid: tuple[int, ...], count: int) -> tuple[int, ...]:
     return tuple(parts)
 
 
-def segment_means(size: int, parts: int) -> Tensor:
+def segment_means(size: int, parts: int, device: torch.device | None = None) -> Tensor:
     """(parts, size) matrix whose rows average the ``parts`` nearly equal runs of ``size`` cells."""
-    segment = torch.arange(size) * parts // size
-    member = (segment == torch.arange(parts)[:, None]).double()
+    segment = torch.arange(size, device=device) * parts // size
+    member = (segment == torch.arange(parts, device=device)[:, None]).double()
     return member / member.sum(1, keepdim=True)
 
 
@@ -62,6 +62,6 @@ def pool_grid(x: Tensor, layout: Layout, parts: tuple[int, ...]) -> Tensor:
             if size > count:
                 x = x.unflatten(axis, (count, size // count)).mean(axis + 1)
         else:
-            means = segment_means(size, count).to(x)
+            means = segment_means(size, count, x.device).to(x.dtype)
             x = (means @ x.movedim(axis, -2)).movedim(-2, axis)
     return x.flatten(1, len(parts))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from rotary_embedding_torch import RotaryEmbedding, apply_rotary_emb
@@ -19,13 +20,35 @@ class LearnedPosition(TokenTable):
     """A learned vector for each token, prefix included: () -> (N, D)."""
 
 
-class SinCosPosition(nn.Module):
+class _FixedTable(nn.Module):
+    """A table that is computed, not learned nor saved: () -> (N, C).
+
+    It is made again wherever the module goes, so that it has its values after ``to_empty``, and is
+    computed in float32 whatever the module's type; ``follows_type`` says what it is rounded to.
+    """
+
+    table: Tensor
+    follows_type: ClassVar[bool] = True
+
+    def _make(self, device: torch.device) -> Tensor:
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _FixedTable:
+        super()._apply(fn, recurse)
+        if self.table.device.type != "meta":
+            table = self._make(self.table.device)
+            self.table = table.to(self.table.dtype) if self.follows_type else table
+        return self
+
+    def forward(self) -> Tensor:
+        return self.table
+
+
+class SinCosPosition(_FixedTable):
     """Fixed sines and cosines of each coordinate (Vaswani et al. 2017, 3.5): () -> (N, D).
 
     The width is shared equally by the axes; what does not divide, and the prefix, is zero.
     """
-
-    table: Tensor
 
     def __init__(self, layout: Layout, dim: int) -> None:
         super().__init__()
@@ -33,22 +56,26 @@ class SinCosPosition(nn.Module):
         pairs = dim // (2 * axes)
         if pairs == 0:
             raise ValueError(f"dim {dim} must be at least {2 * axes} for sin-cos on {axes} axes")
-        frequency = 10000.0 ** (-torch.arange(pairs, dtype=torch.float32) / pairs)
-        table = torch.zeros(layout.length, dim, dtype=torch.float32)
-        coordinates = torch.meshgrid(*(torch.arange(g) for g in layout.grid), indexing="ij")
+        self.layout, self.dim, self.pairs = layout, dim, pairs
+        table = self._make(torch.device("cpu")).to(torch.get_default_dtype())
+        self.register_buffer("table", table, persistent=False)
+
+    def _make(self, device: torch.device) -> Tensor:
+        layout, dim, pairs = self.layout, self.dim, self.pairs
+        with torch.device(device):
+            frequency = 10000.0 ** (-torch.arange(pairs, dtype=torch.float32) / pairs)
+            table = torch.zeros(layout.length, dim, dtype=torch.float32)
+            coordinates = torch.meshgrid(*(torch.arange(g) for g in layout.grid), indexing="ij")
         for axis, coordinate in enumerate(coordinates):
             angle = coordinate.flatten()[:, None] * frequency
             start = axis * 2 * pairs
             table[layout.prefix :, start : start + 2 * pairs] = torch.cat(
                 (angle.sin(), angle.cos()), 1
             )
-        self.register_buffer("table", table.to(torch.get_default_dtype()), persistent=False)
-
-    def forward(self) -> Tensor:
-        return self.table
+        return table
 
 
-class RotaryPosition(nn.Module):
+class RotaryPosition(_FixedTable):
     """Angles of rotary position embedding (Su et al. 2021, arXiv 2104.09864): () -> (N, A).
 
     Args:
@@ -62,7 +89,7 @@ class RotaryPosition(nn.Module):
     several radians.
     """
 
-    angles: Tensor
+    follows_type = False
 
     def __init__(self, layout: Layout, head_dim: int, kind: str) -> None:
         super().__init__()
@@ -75,7 +102,7 @@ class RotaryPosition(nn.Module):
             )
         self.layout, self.kind = layout, kind
         self.axis_dim = head_dim // (2 * axes) * 2
-        self.register_buffer("angles", self._make(torch.device("cpu")), persistent=False)
+        self.register_buffer("table", self._make(torch.device("cpu")), persistent=False)
 
     def _make(self, device: torch.device) -> Tensor:
         grid, prefix = self.layout
@@ -90,15 +117,6 @@ class RotaryPosition(nn.Module):
             angles = [rotary(place.flatten())[:, : self.axis_dim] for place in places]
             table = torch.cat(angles, 1).detach()
         return torch.cat((table.new_zeros(prefix, table.shape[1]), table))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryPosition:
-        super()._apply(fn, recurse)
-        if self.angles.dtype != torch.float32:  # .half() and the like: made again, not rounded
-            self.angles = self._make(self.angles.device)
-        return self
-
-    def forward(self) -> Tensor:
-        return self.angles
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:

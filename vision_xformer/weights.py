@@ -27,7 +27,8 @@ from .zoo import create_model
 
 # (pattern, our spelling), applied in this order
 _SPELLINGS = [
-    (r"^_orig_mod\.", ""),  # of a model under torch.compile
+    (r"^((module|_orig_mod)\.)+", ""),  # of data parallel and torch.compile
+    (r"\._orig_mod\.", "."),
     # vision_xformer 0.1.8 to 0.2.0: ViN, ViP, ViL, FNet
     (r"^pos_embedding$", "position"),
     (r"^to_patch_embedding\.1\.", "stem.norm_in."),
@@ -150,8 +151,10 @@ def _resize(name: str, source: list[_Part], target: list[_Part]) -> list[Tensor]
 
 def _guess_grid(cells: int, like: tuple[int, ...]) -> tuple[int, ...] | None:
     """The grid of a table that does not say: of the target's proportions, or else square."""
+    if cells < 1:
+        return None
     for shape in (like, (1,) * len(like)):
-        scale = (max(cells, 0) / math.prod(shape)) ** (1 / len(shape))
+        scale = (cells / math.prod(shape)) ** (1 / len(shape))
         grid = tuple(round(s * scale) for s in shape)
         if math.prod(grid) == cells:
             return grid
@@ -233,13 +236,16 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     except Exception as error:  # pickle.UnpicklingError and what torch raises for it
         raise ValueError(f"{path} is not a file of tensors only: {type(error).__name__}") from error
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise ValueError(f"{path} is not a state dict: name -> tensor")
+        keys = f"; its keys are {sorted(map(str, state))[:5]}" if isinstance(state, dict) else ""
+        raise ValueError(f"{path} is not a state dict, name -> tensor{keys}")
     return state
 
 
 def save_model(model: Backbone, path: str | os.PathLike[str]) -> None:
     """Write weights and configuration to one safetensors file, whole or not at all."""
     path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path} must end in .safetensors")
     metadata = {"config": json.dumps(model.config.to_dict())}
     state = {k: v.contiguous() for k, v in model.state_dict().items()}
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
@@ -259,6 +265,8 @@ def load_model(path: str | os.PathLike[str]) -> Backbone:
         raise ValueError(f"{path} has no model configuration: was it written by save_model?")
     try:
         model = create_model(json.loads(metadata["config"]))
+        # in the type it was saved in
+        model.to(next(t.dtype for t in state.values() if t.is_floating_point()))
         load_weights(model, state)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error

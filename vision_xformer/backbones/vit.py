@@ -44,7 +44,7 @@ class ViTConfig(Config):
         rope: rotary positions, "axial" or "raster", or None.
         pool: "cls" (class token), "mean", or "seq" (learned weighted mean).
         class_token: whether there is one; by default with pool "cls" only. Where there is one and
-            pool is "mean" it is part of the mean, as in the published models; registers never are.
+            pool is "mean" or "seq" it is pooled too, as in the published models; registers never.
         registers: number of register tokens (Darcet et al. 2023).
         dropout: in the MLP. emb_dropout: after the positions. drop_path: stochastic depth of the
             last block, rising linearly from 0 at the first. A mixer's dropout is its option.

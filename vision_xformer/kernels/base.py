@@ -5,6 +5,7 @@ Shapes: B batch, H heads, N queries, M keys, K key width per head, V value width
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar
 
 import torch
@@ -56,8 +57,10 @@ def widened(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors)
 
 
-def without_autocast(x: Tensor) -> torch.autocast:
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Context in which products keep their operands' type on the device of ``x``."""
+    if x.device.type == "meta":  # shapes only: it has no autocast
+        return nullcontext()
     return torch.autocast(x.device.type, enabled=False)
 
 

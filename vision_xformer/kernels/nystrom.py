@@ -40,6 +40,8 @@ def depthwise_conv(v: Tensor, taps: Tensor) -> Tensor:
     grouped convolution, whose weight gradient is moreover wrong on some CPUs.
     """
     (batch, heads, length, channels), width = v.shape, taps.shape[1]
+    if batch == 0:
+        return v * taps.sum()
     block = max(_BLOCK, width)
     blocks = -(-length // block)
     # Row i of the matrix holds the taps from column i on. Repeating a row padded to one more than
@@ -56,12 +58,15 @@ def depthwise_conv(v: Tensor, taps: Tensor) -> Tensor:
     return y.permute(2, 0, 3, 1, 4).flatten(2, 3)[:, :, :length]
 
 
-def nearest_keys(q_layout: Layout, k_layout: Layout) -> Tensor:
-    """(N,) index of the key that lies under each query; prefix tokens map to the prefix."""
-    index = torch.zeros((), dtype=torch.long)
+def nearest_keys(q_layout: Layout, k_layout: Layout, device: torch.device) -> Tensor:
+    """(N,) index of the key that lies under each query; prefix tokens map to the prefix.
+
+    Where the keys have no prefix, the queries' maps to the first key.
+    """
+    index = torch.zeros((), dtype=torch.long, device=device)
     for size, keys in zip(q_layout.grid, k_layout.grid, strict=True):
-        index = index[..., None] * keys + torch.arange(size) * keys // size
-    prefix = torch.arange(q_layout.prefix).clamp(max=max(k_layout.prefix - 1, 0))
+        index = index[..., None] * keys + torch.arange(size, device=device) * keys // size
+    prefix = torch.arange(q_layout.prefix, device=device).clamp(max=max(k_layout.prefix - 1, 0))
     return torch.cat((prefix, index.flatten() + k_layout.prefix))
 
 
@@ -126,6 +131,8 @@ class Nystrom(Kernel):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, q_layout: Layout, k_layout: Layout
     ) -> Tensor:
+        if len(q_layout.grid) != len(k_layout.grid):
+            raise ValueError(f"queries on {q_layout} and keys on {k_layout} differ in their axes")
         parts = self._parts(q_layout, k_layout)
         q_marks = self._landmark_means(q, q_layout, parts)
         k_marks = self._landmark_means(k, k_layout, parts)
@@ -139,5 +146,5 @@ class Nystrom(Kernel):
             return out
         local = depthwise_conv(v, self.residual)
         if q_layout != k_layout:
-            local = local[:, :, nearest_keys(q_layout, k_layout).to(v.device)]
+            local = local[:, :, nearest_keys(q_layout, k_layout, v.device)]
         return out + local

@@ -32,12 +32,12 @@ _BLOCK_ELEMENTS_ELSEWHERE = 2**26
 
 def random_projection(features: int, key_dim: int, orthogonal: bool) -> Tensor:
     """(m, K) normal rows; ``orthogonal``: within each block of K rows (section 2.4)."""
-    gaussian = torch.randn(features, key_dim)
+    gaussian = torch.randn(features, key_dim, dtype=torch.float32)
     if not orthogonal:
         return gaussian
     blocks = []
     for _ in range(math.ceil(features / key_dim)):
-        q, r = torch.linalg.qr(torch.randn(key_dim, key_dim))
+        q, r = torch.linalg.qr(torch.randn(key_dim, key_dim, dtype=torch.float32))
         blocks.append((q * r.diagonal().sign()).mT)  # without the signs q is not uniform
     return gaussian.norm(dim=1, keepdim=True) * torch.cat(blocks)[:features]
 
@@ -186,7 +186,8 @@ class Performer(Kernel):
         eps = 1e-3 if feature_map == "relu" else 1e-4
         self.phi_q = _FeatureMap(self.form, True, eps, key_dim)
         self.phi_k = _FeatureMap(self.form, False, eps, key_dim)
-        self.register_buffer("projection_matrix", random_projection(features, key_dim, orthogonal))
+        matrix = random_projection(features, key_dim, orthogonal).to(torch.get_default_dtype())
+        self.register_buffer("projection_matrix", matrix)
 
     @torch.no_grad()
     def redraw(self) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..kernels.base import widened
 from ..layout import Layout
@@ -45,9 +44,8 @@ class _RealFFT(torch.autograd.Function):
         return real_fft(x, norm)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None]:
-        return real_fft(d, ctx.norm), None
+        return _RealFFT.apply(d, ctx.norm), None
 
 
 @MIXERS.register("fourier")
