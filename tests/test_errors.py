@@ -121,7 +121,33 @@ MODELS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "heads zero": ("vit_test", dict(heads=0), ["heads 0", "at least 1"]),
     "head_dim zero": ("vit_test", dict(mixer_options={"head_dim": 0}), ["head_dim 0"]),
     "heads missing": ("vit_test", dict(heads=None), ["mixer 'softmax'", "needs heads"]),
-    "heads missing after fourier": ("vif_test", dict(mixer="nystrom"), ["needs heads"]),
+    "a word for a bool": (
+        "vit_test",
+        dict(mixer="linformer", mixer_options={"share_kv": "false"}),
+        ["share_kv='false'", "bool"],
+    ),
+    "a float for a count": (
+        "vit_test",
+        dict(mixer="nystrom", mixer_options={"landmarks": 2.5}),
+        ["landmarks=2.5", "int"],
+    ),
+    "a bool for a count": ("vit_test", dict(depth=True), ["depth=True", "int"]),
+    "a word for a count": ("vit_test", dict(depth="2"), ["depth='2'", "int"]),
+    "a word for a patch": ("vit_test", dict(patch="2"), ["patch='2'", "int"]),
+    "a float for a size": ("vit_test", dict(image_size=8.0), ["image_size=8.0", "int"]),
+    "a word for a head_dim": (
+        "vit_test",
+        dict(mixer_options={"head_dim": "8"}),
+        ["head_dim='8'", "int"],
+    ),
+    "a word in a stem's option": (
+        "hybrid_vit_test",
+        dict(stem_options={"channels": ["a"]}),
+        ["channels=", "int"],
+    ),
+    "a stem without channels": ("hybrid_vit_test", dict(stem_options={"channels": [0]}), ["channels", "[0]"]),
+    "norm_eps": ("vit_test", dict(norm_eps=-1.0), ["norm_eps -1.0", "above 0"]),
+    "position_std": ("vit_test", dict(position_std=-3.0), ["position_std -3.0", "at least 0"]),
     "heads given to fourier": ("vif_test", dict(heads=3), ["'fourier'", "no heads", "heads=3"]),
     "rope on fourier": (
         "vif_test",
@@ -211,8 +237,8 @@ def test_nearby_works(name: str, overrides: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"dim": 24, "depth": 2}, ["'backbone'", "['depth', 'dim']"]),
-        ({}, ["'backbone'", "[]"]),
+        ({"dim": 24, "depth": 2}, ["'backbone'", "{'dim': 24, 'depth': 2}"]),
+        ({}, ["'backbone'", "{}"]),
         ({"backbone": "vitt"}, ["backbone", "'vitt'", "'vit'"]),
         ({"backbone": "vit", "pach": 2}, ["backbone 'vit'", "'pach'", "'patch'"]),
         ({"backbone": "fnet2d", "heads": 2}, ["backbone 'fnet2d'", "'heads'", "known: depth, dim"]),

@@ -252,7 +252,6 @@ def test_mixer_options_are_merged() -> None:
         ("vit_tiny", dict(mixer_options={"landmarks": 7}), "option of mixer 'softmax'"),
         ("vit_tiny", dict(mixer="fourier", mixer_options={"qkv_bias": True}), "'qkv_bias'"),
         ("vit_tiny", dict(mixer="fourier", heads=3), "no heads"),
-        ("vif_tiny", dict(mixer="softmax"), "needs heads"),
         ("vit_tiny", dict(landmarks=7), "option of model 'vit_tiny': 'landmarks'"),
         ("fnet2d", dict(mixer="fourier"), "option of model 'fnet2d': 'mixer'"),
     ],
@@ -334,3 +333,8 @@ def test_a_new_model_is_in_training_mode_with_fresh_weights() -> None:
     one, two = (vx.create_model("vit_test") for _ in range(2))
     assert one.training
     assert not torch.equal(next(one.stem.parameters()), next(two.stem.parameters()))
+
+
+def test_heads_come_back_with_a_mixer_that_has_them() -> None:
+    assert vx.create_model("vif_test", mixer="nystrom").config.heads == 3
+    assert vx.create_model("vif_test").config.heads is None

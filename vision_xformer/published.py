@@ -25,7 +25,7 @@ def _published(
     if pool not in ("cls", "mean"):
         raise unknown("pool", pool, ("cls", "mean"))
     return ViTConfig(
-        input_shape=input_shape_of((channels,), image_size, channels),
+        input_shape=input_shape_of((channels, 0, 0), image_size, channels),
         pool=pool,
         class_token=True,
         stem=stem,

@@ -6,7 +6,8 @@ import difflib
 import fnmatch
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Generic, TypeVar
+from types import UnionType
+from typing import Any, Generic, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
@@ -74,6 +75,7 @@ class Registry(Generic[T]):
         """
         cls = self[name]
         check_options(f"{self.kind} {name!r}", options, options_of(cls))
+        check_types(options, cls.__init__)
         return cls(*args, **options)
 
 
@@ -83,6 +85,33 @@ def check_options(what: str, options: Mapping[str, Any], known: Iterable[str]) -
     for option in options:
         if option not in known:
             raise unknown(f"option of {what}:", option, known)
+
+
+def check_types(values: Mapping[str, Any], annotated: Any) -> None:
+    """Raise a ValueError for a value that is not of its annotated type: "false" is not False.
+
+    ``annotated`` is a class or function; names without annotation are not checked.
+    """
+    hints = get_type_hints(annotated)
+    for name, value in values.items():
+        if name in hints and not _fits(value, hints[name]):
+            kind = getattr(hints[name], "__name__", None)
+            wanted = kind if isinstance(hints[name], type) and kind else str(hints[name])
+            raise ValueError(f"{name}={value!r} must be of type {wanted.replace('typing.', '')}")
+
+
+def _fits(value: object, hint: Any) -> bool:
+    origin = get_origin(hint)
+    if hint is Any:
+        return True
+    if origin in (Union, UnionType):
+        return any(_fits(value, h) for h in get_args(hint))
+    if origin is tuple:
+        return isinstance(value, tuple | list) and all(_fits(v, get_args(hint)[0]) for v in value)
+    if hint in (int, float):
+        allowed = (int,) if hint is int else (int, float)
+        return isinstance(value, allowed) and not isinstance(value, bool)
+    return isinstance(value, origin or hint)
 
 
 def check_at_least(name: str, value: int, least: int) -> None:

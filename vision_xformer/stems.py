@@ -139,6 +139,8 @@ class ConvStem(Stem):
             raise ValueError(f"norm {norm!r} of stem 'conv' must be 'batch' or None")
         if activation is not None and activation not in _ACTIVATION:
             raise unknown("activation of stem 'conv'", activation, _ACTIVATION)
+        if min(channels, default=1) < 1:
+            raise ValueError(f"channels {list(channels)} of stem 'conv' must be at least 1")
         axes = len(self.grid)
         conv, width = _CONV[axes], input_shape[0]
         layers: list[nn.Module] = []

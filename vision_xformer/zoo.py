@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from . import mixers
 from .backbones import BACKBONES, Backbone, Config
-from .registry import check_options, unknown
+from .registry import check_options, check_types, unknown
 
 LETTERS = {"t": "softmax", "l": "linformer", "p": "performer", "n": "nystrom", "f": "fourier"}
 _ALIASES = {"fnet": "vif"}
@@ -89,8 +89,8 @@ def _paper_options(name: Name) -> dict[str, Any]:
     return options.get(name.letter or "", {})
 
 
-def name_to_config(name: str) -> Config:
-    """The configuration a name stands for."""
+def name_to_config(name: str, mixer: str | None = None) -> Config:
+    """The configuration a name stands for, or its like with another mixer."""
     parsed = parse_name(name)
     cls = BACKBONES[parsed.backbone]
     fields = dict(cls.presets[parsed.size])
@@ -98,7 +98,7 @@ def name_to_config(name: str) -> Config:
         options = dict(fields.get("mixer_options", {}))
         if not parsed.size:
             options |= _paper_options(parsed)
-        fields |= _with_mixer(fields, LETTERS[parsed.letter], options)
+        fields |= _with_mixer(fields, mixer or LETTERS[parsed.letter], options)
     if parsed.hybrid:
         fields["stem"] = "conv"
     elif not parsed.size and parsed.letter:
@@ -136,7 +136,7 @@ def create_model(
 
     Args:
         name: see :func:`list_models`; case, ``-`` and ``_`` do not matter.
-        image_size: pixels, one size for both axes or one each; sets ``input_shape``.
+        image_size: pixels, one size for all axes or one each; sets ``input_shape``.
         channels: channels of the input; sets ``input_shape``.
         mixer: another token mixer, see :func:`~vision_xformer.list_mixers`. Options and heads of
             the name that it does not have are left out.
@@ -152,13 +152,13 @@ def create_model(
             fit together.
     """
     if isinstance(name, str):
-        config = name_to_config(name)
+        config = name_to_config(name, mixer)
     elif isinstance(name, Config):
         config = name
     else:
-        if "backbone" not in name:
+        if not isinstance(name, Mapping) or "backbone" not in name:
             raise ValueError(
-                f"a model's configuration needs the key 'backbone', has {sorted(name)}"
+                f"a model is a name, a Config or its dict with the key 'backbone', not {name!r}"
             )
         config = BACKBONES[name["backbone"]].config_class.from_dict(name)
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
@@ -181,8 +181,10 @@ def input_shape_of(
     default: tuple[int, ...], image_size: int | tuple[int, ...] | None, channels: int | None
 ) -> tuple[int, ...]:
     """(C, *shape) from an image size and channels; what is None stays as in ``default``."""
-    if image_size is None:
-        size = default[1:]
-    else:
-        size = (image_size,) * 2 if isinstance(image_size, int) else tuple(image_size)
+    check_types({"image_size": image_size, "channels": channels}, create_model)
+    size = default[1:]
+    if isinstance(image_size, int):
+        size = (image_size,) * len(size)
+    elif image_size is not None:
+        size = tuple(image_size)
     return (default[0] if channels is None else channels, *size)

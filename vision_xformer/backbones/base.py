@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ..registry import Registry, check_at_least, check_options
+from ..registry import Registry, check_at_least, check_options, check_types
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,7 @@ class Config:
     num_classes: int = 10
 
     def __post_init__(self) -> None:
+        check_types(vars(self), type(self))
         for field in dataclasses.fields(self):  # YAML and JSON have lists only
             value = getattr(self, field.name)
             if isinstance(value, list):

@@ -81,6 +81,11 @@ class ViTConfig(Config):
         if self.pool == "cls" and self.class_token is False:
             raise ValueError("pool='cls' needs a class token: class_token must not be False")
         check_share("drop_path", self.drop_path)
+        if self.norm_eps <= 0 or self.position_std < 0:
+            raise ValueError(
+                f"norm_eps {self.norm_eps} must be above 0 and position_std {self.position_std} "
+                "at least 0"
+            )
         for name, least in (("dim", 1), ("depth", 1), ("mlp_dim", 1), ("registers", 0)):
             check_at_least(name, getattr(self, name), least)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..kernels import KERNELS
 from ..layout import Layout
-from ..registry import check_options, options_of, unknown
+from ..registry import check_at_least, check_options, check_types, options_of, unknown
 from . import fourier, packages
 from .attention import Attention
 from .base import MIXERS, Mixer
@@ -73,6 +73,11 @@ def create_mixer(
     """
     known = mixer_options(name)
     check_options(f"mixer {name!r}", options, known)
+    if not isinstance(layout, Layout):
+        raise ValueError(f"layout {layout!r} must be a Layout, such as Layout((32, 32))")
+    check_types({"dim": dim, "heads": heads}, create_mixer)
+    check_at_least("dim", dim, 1)
+    layout = Layout(tuple(layout.grid), layout.prefix)
     if takes_heads(name):
         if heads is None:
             raise ValueError(f"mixer {name!r} needs heads")
@@ -82,5 +87,6 @@ def create_mixer(
         own = options_of(KERNELS[name])
         kernel_options = {k: v for k, v in options.items() if k in own}
         rest = {k: v for k, v in options.items() if k not in own}
+        check_types(rest, Attention.__init__)
         return Attention(dim, heads, layout, name, kernel_options, **rest)
     return MIXERS.create(name, dim, heads, layout, options=options)
