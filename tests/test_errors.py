@@ -145,7 +145,11 @@ MODELS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         dict(stem_options={"channels": ["a"]}),
         ["channels=", "int"],
     ),
-    "a stem without channels": ("hybrid_vit_test", dict(stem_options={"channels": [0]}), ["channels", "[0]"]),
+    "a stem without channels": (
+        "hybrid_vit_test",
+        dict(stem_options={"channels": [0]}),
+        ["channels", "[0]"],
+    ),
     "norm_eps": ("vit_test", dict(norm_eps=-1.0), ["norm_eps -1.0", "above 0"]),
     "position_std": ("vit_test", dict(position_std=-3.0), ["position_std -3.0", "at least 0"]),
     "heads given to fourier": ("vif_test", dict(heads=3), ["'fourier'", "no heads", "heads=3"]),

@@ -25,7 +25,8 @@ import vision_xformer as vx
 from train import benchmark, demo
 from train.__main__ import main, parse
 from train.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from train.data import CIFAR10, load_data
+from train.data import CIFAR10, load_data, open_image
+from train.files import write_whole
 from train.loop import Run, evaluate, learning_rate, parameter_groups, pick_precision
 from train.measure import bytes_kept
 
@@ -175,9 +176,44 @@ def test_broken_image_folders_are_refused(tmp_path: Path) -> None:
     refused(image_folder(tmp_path / "few", images=1), r"too few to hold out")
     large = image_folder(tmp_path / "large")
     write_image(large / "train" / "cat" / "0.png", 1, size=300)
-    refused(large, r"data.image_size is needed: .* is 300 pixels wide")
-    refused(image_folder(tmp_path / "ok"), r"data.val_fraction 1.5", val_fraction=1.5)
-    refused(tmp_path / "ok", r"data.batch_size 0", batch_size=0)
+    refused(large, r"data.image_size is needed: .* has 300 x 300 pixels")
+
+
+def test_a_validation_folder_is_used(tmp_path: Path) -> None:
+    root = image_folder(tmp_path, ("train", "val", "test"))
+    write_image(root / "val" / "emu" / "more.png", 7)
+    data = load_data(DataConfig(name="imagefolder", root=str(root)))
+    assert (len(data.train), len(data.val), len(data.test)) == (33, 34, 33)
+
+
+def test_images_are_read_as_they_were_meant(tmp_path: Path) -> None:
+    deep = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    read = np.asarray(open_image(tmp_path / "deep.png"))
+    assert np.abs(read[..., 0] - deep / 257.0).max() <= 1
+    turned = Image.new("RGB", (8, 4))
+    exif = turned.getexif()
+    exif[0x0112] = 6  # orientation
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    assert open_image(tmp_path / "turned.jpg").size == (4, 8)
+    Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(ValueError, match=r"float.tiff has pixels of mode 'F'"):
+        open_image(tmp_path / "float.tiff")
+
+
+def test_what_is_no_image_file_is_passed_over(tmp_path: Path) -> None:
+    root = image_folder(tmp_path)
+    (root / "train" / "cat" / "._0.png").write_bytes(b"left by a file browser")
+    (root / "train" / "cat" / "folder.png").mkdir()
+    data = load_data(DataConfig(name="imagefolder", root=str(root)))
+    assert len(data.train) + len(data.val) == 33
+
+
+def test_a_class_listed_twice_is_refused(tmp_path: Path) -> None:
+    root = tiny_imagenet(tmp_path / "tiny-imagenet-200")
+    (root / "wnids.txt").write_text("n01\nn01\nn02\nn03\n")
+    with pytest.raises(ValueError, match=r"wnids.txt must list 2 or more classes, each once"):
+        load_data(DataConfig(name="tiny_imagenet", root=str(root)))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -272,9 +308,48 @@ def test_a_run_leaves_a_folder_that_explains_itself(tmp_path: Path) -> None:
     assert best.config == run.model.config
 
 
+def test_a_run_is_not_written_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_for(tmp_path / "run")
+    Run(config).fit()
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    with pytest.raises(ValueError, match=r"run_dir .*run already holds a run"):
+        Run(config)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
+    monkeypatch.chdir(tmp_path)
+    config.run_dir = None
+    assert Run(config).folder == Path("runs/vit-digits-0")
+    Path("runs/vit-digits-0").mkdir(parents=True)
+    assert Run(config).folder == Path("runs/vit-digits-0-2")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stop:
+        main(["--model.name", "vit", "--model.options", json.dumps(TINY), "--run_dir", "file"])
+    assert stop.value.code == 2
+    assert "file" in capsys.readouterr().err
+
+
+def test_a_file_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_whole(tmp_path / "a.txt", "first")
+
+    def torn(self: Path, text: str) -> None:
+        with self.open("w") as file:
+            file.write(text[:3])
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "write_text", torn)
+    with pytest.raises(OSError, match="no space left"):
+        write_whole(tmp_path / "a.txt", "second")
+    assert (tmp_path / "a.txt").read_text() == "first"
+
+
 def test_the_same_seed_gives_the_same_weights(tmp_path: Path) -> None:
+    names = iter("abc")
+
     def weights(seed: int) -> torch.Tensor:
-        config = config_for(tmp_path / str(seed))
+        config = config_for(tmp_path / next(names))
         config.seed, config.train.epochs = seed, 1
         run = Run(config)
         run.fit()
@@ -339,7 +414,17 @@ def test_the_command_line_goes_over_the_file() -> None:
         (["--model.options", '{"deph": 3}'], "depth"),
         (["--train.epochs", "0"], "train.epochs 0"),
         (["--train.epochs", "many"], "train.epochs"),
-        (["--train.epoch", "3"], "train.epoch"),
+        (["--train.epoch", "3"], "did you mean train.epochs?"),
+        (["--model.nme", "vit"], "did you mean model.name?"),
+        (["--train.lr", "0"], "train.lr 0"),
+        (["--train.clip_norm", "-1"], "train.clip_norm -1"),
+        (["--train.label_smoothing", "2"], "train.label_smoothing 2"),
+        (["--train.weight_decay", "-1"], "train.weight_decay -1"),
+        (["--data.image_size", "0"], "data.image_size 0"),
+        (["--data.batch_size", "0"], "data.batch_size 0"),
+        (["--data.val_fraction", "1.5"], "data.val_fraction 1.5"),
+        (["--model.options.num_classes", "3"], "model.options must not have num_classes"),
+        (["--model.options.depth", "two"], "depth='two'"),
         (["--data.name", "cifar11"], "cifar11"),
         (["--data.name", "imagefolder", "--data.root", "/no/where"], "/no/where"),
         (["--config", "missing.yaml"], "missing.yaml"),
@@ -426,11 +511,24 @@ def test_benchmark_layers_and_packages_compute_the_same() -> None:
     )
 
 
-def test_benchmark_refuses_what_is_no_square(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--lengths", "200"], "length 200 must be a square"),
+        (["--lengths", "0"], "length 0 must be a square"),
+        (["--lengths", "-4"], "length -4 must be a square"),
+        (["--repeats", "0"], "--repeats 0 must be at least 1"),
+        (["--out", "no/where.csv"], "--out no/where.csv must be a file in a folder that exists"),
+        (["--only", "performr"], "performr"),
+    ],
+)
+def test_benchmark_refuses_before_it_measures(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stop:
-        benchmark.main(["mixers", "--lengths", "200"])
+        benchmark.main(["mixers", *arguments])
     assert stop.value.code == 2
-    assert "length 200 must be a square" in capsys.readouterr().err
+    assert words in capsys.readouterr().err
 
 
 def test_demo_table_and_picture(tmp_path: Path) -> None:

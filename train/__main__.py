@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 import sys
+from typing import NoReturn
 
 from jsonargparse import ArgumentParser
 
@@ -10,9 +13,23 @@ from .config import RunConfig
 from .loop import Run
 
 
+class Parser(ArgumentParser):
+    """One sentence for a mistake, with the nearest option, in place of the usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        known = {key for key, _ in self.get_defaults().items()} - {"config"}
+        for word in re.findall(r"[\w.]+", message.split("\n")[0]):
+            near = difflib.get_close_matches(word, known - {word}, n=1, cutoff=0.8)
+            if near and word not in known:
+                message += f"; did you mean {near[0]}?"
+                break
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
 def parse(arguments: list[str] | None = None) -> RunConfig:
     """The configuration from YAML files and the command line, the later over the earlier."""
-    parser = ArgumentParser(
+    parser = Parser(
         prog="python -m train",
         description="Train a model, choose on validation, test once.",
         allow_abbrev=False,
@@ -29,11 +46,14 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         run = Run(config)
         test = run.fit()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         # one that crossed from a worker process brings its traceback along
         sentence = str(error).split("ValueError: ")[-1].strip()
         print(f"error: {sentence}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("stopped; each epoch's weights are in the run's folder", file=sys.stderr)
+        raise SystemExit(130) from None
     if run.accelerator.is_main_process:
         print(f"test top-1 {test.top1:.2%}, top-5 {test.top5:.2%}; all of it in {run.folder}")
 

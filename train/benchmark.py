@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import math
 import multiprocessing
 import platform
@@ -25,6 +26,7 @@ from tqdm import tqdm
 
 import vision_xformer as vx
 
+from .files import write_whole
 from .measure import bytes_kept, interleaved_seconds, peak_bytes, reset_peak
 
 BATCH, HEADS, HEAD_DIM = 8, 4, 64
@@ -46,8 +48,8 @@ class Fft2(nn.Module):
 
 def layout_of(tokens: int) -> vx.Layout:
     """A square grid of that many tokens."""
-    side = math.isqrt(tokens)
-    if side * side != tokens:
+    side = math.isqrt(max(tokens, 0))
+    if side < 1 or side * side != tokens:
         raise ValueError(f"length {tokens} must be a square: the tokens of a picture")
     return vx.Layout((side, side))
 
@@ -167,7 +169,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
         ("ms", "eager", "ms", 0),
         ("ms, compiled", "compiled", "ms", 0),
         ("package / ours", "eager", "times_eager_package", 2),
-        ("compiled package / ours", "eager", "times_compiled_package", 2),
+        ("compiled package / ours eager", "eager", "times_compiled_package", 2),
         ("kept for backward, MiB", "eager", "kept_mib", 0),
         ("peak, MiB", "eager", "peak_mib", 0),
     ]
@@ -187,17 +189,14 @@ def device_name(device: str) -> str:
 
 def write_csv(path: Path, rows: list[dict[str, Any]], device: str, arguments: list[str]) -> None:
     """Rows under comment lines that say how they came about; whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    with part.open("w", newline="") as file:
-        file.write(f"# python -m train.benchmark {' '.join(arguments)}\n")
-        file.write(
-            f"# {device_name(device)}, torch {torch.__version__}, float32, forward + backward\n"
-        )
-        file.write(f"# batch {BATCH}, {HEADS} heads of width {HEAD_DIM}\n")
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    part.replace(path)
+    text = io.StringIO()
+    text.write(f"# python -m train.benchmark {' '.join(arguments)}\n")
+    text.write(f"# {device_name(device)}, torch {torch.__version__}, float32, forward + backward\n")
+    text.write(f"# batch {BATCH}, {HEADS} heads of width {HEAD_DIM}\n")
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue())
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -220,6 +219,10 @@ def main(arguments: list[str] | None = None) -> None:
             layout_of(tokens)
     except ValueError as error:
         parser.error(str(error))
+    if args.repeats < 1:
+        parser.error(f"--repeats {args.repeats} must be at least 1")
+    if args.out and (args.out.is_dir() or not args.out.parent.is_dir()):
+        parser.error(f"--out {args.out} must be a file in a folder that exists")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows: list[dict[str, Any]] = []
     for tokens in tqdm(args.lengths, unit="length", disable=None):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
@@ -59,8 +59,14 @@ def open_image(path: Path) -> Image.Image:
     """Read an image file as RGB, whole; a ValueError names a file that cannot be read."""
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+            if image.mode.startswith("I;16"):  # PIL would clip what is above 255
+                image = image.point(lambda value: value / 257, "L")
+            elif image.mode in ("I", "F"):
+                raise ValueError(
+                    f"{path} has pixels of mode {image.mode!r}: save it with 8 or 16 bits"
+                )
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
 
@@ -70,19 +76,16 @@ def load_data(config: DataConfig) -> Splits:
     Raises:
         ValueError: for a folder that is missing, empty or half-written; it names what is wrong.
     """
-    if not 0 < config.val_fraction < 1:
-        raise ValueError(f"data.val_fraction {config.val_fraction} must be between 0 and 1")
-    if config.batch_size < 1:
-        raise ValueError(f"data.batch_size {config.batch_size} must be at least 1")
     readers = {
         "digits": _digits,
         "cifar10": _cifar10,
         "tiny_imagenet": _tiny_imagenet,
         "imagefolder": _image_folder,
     }
-    train, test, classes, size = readers[config.name](config)
+    train, val, test, classes, size = readers[config.name](config)
     channels = 1 if config.name == "digits" else 3
-    train, val = _split(train, config.val_fraction)
+    if not val:
+        train, val = _split(train, config.val_fraction)
     plain = _transform(size, channels, augment=False, mirror=False)
     augmented = _transform(size, channels, config.augment, mirror=config.name != "digits")
     return Splits(
@@ -112,12 +115,13 @@ def _split(samples: list[Sample], fraction: float) -> tuple[list[Sample], list[S
     except ValueError as error:
         raise ValueError(
             f"{len(samples)} images of {len(set(labels))} classes are too few to hold out "
-            f"{fraction:.0%} of each class: {error}"
+            f"{fraction:.1%} of each class"
         ) from error
     return first, second
 
 
-Read = tuple[list[Sample], list[Sample], list[str], int]  # train, test, class names, image size
+# train, validation (empty: to be split off), test, class names, image size
+Read = tuple[list[Sample], list[Sample], list[Sample], list[str], int]
 
 
 def _digits(config: DataConfig) -> Read:
@@ -126,7 +130,7 @@ def _digits(config: DataConfig) -> Read:
     images = torch.from_numpy(digits.images * (255 / 16)).round().to(torch.uint8)[:, None]
     samples = list(zip(images, map(int, digits.target), strict=True))
     train, test = _split(samples, 0.2)
-    return train, test, [str(name) for name in digits.target_names], config.image_size or 8
+    return train, [], test, [str(name) for name in digits.target_names], config.image_size or 8
 
 
 def _cifar10(config: DataConfig) -> Read:
@@ -148,7 +152,7 @@ def _cifar10(config: DataConfig) -> Read:
         list(zip(torch.from_numpy(s.data).permute(0, 3, 1, 2), s.targets, strict=True))
         for s in sets
     )
-    return train, test, list(sets[0].classes), config.image_size or 32
+    return train, [], test, list(sets[0].classes), config.image_size or 32
 
 
 def _tiny_imagenet(config: DataConfig) -> Read:
@@ -161,6 +165,8 @@ def _tiny_imagenet(config: DataConfig) -> Read:
             raise ValueError(f"no Tiny ImageNet in {root}: {name} is missing")
     wnids = (root / "wnids.txt").read_text().split()
     number = {wnid: i for i, wnid in enumerate(wnids)}
+    if len(number) != len(wnids) or len(wnids) < 2:
+        raise ValueError(f"{root / 'wnids.txt'} must list 2 or more classes, each once")
     train: list[Sample] = []
     for wnid in wnids:
         files = _image_files(root / "train" / wnid / "images")
@@ -178,50 +184,58 @@ def _tiny_imagenet(config: DataConfig) -> Read:
         test.append((path, number[wnid]))
     if not test:
         raise ValueError(f"{root / 'val' / 'val_annotations.txt'} is empty")
-    return train, test, wnids, config.image_size or 64
+    return train, [], test, wnids, config.image_size or 64
 
 
 def _image_folder(config: DataConfig) -> Read:
-    """``root/train/<class>/*`` and ``root/test`` or ``root/val``; or ``root/<class>/*`` alone.
+    """``root/train/<class>/*``, ``root/val`` and ``root/test`` alike; or ``root/<class>/*`` alone.
 
-    Without a test folder a stratified fifth is the test set.
+    Without ``test``, ``val`` is the test set; without either, a stratified fifth is.
     """
-    root = Path(config.root)
+    root = Path(config.root).expanduser()
     if not root.is_dir():
         raise ValueError(f"data.root {root} is not a folder")
+    val: list[Sample] = []
     if not (root / "train").is_dir():
         samples, classes = _class_folders(root)
         train, test = _split(samples, 0.2)
     else:
-        held_out = [root / n for n in ("test", "val") if (root / n).is_dir()]
         train, classes = _class_folders(root / "train")
+        held_out = [
+            _class_folders(root / name, classes)[0]
+            for name in ("test", "val")
+            if (root / name).is_dir()
+        ]
         if held_out:
-            test, test_classes = _class_folders(held_out[0])
-            if classes != test_classes:
-                differing = sorted(set(classes) ^ set(test_classes))
-                raise ValueError(
-                    f"{root / 'train'} and {held_out[0]} differ in their class folders: "
-                    f"{', '.join(differing[:5])}"
-                )
+            test, val = held_out[0], held_out[1] if len(held_out) == 2 else []
         else:
             train, test = _split(train, 0.2)
     size = config.image_size
     if size is None:
-        size = max(open_image(train[0][0]).size)
+        first = min(path for path, _ in train)
+        width, height = open_image(first).size
+        size = max(width, height)
         if size > LARGEST_GUESS:
-            raise ValueError(f"data.image_size is needed: {train[0][0]} is {size} pixels wide")
-    return train, test, classes, size
+            raise ValueError(f"data.image_size is needed: {first} has {width} x {height} pixels")
+    return train, val, test, classes, size
 
 
-def _class_folders(root: Path) -> tuple[list[Sample], list[str]]:
+def _class_folders(root: Path, expected: list[str] | None = None) -> tuple[list[Sample], list[str]]:
     classes = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     if len(classes) < 2:
         raise ValueError(f"{root} needs a folder for each of at least 2 classes, has {classes}")
+    if expected is not None and classes != expected:
+        differing = ", ".join(sorted(set(classes) ^ set(expected))[:5])
+        raise ValueError(
+            f"{root.parent / 'train'} and {root} differ in their class folders: {differing}"
+        )
     samples: list[Sample] = []
     for label, name in enumerate(classes):
         files = _image_files(root / name)
         if not files:
-            raise ValueError(f"no images in the class folder {root / name}")
+            raise ValueError(
+                f"no images in the class folder {root / name} (its own folders are not searched)"
+            )
         samples += [(path, label) for path in files]
     return samples, classes
 
@@ -229,4 +243,8 @@ def _class_folders(root: Path) -> tuple[list[Sample], list[str]]:
 def _image_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_ENDINGS)
+    return sorted(
+        p
+        for p in folder.iterdir()
+        if p.suffix.lower() in IMAGE_ENDINGS and not p.name.startswith(".") and p.is_file()
+    )

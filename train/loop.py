@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
+import itertools
 import json
 import math
 import time
@@ -24,6 +26,7 @@ import vision_xformer as vx
 
 from .config import ModelConfig, RunConfig
 from .data import Splits, load_data
+from .files import write_whole
 
 
 class Accuracy(NamedTuple):
@@ -77,6 +80,12 @@ def evaluate(model: nn.Module, loader: Iterable[Any], accelerator: Accelerator) 
 
 def build_model(config: ModelConfig, data: Splits) -> vx.Backbone:
     """The model a configuration names, for the images and classes of a data set."""
+    taken = {"image_size", "channels", "input_shape", "num_classes", "mixer", "mixer_options"}
+    if clash := taken & config.options.keys():
+        raise ValueError(
+            f"model.options must not have {', '.join(sorted(clash))}: the data says the sizes, and "
+            "model.mixer and model.mixer_options the mixer"
+        )
     mixer_options = config.mixer_options or None
     return vx.create_model(
         config.name,
@@ -102,17 +111,13 @@ class Run:
     """One training run and its folder: config, metrics, last and best weights, result."""
 
     def __init__(self, config: RunConfig) -> None:
-        if config.train.epochs < 1:
-            raise ValueError(f"train.epochs {config.train.epochs} must be at least 1")
+        config.check()
         self.config = config
+        self.folder = _new_folder(config)
         set_seed(config.seed)
         self.data = load_data(config.data)
         self.model = build_model(config.model, self.data)
         self.accelerator = Accelerator(mixed_precision=pick_precision(config.train.precision))
-        name = (
-            config.run_dir or f"runs/{config.model.name}-{config.data.name}-{config.seed}".lower()
-        )
-        self.folder = Path(name)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, config.train.weight_decay), lr=config.train.lr
         )
@@ -183,7 +188,7 @@ class Run:
         if main:
             self.folder.mkdir(parents=True, exist_ok=True)
             resolved = yaml.safe_dump(dataclasses.asdict(self.config), sort_keys=False)
-            (self.folder / "config.yaml").write_text(resolved)
+            write_whole(self.folder / "config.yaml", resolved)
         own_bar = progress is None
         if progress is None:  # silent where there is no terminal
             total = self.config.train.epochs * len(self.loaders[0])
@@ -208,7 +213,7 @@ class Run:
                 f"{self.images_per_second:.0f} images/s"
             )
             if main:
-                _write_csv(self.folder / "metrics.csv", rows)
+                write_whole(self.folder / "metrics.csv", _csv(rows))
                 vx.save_model(self.model, self.folder / "last.safetensors")
                 if val.top1 > best:
                     vx.save_model(self.model, self.folder / "best.safetensors")
@@ -220,12 +225,26 @@ class Run:
         test = evaluate(self.net, self.loaders[2], self.accelerator)
         if main:
             result = {"val_top1": best, "test_top1": test.top1, "test_top5": test.top5}
-            (self.folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+            write_whole(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
         return test
 
 
-def _write_csv(path: Path, rows: list[dict[str, float]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
+def _csv(rows: list[dict[str, float]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _new_folder(config: RunConfig) -> Path:
+    """The run's folder: the one asked for, which must not hold a run, or the first free name."""
+    if config.run_dir is not None:
+        folder = Path(config.run_dir).expanduser()
+        if (folder / "config.yaml").exists():
+            raise ValueError(f"run_dir {folder} already holds a run: choose another, or remove it")
+        return folder
+    parts = [config.model.name, config.model.mixer or "", config.data.name, str(config.seed)]
+    name = Path("runs") / "-".join(p for p in parts if p).lower()
+    numbered = (name.with_name(f"{name.name}-{i}") for i in itertools.count(2))
+    return next(f for f in itertools.chain([name], numbered) if not f.exists())

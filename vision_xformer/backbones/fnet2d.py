@@ -1,4 +1,4 @@
-"""FNet2D (Jeevan & Sethi 2021, arXiv 2107.02239): Fourier mixing of the map instead of a sequence.
+"""FNet2D (Jeevan & Sethi 2022, arXiv 2107.02239): Fourier mixing of the map instead of a sequence.
 
 Two convolutions, then depth x: x + MLP(BatchNorm(Re FFT over height, width and channels)).
 """

@@ -1,7 +1,7 @@
 """Fourier mixing (Lee-Thorp et al. 2021, FNet, arXiv 2105.03824, eq. 3): Re(F_N F_D x).
 
 No parameters. "grid" transforms each axis of the picture instead of the row-major sequence
-(FNet2D: Jeevan & Sethi 2021).
+(FNet2D: Jeevan & Sethi 2022).
 """
 
 from __future__ import annotations

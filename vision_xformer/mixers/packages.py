@@ -31,7 +31,7 @@ class _Package(Mixer):
 
 @MIXERS.register("performer-pytorch")
 class PerformerPytorch(_Package):
-    """``performer_pytorch.SelfAttention``; options as :class:`~.kernels.performer.Performer`.
+    """``performer_pytorch.SelfAttention``; options, those it has, as :class:`~.kernels.performer.Performer`.
 
     Args:
         features: random features; ``None`` for int(K ln K).
@@ -74,7 +74,7 @@ class PerformerPytorch(_Package):
 
 @MIXERS.register("nystrom-attention")
 class NystromAttention(_Package):
-    """``nystrom_attention.NystromAttention``; options as :class:`~.kernels.nystrom.Nystrom`.
+    """``nystrom_attention.NystromAttention``; options, those it has, as :class:`~.kernels.nystrom.Nystrom`.
 
     Args:
         landmarks: number of landmarks.
@@ -113,7 +113,7 @@ class NystromAttention(_Package):
 
 @MIXERS.register("linformer-pytorch")
 class LinformerPytorch(_Package):
-    """``linformer.LinformerSelfAttention``; options as :class:`~.kernels.linformer.Linformer`.
+    """``linformer.LinformerSelfAttention``; options, those it has, as :class:`~.kernels.linformer.Linformer`.
 
     Args:
         rank: keys and values that are left.
