@@ -31,7 +31,7 @@ class _Package(Mixer):
 
 @MIXERS.register("performer-pytorch")
 class PerformerPytorch(_Package):
-    """``performer_pytorch.SelfAttention``; options, those it has, as :class:`~.kernels.performer.Performer`.
+    """``performer_pytorch.SelfAttention``, with those options of our ``performer`` that it has.
 
     Args:
         features: random features; ``None`` for int(K ln K).
@@ -74,7 +74,7 @@ class PerformerPytorch(_Package):
 
 @MIXERS.register("nystrom-attention")
 class NystromAttention(_Package):
-    """``nystrom_attention.NystromAttention``; options, those it has, as :class:`~.kernels.nystrom.Nystrom`.
+    """``nystrom_attention.NystromAttention``, with those options of our ``nystrom`` that it has.
 
     Args:
         landmarks: number of landmarks.
@@ -113,7 +113,7 @@ class NystromAttention(_Package):
 
 @MIXERS.register("linformer-pytorch")
 class LinformerPytorch(_Package):
-    """``linformer.LinformerSelfAttention``; options, those it has, as :class:`~.kernels.linformer.Linformer`.
+    """``linformer.LinformerSelfAttention``, with those options of our ``linformer`` that it has.
 
     Args:
         rank: keys and values that are left.
