@@ -8,12 +8,13 @@ from typing import Any, Literal
 
 @dataclasses.dataclass
 class ModelConfig:
-    """
+    """Which model.
+
     Args:
         name: a name of ``vision_xformer.list_models()``.
         mixer: another token mixer than the name's.
-        mixer_options: options of the mixer.
-        options: any other field of the model's configuration, such as dropout or drop_path.
+        mixer_options: options of the mixer: --model.mixer_options.landmarks 32
+        options: any other field of the model's configuration: --model.options.drop_path 0.1
     """
 
     name: str = "HybridViN-RoPE"
@@ -24,7 +25,8 @@ class ModelConfig:
 
 @dataclasses.dataclass
 class DataConfig:
-    """
+    """Which images.
+
     Args:
         name: which reader; "imagefolder" takes root/train/CLASS/* with root/test and root/val like
             it, or root/CLASS/* alone; what is missing is held out of the rest, a fifth for test.
@@ -47,7 +49,8 @@ class DataConfig:
 
 @dataclasses.dataclass
 class TrainConfig:
-    """
+    """How to train.
+
     Args:
         epochs: passes over the training set.
         lr: highest learning rate, from which a cosine falls to 0.
@@ -69,7 +72,8 @@ class TrainConfig:
 
 @dataclasses.dataclass
 class RunConfig:
-    """
+    """One run.
+
     Args:
         model, data, train: see there.
         seed: of weights, order and augmentation; the validation split has its own, fixed.

@@ -8,5 +8,8 @@ from pathlib import Path
 def write_whole(path: Path, text: str) -> None:
     """Write beside the file and put it in place in one step."""
     part = path.with_name(f".{path.name}.part")
-    part.write_text(text)
-    part.replace(path)
+    try:
+        part.write_text(text)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -248,10 +247,12 @@ def save_model(model: Backbone, path: str | os.PathLike[str]) -> None:
         raise ValueError(f"{path} must end in .safetensors")
     metadata = {"config": json.dumps(model.config.to_dict())}
     state = {k: v.contiguous() for k, v in model.state_dict().items()}
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        part = Path(folder) / path.name
+    part = path.with_name(f".{path.name}.part")
+    try:
         save_file(state, part, metadata)
-        os.replace(part, path)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def load_model(path: str | os.PathLike[str]) -> Backbone:

@@ -147,8 +147,8 @@ class Performer(Kernel):
         features: number m of random features; ``None`` for int(K ln K). Costs N m.
         orthogonal: orthogonal rows of the projection: less variance at the same m.
         feature_map: "softmax" (FAVOR+) or "relu", the generalised kernel.
-        stabilizer: for "softmax", what keeps exp in range. "exponent" (the default) is stable at
-            any scale of q and k. "package" is performer-pytorch's: it leaves out |x|^2, so that at
+        stabilizer: for "softmax", what keeps exp in range. "exponent" (the default) does at any
+            scale of q and k. "package" is performer-pytorch's: it leaves out |x|^2, so that at
             ordinary scales most of the mass is its epsilon and the output nears the mean of v.
             "published" is that of vision_xformer 0.2.0, whose shift is shared by the whole batch:
             for its checkpoints only.
