@@ -161,9 +161,9 @@ def summary(rows: list[dict[str, Any]]) -> str:
 
     def cell(mixer: str, mode: str, column: str, digits: int) -> str:
         figures = [at.get((mixer, mode, n), {}).get(column) for n in lengths]
-        if not any(figures):
+        if all(f in (None, "") for f in figures):
             return ""
-        return " / ".join(f"{float(f):,.{digits}f}" if f else "-" for f in figures)
+        return " / ".join("-" if f in (None, "") else f"{float(f):,.{digits}f}" for f in figures)
 
     columns = [
         ("ms", "eager", "ms", 0),
