@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import vision_xformer as vx
+from vision_xformer.mixers import takes_heads
 
 from .files import write_whole
 from .measure import bytes_kept, interleaved_seconds, peak_bytes, reset_peak
@@ -62,7 +63,7 @@ def build(name: str, tokens: int) -> nn.Module:
         return Fft2()
     peers = {peer: (ours, options) for ours, (peer, _, options) in PAIRS.items()}
     options = PAIRS[name][1] if name in PAIRS else peers[name][1] if name in peers else {}
-    heads = None if name == "fourier" else HEADS
+    heads = HEADS if takes_heads(name) else None
     mixer = vx.create_mixer(name, dim=DIM, heads=heads, layout=layout, **options)
     if name in peers:
         vx.load_weights(mixer, build(peers[name][0], tokens).state_dict())

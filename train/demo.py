@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import shutil
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,8 +56,6 @@ def run_config(name: str, mixer: str, epochs: int, folder: Path) -> RunConfig:
 def run_all(epochs: int, folder: Path) -> list[dict[str, Any]]:
     """Train each model; a row for each."""
     names = [(kind + mixer, mixer) for mixer in MIXERS for kind in ("", "Hybrid")]
-    for name, _ in names:  # of an earlier demo
-        shutil.rmtree(folder / name.lower(), ignore_errors=True)
     runs = [(name, Run(run_config(name, mixer, epochs, folder))) for name, mixer in names]
     steps = epochs * sum(len(run.loaders[0]) for _, run in runs)
     rows = []
@@ -152,7 +150,9 @@ def main(arguments: list[str] | None = None) -> None:
     if args.out.exists() and not args.out.is_dir():
         parser.error(f"--out {args.out} is not a folder")
     logging.getLogger("accelerate").setLevel(logging.ERROR)
-    rows = run_all(args.epochs, args.out)
+    with tempfile.TemporaryDirectory() as runs:  # the table and the picture are what is kept
+        rows = run_all(args.epochs, Path(runs))
+    args.out.mkdir(parents=True, exist_ok=True)
     write_whole(args.out / "results.json", json.dumps(rows, indent=2) + "\n")
     picture(rows, args.out / "demo.png")
     print(table(rows))

@@ -90,7 +90,8 @@ class Backbone(nn.Module):
         """Raise a ValueError for a batch that is not (B, *input_shape)."""
         want = self.config.input_shape
         if x.ndim != len(want) + 1:
-            raise ValueError(f"input of shape {tuple(x.shape)} must be (B, {_comma(want)})")
+            sizes = ", ".join(map(str, want))
+            raise ValueError(f"input of shape {tuple(x.shape)} must be (B, {sizes})")
         if x.shape[1] != want[0]:
             raise ValueError(f"input has {x.shape[1]} channels; the model was built for {want[0]}")
         if not any_size and x.shape[2:] != torch.Size(want[1:]):
@@ -102,10 +103,6 @@ class Backbone(nn.Module):
 
 def _by(sizes: tuple[int, ...]) -> str:
     return "x".join(map(str, sizes))
-
-
-def _comma(sizes: tuple[int, ...]) -> str:
-    return ", ".join(map(str, sizes))
 
 
 def make_head(width: int, num_classes: int) -> nn.Module:
