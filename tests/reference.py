@@ -164,7 +164,9 @@ def key_under(query, q_grid, q_prefix, k_grid, k_prefix):
         return min(query, k_prefix - 1)
     rest, key, stride = query - q_prefix, 0, 1
     for q_size, k_size in zip(reversed(q_grid), reversed(k_grid), strict=True):
-        key += rest % q_size * k_size // q_size * stride
+        at = rest % q_size  # one of the grids has every s-th place of the other
+        at = at * -(-k_size // q_size) if k_size > q_size else at // -(-q_size // k_size)
+        key += min(at, k_size - 1) * stride
         rest, stride = rest // q_size, stride * k_size
     return k_prefix + key
 

@@ -3,7 +3,16 @@
 from .backbones import BACKBONES, Backbone, Config
 from .kernels import KERNELS, Kernel
 from .layout import Layout
-from .mixers import MIXERS, Mixer, create_mixer, list_mixers, mixer_options
+from .mixers import (
+    MIXERS,
+    ConvSlot,
+    Mixer,
+    NormSlot,
+    Slot,
+    create_mixer,
+    list_mixers,
+    mixer_options,
+)
 from .published import (
     FNet,
     FNet2D,
@@ -29,6 +38,7 @@ __all__ = [
     "STEMS",
     "Backbone",
     "Config",
+    "ConvSlot",
     "FNet",
     "FNet2D",
     "HybridFNet",
@@ -40,6 +50,8 @@ __all__ = [
     "Layout",
     "LoadReport",
     "Mixer",
+    "NormSlot",
+    "Slot",
     "Stem",
     "ViL",
     "ViN",

@@ -1,12 +1,20 @@
-"""What every backbone shares: MLP, layer scale, pooling, tables with a row for each token."""
+"""What every backbone shares: MLP, layer scale, pooling, maps with batch norm, tables of tokens."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from .layout import Layout
+
+# by number of axes
+CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+BATCH_NORM: dict[int, Any] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+MAX_POOL: dict[int, Any] = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
 
 
 class Mlp(nn.Sequential):
@@ -30,6 +38,95 @@ class LayerScale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.gamma
+
+
+def _statistics(norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor, float, Tensor, Tensor]:
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    return norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+
+
+class ConvNorm(nn.Module):
+    """Convolution without bias, then batch norm: (B, C, *grid) -> (B, E, *ceil(grid / stride)).
+
+    ``kernel`` is odd; half of it is padding.
+    """
+
+    def __init__(
+        self,
+        axes: int,
+        channels: int,
+        out_channels: int,
+        kernel: int,
+        stride: int | tuple[int, ...] = 1,
+        groups: int = 1,
+    ) -> None:
+        super().__init__()
+        self.conv = CONV[axes](
+            channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False
+        )
+        self.norm = BATCH_NORM[axes](out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.conv(x))
+        return y
+
+    def fused(self) -> nn.Module:
+        """One convolution that does what both do in evaluation."""
+        c = self.conv
+        fused = type(c)(
+            c.in_channels, c.out_channels, c.kernel_size, c.stride, c.padding, groups=c.groups
+        )
+        fused.weight, fused.bias = fuse_conv_bn_weights(c.weight, None, *_statistics(self.norm))
+        return fused
+
+
+class LinearNorm(nn.Module):
+    """Linear map without bias, then batch norm over samples and tokens: (B, N, D) -> (B, N, E).
+
+    ``norm_weight`` is the first value of the norm's weight: 0 makes a residual branch start as
+    nothing.
+    """
+
+    def __init__(self, dim: int, out_dim: int, norm_weight: float = 1.0) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, out_dim, bias=False)
+        self.norm = nn.BatchNorm1d(out_dim)
+        nn.init.constant_(self.norm.weight, norm_weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x)
+        return self.norm(y.flatten(0, 1)).view_as(y)
+
+    def fused(self) -> nn.Module:
+        """One linear map that does what both do in evaluation."""
+        fused = nn.Linear(self.linear.in_features, self.linear.out_features)
+        fused.weight, fused.bias = fuse_linear_bn_weights(
+            self.linear.weight, None, *_statistics(self.norm)
+        )
+        return fused
+
+
+class NormLinear(nn.Module):
+    """Batch norm, then a linear map: (B, D) -> (B, E)."""
+
+    def __init__(self, dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(dim)
+        self.linear = nn.Linear(dim, out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(self.norm(x))
+        return y
+
+    def fused(self) -> nn.Module:
+        """One linear map that does what both do in evaluation."""
+        mean, variance, eps, weight, bias = _statistics(self.norm)
+        scale = weight * (variance + eps).rsqrt()
+        fused = nn.Linear(self.linear.in_features, self.linear.out_features)
+        fused.weight = nn.Parameter(self.linear.weight * scale)
+        fused.bias = nn.Parameter(self.linear.bias + self.linear.weight @ (bias - mean * scale))
+        return fused
 
 
 class SequencePool(nn.Module):

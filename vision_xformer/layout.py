@@ -25,6 +25,10 @@ class Layout(NamedTuple):
         """Number of tokens N, prefix included."""
         return self.prefix + math.prod(self.grid)
 
+    def strided(self, stride: int) -> Layout:
+        """The layout of every ``stride``-th place on each axis, the first included."""
+        return Layout(tuple(-(-g // stride) for g in self.grid), self.prefix)
+
 
 def grid_parts(grid: tuple[int, ...], count: int) -> tuple[int, ...]:
     """How many parts to cut each axis into: at most ``count`` cells in all, as square as can be.
@@ -65,3 +69,13 @@ def pool_grid(x: Tensor, layout: Layout, parts: tuple[int, ...]) -> Tensor:
             means = segment_means(size, count, x.device).to(x.dtype)
             x = (means @ x.movedim(axis, -2)).movedim(-2, axis)
     return x.flatten(1, len(parts))
+
+
+def take_strided(x: Tensor, layout: Layout, stride: int) -> Tensor:
+    """The tokens of ``layout.strided(stride)``, prefix included: (B, N, C) -> (B, n, C)."""
+    if stride == 1:
+        return x
+    grid = x[:, layout.prefix :].unflatten(1, layout.grid)
+    places = (slice(None), *(slice(None, None, stride) for _ in layout.grid))
+    kept = grid[places].flatten(1, len(layout.grid))
+    return torch.cat((x[:, : layout.prefix], kept), 1) if layout.prefix else kept

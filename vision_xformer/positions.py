@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from rotary_embedding_torch import RotaryEmbedding, apply_rotary_emb
 from torch import Tensor, nn
 
@@ -13,6 +14,7 @@ from .layers import TokenTable
 from .layout import Layout
 from .registry import unknown
 
+POSITIONS = ("learned", "sincos", "raster_sincos", "none")
 ROPE_KINDS = ("axial", "raster")
 
 
@@ -75,6 +77,62 @@ class SinCosPosition(_FixedTable):
         return table
 
 
+class RasterSinCosPosition(SinCosPosition):
+    """Sines and cosines of the place in the row-major sequence, prefix included: () -> (N, D).
+
+    Sines on even channels and cosines on odd ones (Vaswani et al. 2017, 3.5), as in CCT.
+    """
+
+    def _make(self, device: torch.device) -> Tensor:
+        places = torch.arange(self.layout.length, dtype=torch.float32, device=device)
+        channels = torch.arange(self.dim, device=device)
+        angle = places[:, None] / 10000.0 ** ((channels // 2 * 2).float() / self.dim)
+        return torch.where(channels % 2 == 0, angle.sin(), angle.cos())
+
+
+class _Offsets(_FixedTable):
+    """Row-major index of the distance of each query to each key: () -> (N * M,)."""
+
+    def __init__(self, layout: Layout, stride: int) -> None:
+        super().__init__()
+        self.layout, self.stride = layout, stride
+        self.register_buffer("table", self._make(torch.device("cpu")), persistent=False)
+
+    def _make(self, device: torch.device) -> Tensor:
+        index = torch.zeros((), dtype=torch.long, device=device)
+        places = [torch.arange(size, device=device) for size in self.layout.grid]
+        queries = torch.cartesian_prod(*(p[:: self.stride] for p in places)).view(-1, len(places))
+        keys = torch.cartesian_prod(*places).view(-1, len(places))
+        for axis, size in enumerate(self.layout.grid):
+            index = index * size + (queries[:, None, axis] - keys[:, axis]).abs()
+        return index.flatten()
+
+
+class PositionBias(TokenTable):
+    """A learned number for each head and distance (LeViT, Graham et al. 2021, eq. 1): -> (H, N, M).
+
+    The distance of a query and a key is that along each axis. Starts as zero.
+
+    Args:
+        layout: of the M keys; it has no prefix.
+        heads: number of heads H.
+        stride: the N queries are those of ``layout.strided(stride)``.
+    """
+
+    def __init__(self, layout: Layout, heads: int, stride: int = 1) -> None:
+        if layout.prefix:
+            raise ValueError(
+                f"a position bias has no place for the {layout.prefix} prefix token(s)"
+            )
+        super().__init__(layout, heads, std=0.0)
+        self.shape = (layout.strided(stride).length, layout.length)
+        self.offsets = _Offsets(layout, stride)
+
+    def forward(self) -> Tensor:
+        bias = F.embedding(self.offsets(), self.grid.flatten(0, -2))
+        return bias.mT.unflatten(1, self.shape)
+
+
 class RotaryPosition(_FixedTable):
     """Angles of rotary position embedding (Su et al. 2021, arXiv 2104.09864): () -> (N, A).
 
@@ -126,11 +184,13 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
 
 
 def make_position(kind: str, layout: Layout, dim: int, std: float) -> nn.Module | None:
-    """The table to add to the tokens for ``kind`` "learned" (from ``std``), "sincos" or "none"."""
+    """The table to add to the tokens for a ``kind`` of POSITIONS; "learned" starts from ``std``."""
     if kind == "none":
         return None
     if kind == "learned":
         return LearnedPosition(layout, dim, std)
     if kind == "sincos":
         return SinCosPosition(layout, dim)
-    raise unknown("position", kind, ("learned", "sincos", "none"))
+    if kind == "raster_sincos":
+        return RasterSinCosPosition(layout, dim)
+    raise unknown("position", kind, POSITIONS)

@@ -3,46 +3,81 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import ClassVar
 
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .registry import Registry, unknown
+from .layers import BATCH_NORM, CONV, MAX_POOL, ConvNorm
+from .registry import Registry, check_at_least, unknown
 
 _PATCHES = {
     1: "b c (l p0) -> b l (p0 c)",
     2: "b c (h p0) (w p1) -> b (h w) (p0 p1 c)",
     3: "b c (t p0) (h p1) (w p2) -> b (t h w) (p0 p1 p2 c)",
 }
-_CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-_BATCH_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _ACTIVATION = {"gelu": nn.GELU, "relu": nn.ReLU}
 
 
-def patch_grid(
-    input_shape: tuple[int, ...], patch: int | tuple[int, ...]
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Check (C, *shape) and patch; return the patch on each axis and the grid of patches."""
-    shape = input_shape[1:]
-    if not 1 <= len(shape) <= 3 or min(input_shape) < 1:
+def check_input_shape(input_shape: tuple[int, ...]) -> None:
+    """Raise a ValueError for what is not (C, *shape) of one to three axes."""
+    if not 2 <= len(input_shape) <= 4 or min(input_shape) < 1:
         raise ValueError(
             f"input_shape {input_shape} must be (channels, length), (channels, height, width) "
             "or (channels, depth, height, width), all at least 1"
         )
+
+
+def patch_grid(
+    input_shape: tuple[int, ...], patch: int | tuple[int, ...], ragged: bool = False
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Check (C, *shape) and patch; return the patch on each axis and the grid of patches.
+
+    ``ragged``: the last patch of an axis may reach over the edge.
+    """
+    check_input_shape(input_shape)
+    shape = input_shape[1:]
     sizes = (patch,) * len(shape) if isinstance(patch, int) else tuple(patch)
     if len(sizes) != len(shape) or min(sizes) < 1:
         raise ValueError(
             f"patch {patch} must be one positive size, or one for each axis of {tuple(shape)}"
         )
     for size, p in zip(shape, sizes, strict=True):
-        if size % p:
+        if size % p and not ragged:
             near = sorted({max(p, size // p * p), -(-size // p) * p})
             raise ValueError(
                 f"image size {'x'.join(map(str, shape))} is not divisible by patch {patch}: "
                 f"{size} could be {' or '.join(map(str, near))}"
             )
-    return sizes, tuple(s // p for s, p in zip(shape, sizes, strict=True))
+    return sizes, tuple(-(-s // p) for s, p in zip(shape, sizes, strict=True))
+
+
+def deal_strides(
+    patch: tuple[int, ...], layers: int, pool_stride: int = 1
+) -> list[tuple[int, ...]]:
+    """Strides of ``layers`` convolutions that reach ``patch``, each followed by a pool.
+
+    The prime factors of what the pools leave are dealt in turn, the largest first.
+
+    >>> deal_strides((16,), 4), deal_strides((2,), 3), deal_strides((16,), 2, 2)
+    ([(2,), (2,), (2,), (2,)], [(2,), (1,), (1,)], [(2,), (2,)])
+    """
+    strides = [[1] * len(patch) for _ in range(layers)]
+    for axis, size in enumerate(patch):
+        left, factors = size // pool_stride**layers, []
+        if left * pool_stride**layers != size:
+            raise ValueError(
+                f"patch {size} is not a multiple of {pool_stride**layers}, to which {layers} "
+                f"pool(s) of stride {pool_stride} come"
+            )
+        for prime in range(2, left + 1):
+            while left % prime == 0:
+                factors.append(prime)
+                left //= prime
+        for turn, factor in enumerate(reversed(factors)):
+            strides[turn % layers][axis] *= factor
+    return [tuple(s) for s in strides]
 
 
 class Stem(nn.Module):
@@ -57,11 +92,13 @@ class Stem(nn.Module):
         grid: number of tokens on each axis.
     """
 
+    ragged: ClassVar[bool] = False  # whether patches overlap, so that any size will do
+
     def __init__(
         self, input_shape: tuple[int, ...], patch: int | tuple[int, ...], dim: int
     ) -> None:
         super().__init__()
-        self.patch, self.grid = patch_grid(input_shape, patch)
+        self.patch, self.grid = patch_grid(input_shape, patch, self.ragged)
 
 
 STEMS: Registry[Stem] = Registry("stem")
@@ -142,12 +179,12 @@ class ConvStem(Stem):
         if min(channels, default=1) < 1:
             raise ValueError(f"channels {list(channels)} of stem 'conv' must be at least 1")
         axes = len(self.grid)
-        conv, width = _CONV[axes], input_shape[0]
+        conv, width = CONV[axes], input_shape[0]
         layers: list[nn.Module] = []
         for out in channels:
             layers.append(conv(width, out, 3, padding=1, bias=norm is None))
             if norm is not None:
-                layers.append(_BATCH_NORM[axes](out))
+                layers.append(BATCH_NORM[axes](out))
             if activation is not None:
                 layers.append(_ACTIVATION[activation]())
             width = out
@@ -158,3 +195,97 @@ class ConvStem(Stem):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.convs(x)
         return y.flatten(2).mT
+
+
+@STEMS.register("tokenizer")
+class Tokenizer(Stem):
+    """The convolutional tokenizer of CCT (Hassani et al. 2021, arXiv 2104.05704, section 3.3).
+
+    ``layers`` times convolution without bias, ReLU, max-pool over 3. The patch is what all strides
+    come to; those of the convolutions share what the pools leave of it, the first ones most.
+
+    Args:
+        kernel: of the convolutions, odd.
+        layers: number of convolutions.
+        channels: between them.
+        pool_stride: of each pool; 1 keeps all places.
+    """
+
+    ragged = True
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        patch: int | tuple[int, ...],
+        dim: int,
+        *,
+        kernel: int = 3,
+        layers: int = 1,
+        channels: int = 64,
+        pool_stride: int = 2,
+    ) -> None:
+        super().__init__(input_shape, patch, dim)
+        values = {"kernel": kernel, "layers": layers, "channels": channels}
+        for name, value in {**values, "pool_stride": pool_stride}.items():
+            check_at_least(f"{name} of stem 'tokenizer':", value, 1)
+        if kernel % 2 == 0:
+            raise ValueError(f"kernel {kernel} of stem 'tokenizer' must be odd")
+        axes = len(self.grid)
+        strides = deal_strides(self.patch, layers, pool_stride)
+        widths = [input_shape[0], *(channels for _ in range(layers - 1)), dim]
+        convs = [
+            CONV[axes](width, out, kernel, stride, kernel // 2, bias=False)
+            for width, out, stride in zip(widths, widths[1:], strides, strict=False)
+        ]
+        for conv in convs:
+            nn.init.kaiming_normal_(conv.weight)
+        self.convs = nn.ModuleList(convs)
+        self.pool = MAX_POOL[axes](3, pool_stride, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv in self.convs:
+            x = self.pool(conv(x).relu())
+        return x.flatten(2).mT
+
+
+@STEMS.register("levit")
+class LeViTStem(Stem):
+    """The stem of LeViT (Graham et al. 2021, arXiv 2104.01136, section 4.2).
+
+    ``layers`` times 3x3 convolution and batch norm, hard-swish between them; each doubles the
+    channels, up to D. The strides share the patch, the first ones most.
+
+    Args:
+        layers: number of convolutions; ``dim`` is a multiple of 2^(layers - 1).
+    """
+
+    ragged = True
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        patch: int | tuple[int, ...],
+        dim: int,
+        *,
+        layers: int = 4,
+    ) -> None:
+        super().__init__(input_shape, patch, dim)
+        check_at_least("layers of stem 'levit':", layers, 1)
+        if dim % 2 ** (layers - 1):
+            raise ValueError(
+                f"dim {dim} must be a multiple of {2 ** (layers - 1)}: stem 'levit' of {layers} "
+                "layers halves it that often"
+            )
+        widths = [input_shape[0], *(dim // 2**i for i in reversed(range(layers)))]
+        strides = deal_strides(self.patch, layers)
+        self.convs = nn.ModuleList(
+            ConvNorm(len(self.grid), width, out, 3, stride)
+            for width, out, stride in zip(widths, widths[1:], strides, strict=False)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, *rest = self.convs
+        x = first(x)
+        for conv in rest:
+            x = conv(F.hardswish(x))
+        return x.flatten(2).mT

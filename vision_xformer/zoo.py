@@ -2,15 +2,15 @@
 
 A name is ``[hybrid_]`` + a backbone's name whose T is replaced by the letter of the mixer +
 ``[_size]`` + ``[_rope]``: T full attention, L Linformer, P Performer, N Nystromformer, F Fourier.
-Case, ``-`` and ``_`` do not matter: HybridViN-RoPE is hybrid_vin_rope. Without a size it is the
-CIFAR configuration of the paper (Jeevan & Sethi 2022): width 128, depth 4, heads 4, MLP 256.
+Case, ``-`` and ``_`` do not matter: HybridViN-RoPE is hybrid_vin_rope. Without a size it is of the
+size class of the paper (Jeevan & Sethi 2022) for CIFAR: width 128, depth 4, heads 4, MLP 256.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from . import mixers
@@ -31,7 +31,10 @@ class Name(NamedTuple):
     rope: bool = False
 
     def __str__(self) -> str:
-        family = self.backbone[:-1] + self.letter if self.letter else self.backbone
+        family, *rest = self.backbone.split("_")  # vit_lite: the T is the first part's
+        if self.letter:
+            family = family[:-1] + self.letter
+        family = "_".join((family, *rest))
         parts = ["hybrid" * self.hybrid, family, self.size, "rope" * self.rope]
         return "_".join(p for p in parts if p)
 
@@ -50,7 +53,7 @@ def _all_names() -> list[Name]:
                 names.append(Name(backbone, size=size))
                 continue
             for letter, mixer in LETTERS.items():
-                for hybrid in (False, True) if "stem" in fields else (False,):
+                for hybrid in (False, True) if BACKBONES[backbone].hybrid else (False,):
                     names.append(Name(backbone, letter, size, hybrid))
                     if "rope" in fields and mixers.takes_rope(mixer):
                         names.append(Name(backbone, letter, size, hybrid, True))
@@ -96,31 +99,42 @@ def name_to_config(name: str, mixer: str | None = None) -> Config:
     fields = dict(cls.presets[parsed.size])
     if parsed.letter:
         options = dict(fields.get("mixer_options", {}))
-        if not parsed.size:
+        if _is_paper(parsed):
             options |= _paper_options(parsed)
-        fields |= _with_mixer(fields, mixer or LETTERS[parsed.letter], options)
+        known = _field_names(parsed.backbone)
+        fields |= _with_mixer(known, mixer or LETTERS[parsed.letter], options)
     if parsed.hybrid:
         fields["stem"] = "conv"
-    elif not parsed.size and parsed.letter:
+    elif _is_paper(parsed):
         fields["position_std"] = 1.0  # as the paper's; its convolutions bring places of their own
     if parsed.rope:
         # the paper rotates by the place in the sequence; the field's sizes by row and column
-        fields |= {"position": "none", "rope": "axial" if parsed.size else "raster"}
+        fields["rope"] = "raster" if _is_paper(parsed) else "axial"
+        other = {"position": "none", "position_bias": False}
+        fields |= {k: v for k, v in other.items() if k in _field_names(parsed.backbone)}
     return cls.config_class(**fields)
 
 
-def _with_mixer(
-    fields: Mapping[str, Any], mixer: str, options: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The fields for another mixer: a preset's options and heads stay where the mixer has them."""
+def _is_paper(name: Name) -> bool:
+    """Whether it is one of the paper's own configurations."""
+    return name.backbone == "vit" and not name.size
+
+
+def _with_mixer(fields: Iterable[str], mixer: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the ``fields`` that another mixer changes.
+
+    Options stay where the mixer has them; what it cannot do is off: heads, a position bias.
+    """
     known = mixers.mixer_options(mixer)
     changed: dict[str, Any] = {
         "mixer": mixer,
         "mixer_options": {k: v for k, v in options.items() if k in known},
     }
     if not mixers.takes_heads(mixer):
-        changed["heads"] = None
-    return changed
+        changed |= {"heads": None, "key_dim": None}
+    if not mixers.takes_bias(mixer):
+        changed["position_bias"] = False
+    return {k: v for k, v in changed.items() if k in fields}
 
 
 def create_model(

@@ -1,6 +1,6 @@
 """Configuration, presets and class of each backbone."""
 
-from . import fnet2d, vit
+from . import cct, cvt, fnet2d, levit, vit
 from .base import BACKBONES, Backbone, Config
 
-__all__ = ["BACKBONES", "Backbone", "Config", "fnet2d", "vit"]
+__all__ = ["BACKBONES", "Backbone", "Config", "cct", "cvt", "fnet2d", "levit", "vit"]

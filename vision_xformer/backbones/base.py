@@ -1,15 +1,23 @@
-"""What every backbone has: a frozen configuration, and the checks of what reaches it."""
+"""What every backbone has: a frozen configuration, checks of what reaches it, blocks."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+from torchvision.ops import StochasticDepth
 from typing_extensions import Self
 
+from ..layers import LayerScale, Mlp
+from ..layout import Layout
+from ..mixers import Mixer
+from ..positions import RotaryPosition
 from ..registry import Registry, check_at_least, check_options, check_types
 
 
@@ -58,18 +66,53 @@ class Config:
         return cls(**fields)
 
 
+def check_stages(config: Config, names: Iterable[str]) -> None:
+    """Raise a ValueError for fields that do not have a positive number for each of ``dims``."""
+    dims = vars(config)["dims"]
+    for name in names:
+        values = getattr(config, name)
+        if not values or len(values) != len(dims) or min(values) < 1:
+            raise ValueError(f"{name} {values} must be one number for each of dims {dims}, above 0")
+
+
 class Backbone(nn.Module):
     """A classifier: (B, C, *shape) -> (B, num_classes). ``config`` rebuilds it.
 
     Subclasses are registered under the name in their ``config_class`` and list sizes in
     ``presets``; the size "" is the configuration of the X-formers paper for CIFAR-10.
+
+    Attributes:
+        hybrid: whether names may ask for the convolutional stem.
+        num_features: width of the pooled features.
     """
 
     config_class: ClassVar[type[Config]]
     presets: ClassVar[dict[str, dict[str, Any]]]
+    hybrid: ClassVar[bool] = False
     config: Config
     num_features: int
     head: nn.Module
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.grad_checkpointing = False
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the blocks' inputs for the backward pass and compute the rest again."""
+        self.grad_checkpointing = enable
+
+    def run(self, block: nn.Module, *args: Any) -> Tensor:
+        """``block(*args)``, checkpointed where that is asked for."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+
+            def contexts() -> tuple[Any, Any]:
+                return contextlib.nullcontext(), _statistics_kept(block)
+
+            y: Tensor = checkpoint(block, *args, use_reentrant=False, context_fn=contexts)
+        else:
+            y = block(*args)
+        return y
 
     def forward_features(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -84,7 +127,33 @@ class Backbone(nn.Module):
         """Put a fresh head for ``num_classes`` in place; 0 leaves the pooled features."""
         self.config = dataclasses.replace(self.config, num_classes=num_classes)
         reference = next(self.parameters())
-        self.head = make_head(self.num_features, num_classes).to(reference)
+        self.head = self.make_head(num_classes).to(reference).train(self.training)
+
+    def make_head(self, num_classes: int) -> nn.Module:
+        """A linear classifier, small at first; the identity for 0 classes."""
+        if num_classes == 0:
+            return nn.Identity()
+        head = nn.Linear(self.num_features, num_classes)
+        init_linears(head)
+        return head
+
+    def weight_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and type of every saved tensor by its name."""
+        return {k: (tuple(v.shape), v.dtype) for k, v in self.state_dict().items()}
+
+    def summary(self, depth: int = 3) -> str:
+        """A table of the modules down to ``depth``: output shapes, parameters, products."""
+        from torchinfo import summary
+
+        statistics = summary(
+            self,
+            (1, *self.config.input_shape),
+            depth=depth,
+            col_names=("output_size", "num_params", "mult_adds"),
+            mode="eval",
+            verbose=0,
+        )
+        return str(statistics)
 
     def check_input(self, x: Tensor, any_size: bool = False) -> None:
         """Raise a ValueError for a batch that is not (B, *input_shape)."""
@@ -105,14 +174,84 @@ def _by(sizes: tuple[int, ...]) -> str:
     return "x".join(map(str, sizes))
 
 
-def make_head(width: int, num_classes: int) -> nn.Module:
-    """A linear classifier, small at first; the identity for 0 classes."""
-    if num_classes == 0:
-        return nn.Identity()
-    head = nn.Linear(width, num_classes)
-    nn.init.trunc_normal_(head.weight, std=0.02)
-    nn.init.zeros_(head.bias)
-    return head
+@contextlib.contextmanager
+def _statistics_kept(block: nn.Module) -> Iterator[None]:
+    """Batch norms still normalise by their batch, but count it only once."""
+    norms = [m for m in block.modules() if isinstance(m, _BatchNorm)]
+    before = [(m.momentum, m.num_batches_tracked) for m in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, batches) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, batches
+
+
+class Block(nn.Module):
+    """x + mixer(norm x), then x + mlp(norm x): (B, N, D) -> (B, N, D).
+
+    Args:
+        mixer: of width D.
+        mlp_dim: hidden width of the MLP.
+        dropout: in the MLP. drop_path: probability with which a sample skips a branch.
+        layer_scale: first value of LayerScale, or None for none.
+        norm_eps: epsilon of the layer norms.
+    """
+
+    def __init__(
+        self,
+        mixer: Mixer,
+        mlp_dim: int,
+        *,
+        dropout: float,
+        drop_path: float,
+        layer_scale: float | None,
+        norm_eps: float,
+    ) -> None:
+        super().__init__()
+        dim = mixer.dim
+        self.norm1 = nn.LayerNorm(dim, norm_eps)
+        self.mixer = mixer
+        self.norm2 = nn.LayerNorm(dim, norm_eps)
+        self.mlp = Mlp(dim, mlp_dim, dropout)
+        self.scale1, self.scale2 = (
+            nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale) for _ in range(2)
+        )
+        self.drop_path = StochasticDepth(drop_path, "row")
+
+    def forward(self, x: Tensor, layout: Layout, rope: Tensor | None) -> Tensor:
+        x = x + self.drop_path(self.scale1(self.mixer(self.norm1(x), layout, rope)))
+        return x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
+
+
+def drop_paths(last: float, depth: int) -> list[float]:
+    """Stochastic depth of each block: rising linearly from 0 (Huang et al. 2016)."""
+    return [last * i / max(1, depth - 1) for i in range(depth)]
+
+
+def make_rope(kind: str | None, mixer: Mixer, name: str) -> RotaryPosition | None:
+    """Rotary positions of a ``kind`` for the mixer of that name; None for ``kind`` None.
+
+    Raises:
+        ValueError: for a mixer without queries and keys.
+    """
+    if kind is None:
+        return None
+    if not mixer.takes_rope:
+        raise ValueError(
+            f"mixer {name!r} has no queries and keys to rotate: rope must be None, not {kind!r}"
+        )
+    return RotaryPosition(mixer.layout, mixer.head_dim, kind)
+
+
+def init_linears(module: nn.Module) -> None:
+    """Start linear maps small: truncated normal weights of deviation 0.02, no bias."""
+    for linear in module.modules():
+        if isinstance(linear, nn.Linear):
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
 
 
 BACKBONES: Registry[Backbone] = Registry("backbone")

@@ -15,7 +15,7 @@ from ..layout import Layout
 from ..mixers.fourier import Fourier
 from ..registry import check_at_least
 from ..stems import ConvStem
-from .base import BACKBONES, Backbone, Config, make_head
+from .base import BACKBONES, Backbone, Config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,14 +69,13 @@ class FourierNetwork2D(Backbone):
     }
 
     def __init__(self, config: FNet2DConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.num_features = config.dim
         self.stem = ConvStem(config.input_shape, 1, config.dim, channels=(config.dim // 2,))
         self.blocks = nn.ModuleList(
             Block(config, Layout(self.stem.grid)) for _ in range(config.depth)
         )
-        self.head = make_head(config.dim, config.num_classes)
+        self.head = self.make_head(config.num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, C, *shape) -> (B, N, D)"""
@@ -84,7 +83,7 @@ class FourierNetwork2D(Backbone):
         layout = Layout(tuple(x.shape[2:]))
         x = self.stem(x)
         for block in self.blocks:
-            x = block(x, layout)
+            x = self.run(block, x, layout)
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

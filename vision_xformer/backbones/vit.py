@@ -10,17 +10,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from torchvision.ops import StochasticDepth
 
-from ..layers import LayerScale, Mlp, SequencePool
+from ..layers import SequencePool
 from ..layout import Layout
 from ..mixers import create_mixer
-from ..mixers.attention import head_width
-from ..positions import RotaryPosition, make_position
+from ..positions import make_position
 from ..registry import check_at_least, check_share, unknown
 from ..stems import STEMS
-from .base import BACKBONES, Backbone, Config, make_head
+from .base import BACKBONES, Backbone, Block, Config, drop_paths, init_linears, make_rope
 
 _IMAGENET = dict(  # what the sizes of Touvron et al. 2020 (DeiT) share
     input_shape=(3, 224, 224), num_classes=1000, patch=16, depth=12, norm_eps=1e-6,
@@ -37,8 +34,9 @@ class ViTConfig(Config):
         dim, depth, heads, mlp_dim: width D, number of blocks, heads, hidden width of the MLP;
             heads is None for a mixer without heads.
         mixer, mixer_options: token mixer by name and its options.
-        stem, stem_options: "patch" or "conv" (hybrid), and its options.
-        position: "learned", "sincos" or "none", added to the tokens.
+        stem, stem_options: "patch", "conv" (hybrid), "tokenizer" (CCT) or "levit", and its options.
+        position: "learned", "sincos" (of each axis), "raster_sincos" (of the place in the
+            sequence) or "none", added to the tokens.
         position_std: standard deviation of learned positions at first. Small patches need large
             ones: a token of few pixels says little, and a faint position is lost beside it.
         rope: rotary positions, "axial" or "raster", or None.
@@ -94,29 +92,6 @@ class ViTConfig(Config):
         return self.pool == "cls" if self.class_token is None else self.class_token
 
 
-class Block(nn.Module):
-    """x + mixer(norm x), then x + mlp(norm x): (B, N, D) -> (B, N, D)."""
-
-    def __init__(self, config: ViTConfig, layout: Layout, drop_path: float) -> None:
-        super().__init__()
-        c = config
-        self.norm1 = nn.LayerNorm(c.dim, c.norm_eps)
-        self.mixer = create_mixer(
-            c.mixer, dim=c.dim, heads=c.heads, layout=layout, **c.mixer_options
-        )
-        self.norm2 = nn.LayerNorm(c.dim, c.norm_eps)
-        self.mlp = Mlp(c.dim, c.mlp_dim, c.dropout)
-        self.scale1, self.scale2 = (
-            nn.Identity() if c.layer_scale is None else LayerScale(c.dim, c.layer_scale)
-            for _ in range(2)
-        )  # fmt: skip
-        self.drop_path = StochasticDepth(drop_path, "row")
-
-    def forward(self, x: Tensor, layout: Layout, rope: Tensor | None) -> Tensor:
-        x = x + self.drop_path(self.scale1(self.mixer(self.norm1(x), layout, rope)))
-        return x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
-
-
 @BACKBONES.register("vit")
 class VisionTransformer(Backbone):
     """
@@ -128,6 +103,8 @@ class VisionTransformer(Backbone):
     """
 
     config_class = ViTConfig
+    block_class: ClassVar[type[Block]] = Block
+    hybrid = True
     config: ViTConfig
     cls_token: nn.Parameter | None
     reg_token: nn.Parameter | None
@@ -142,8 +119,8 @@ class VisionTransformer(Backbone):
     }
 
     def __init__(self, config: ViTConfig) -> None:
-        super().__init__()
-        c = self.config = config
+        super().__init__(config)
+        c = config
         self.num_features = c.dim
         self.stem = STEMS.create(c.stem, c.input_shape, c.patch, c.dim, options=c.stem_options)
         class_tokens = int(c.has_class_token)
@@ -153,33 +130,28 @@ class VisionTransformer(Backbone):
             self.register_parameter(name, token)
         self.position: nn.Module | None = make_position(c.position, layout, c.dim, c.position_std)
         self.emb_drop = nn.Dropout(c.emb_dropout)
-        paths = (c.drop_path * i / max(1, c.depth - 1) for i in range(c.depth))
-        blocks = [Block(c, layout, p) for p in paths]
-        self.blocks = nn.ModuleList(blocks)
-        self.rope: RotaryPosition | None = None
-        if c.rope is not None:
-            if not blocks[0].mixer.takes_rope:
-                raise ValueError(
-                    f"mixer {c.mixer!r} has no queries and keys to rotate: rope must be None, "
-                    f"not {c.rope!r}"
-                )
-            head_dim = head_width(c.dim, c.heads, c.mixer_options.get("head_dim"))[1]
-            self.rope = RotaryPosition(layout, head_dim, c.rope)
+        mixers = [
+            create_mixer(c.mixer, dim=c.dim, heads=c.heads, layout=layout, **c.mixer_options)
+            for _ in range(c.depth)
+        ]
+        self.blocks = nn.ModuleList(
+            self.block_class(
+                mixer,
+                c.mlp_dim,
+                dropout=c.dropout,
+                drop_path=drop_path,
+                layer_scale=c.layer_scale,
+                norm_eps=c.norm_eps,
+            )
+            for mixer, drop_path in zip(mixers, drop_paths(c.drop_path, c.depth), strict=True)
+        )
+        init_linears(self.blocks)
+        self.rope = make_rope(c.rope, mixers[0], c.mixer)
         # A mean is normalised after pooling, as timm and the published models do.
         self.norm = nn.Identity() if c.pool == "mean" else nn.LayerNorm(c.dim, c.norm_eps)
         self.fc_norm = nn.LayerNorm(c.dim, c.norm_eps) if c.pool == "mean" else nn.Identity()
         self.pool = SequencePool(c.dim) if c.pool == "seq" else None
-        self.head = make_head(c.dim, c.num_classes)
-        self.grad_checkpointing = False
-        for linear in self.blocks.modules():
-            if isinstance(linear, nn.Linear):
-                nn.init.trunc_normal_(linear.weight, std=0.02)
-                if linear.bias is not None:
-                    nn.init.zeros_(linear.bias)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only the blocks' inputs for the backward pass and compute the rest again."""
-        self.grad_checkpointing = enable
+        self.head = self.make_head(c.num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, C, *shape) -> (B, N, D), class and register tokens in front."""
@@ -192,10 +164,7 @@ class VisionTransformer(Backbone):
         x = self.emb_drop(x)
         rope = None if self.rope is None else self.rope()
         for block in self.blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, self.layout, rope, use_reentrant=False)
-            else:
-                x = block(x, self.layout, rope)
+            x = self.run(block, x, self.layout, rope)
         y: Tensor = self.norm(x)
         return y
 

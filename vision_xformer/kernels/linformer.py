@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..layers import TokenTable
 from ..layout import Layout, grid_parts, segment_means
 from ..registry import check_at_least
 from .base import KERNELS
-from .softmax import Softmax
+from .softmax import _Softmax
 
 
 class LengthProjection(TokenTable):
@@ -40,7 +41,7 @@ def _shorten(x: Tensor, weights: Tensor) -> Tensor:
 
 
 @KERNELS.register("linformer")
-class Linformer(Softmax):
+class Linformer(_Softmax):
     """
     Args:
         rank: number R of keys and values that are left. Costs R (M + N) per channel.
@@ -87,9 +88,10 @@ class Linformer(Softmax):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, q_layout: Layout, k_layout: Layout
     ) -> Tensor:
-        if self.kv_heads == self.heads:
-            return super().forward(q, k, v, q_layout, k_layout)
-        # One key/value head: to the keys, a head of a token is one more query.
-        rows = q.transpose(1, 2).flatten(1, 2)[:, None]
-        out = super().forward(rows, k, v, q_layout, k_layout)
-        return out.unflatten(2, (-1, self.heads))[:, 0].transpose(1, 2)
+        one_head = self.kv_heads != self.heads
+        if one_head:  # to the keys, a head of a token is one more query
+            q = q.transpose(1, 2).flatten(1, 2)[:, None]
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout_now)
+        if one_head:
+            out = out.unflatten(2, (-1, self.heads))[:, 0].transpose(1, 2)
+        return out

@@ -59,13 +59,15 @@ def depthwise_conv(v: Tensor, taps: Tensor) -> Tensor:
 
 
 def nearest_keys(q_layout: Layout, k_layout: Layout, device: torch.device) -> Tensor:
-    """(N,) index of the key that lies under each query; prefix tokens map to the prefix.
+    """(N,) index of the key that lies under each query, where one grid is the other's strided.
 
-    Where the keys have no prefix, the queries' maps to the first key.
+    Prefix tokens map to the prefix; where the keys have none, to the first key.
     """
     index = torch.zeros((), dtype=torch.long, device=device)
     for size, keys in zip(q_layout.grid, k_layout.grid, strict=True):
-        index = index[..., None] * keys + torch.arange(size, device=device) * keys // size
+        skipped, shared = -(-keys // size), -(-size // keys)  # one of them is 1
+        place = (torch.arange(size, device=device) * skipped // shared).clamp(max=keys - 1)
+        index = index[..., None] * keys + place
     prefix = torch.arange(q_layout.prefix, device=device).clamp(max=max(k_layout.prefix - 1, 0))
     return torch.cat((prefix, index.flatten() + k_layout.prefix))
 

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention (Vaswani et al. 2017, eq. 1): softmax(q k^T / sqrt(K)) v."""
+"""Scaled dot-product attention (Vaswani et al. 2017, eq. 1): softmax(q k^T / sqrt(K) + bias) v."""
 
 from __future__ import annotations
 
@@ -30,18 +30,36 @@ class _Softmax(Kernel):
 class Softmax(_Softmax):
     """Fused: the N x M map is never stored, so memory is linear in N and time is quadratic."""
 
+    takes_bias = True
+
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, q_layout: Layout, k_layout: Layout
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_layout: Layout,
+        k_layout: Layout,
+        bias: Tensor | None = None,
     ) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout_now)
+        return F.scaled_dot_product_attention(q, k, v, bias, self.dropout_now)
 
 
 @KERNELS.register("softmax_eager")
 class SoftmaxEager(_Softmax):
     """Materialised: the N x M map is stored, as every implementation did in 2021."""
 
+    takes_bias = True
+
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, q_layout: Layout, k_layout: Layout
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_layout: Layout,
+        k_layout: Layout,
+        bias: Tensor | None = None,
     ) -> Tensor:
-        attention = (q @ k.mT * self.key_dim**-0.5).softmax(-1)
-        return F.dropout(attention, self.dropout_now) @ v
+        logits = q @ k.mT * self.key_dim**-0.5
+        if bias is not None:
+            logits = logits + bias
+        return F.dropout(logits.softmax(-1), self.dropout_now) @ v

@@ -12,19 +12,27 @@ from ..registry import check_at_least, check_options, check_types, options_of, u
 from . import fourier, packages
 from .attention import Attention
 from .base import MIXERS, Mixer
+from .slots import ConvSlot, NormSlot, Slot
 
 __all__ = [
     "MIXERS",
     "Attention",
+    "ConvSlot",
     "Mixer",
+    "NormSlot",
+    "Slot",
     "create_mixer",
     "fourier",
     "list_mixers",
     "mixer_options",
     "packages",
+    "takes_bias",
     "takes_heads",
     "takes_rope",
 ]
+
+
+VIT_SLOT = Slot()
 
 
 def list_mixers(pattern: str = "*") -> list[str]:
@@ -56,8 +64,19 @@ def takes_rope(name: str) -> bool:
     return KERNELS[name].takes_rope if name in KERNELS else _mixer(name).takes_rope
 
 
+def takes_bias(name: str) -> bool:
+    """Whether the mixer has an attention map to which a position bias can be added."""
+    return name in KERNELS and KERNELS[name].takes_bias
+
+
 def create_mixer(
-    name: str, *, dim: int, heads: int | None = None, layout: Layout, **options: Any
+    name: str,
+    *,
+    dim: int,
+    heads: int | None = None,
+    layout: Layout,
+    slot: Slot = VIT_SLOT,
+    **options: Any,
 ) -> Mixer:
     """One layer alone: a module ``mixer(x, layout)``, (B, N, D) -> (B, N, D).
 
@@ -66,6 +85,8 @@ def create_mixer(
         dim: token width D.
         heads: number of heads, for mixers that have heads.
         layout: where the N tokens lie.
+        slot: how a backbone wires it: :class:`Slot` (ViT), :class:`ConvSlot` (CvT) or
+            :class:`NormSlot` (LeViT), which may change the grid and the width.
         options: of that mixer, see :func:`mixer_options`.
 
     Raises:
@@ -88,5 +109,5 @@ def create_mixer(
         kernel_options = {k: v for k, v in options.items() if k in own}
         rest = {k: v for k, v in options.items() if k not in own}
         check_types(rest, Attention.__init__)
-        return Attention(dim, heads, layout, name, kernel_options, **rest)
-    return MIXERS.create(name, dim, heads, layout, options=options)
+        return Attention(dim, heads, layout, name, kernel_options, slot, **rest)
+    return slot.adapt(MIXERS.create(name, dim, heads, layout, options=options))

@@ -1,4 +1,4 @@
-"""Attention in the slot: projection, heads, rotation, kernel, heads, output."""
+"""Attention: projection, rotation, heads, kernel, heads, output."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..kernels import KERNELS
-from ..layout import Layout
+from ..layout import Layout, take_strided
 from ..positions import rotate
-from ..projections import LinearProjection
 from ..registry import check_at_least
 from .base import Mixer
+from .slots import Slot
 
 
 def head_width(dim: int, heads: int | None, head_dim: int | None) -> tuple[int, int]:
@@ -29,11 +29,12 @@ def head_width(dim: int, heads: int | None, head_dim: int | None) -> tuple[int, 
 
 
 class Attention(Mixer):
-    """Multi-head attention with any kernel of the registry.
+    """Multi-head attention with any kernel of the registry, wired as its slot asks.
 
     Args:
         kernel: name of the kernel.
         kernel_options: its options.
+        slot: of the backbone.
         head_dim: width K per head; dim / heads by default.
         qkv_bias: whether the projection adds a bias.
         proj_dropout: dropout after the output projection.
@@ -46,6 +47,7 @@ class Attention(Mixer):
         layout: Layout,
         kernel: str,
         kernel_options: Mapping[str, Any],
+        slot: Slot,
         *,
         head_dim: int | None = None,
         qkv_bias: bool = False,
@@ -53,40 +55,67 @@ class Attention(Mixer):
     ) -> None:
         super().__init__(dim, heads, layout)
         self.heads, self.head_dim = head_width(dim, heads, head_dim)
+        self.stride, self.kv_stride = slot.stride, slot.kv_stride
         self.kernel = KERNELS.create(
-            kernel, self.heads, self.head_dim, layout, options=kernel_options
+            kernel,
+            self.heads,
+            self.head_dim,
+            layout.strided(slot.kv_stride),
+            options=kernel_options,
         )
         self.takes_rope = self.kernel.takes_rope
-        self.fixed_layout = self.kernel.compresses
-        kv_width = self.kernel.kv_heads * self.head_dim
-        widths = (self.heads * self.head_dim, kv_width) + (kv_width,) * (not self.kernel.share_kv)
-        self.projection = LinearProjection(dim, widths, qkv_bias)
-        self.proj = nn.Linear(widths[0], dim)
+        value_dim = slot.value_dim(self.head_dim)
+        if self.kernel.share_kv and value_dim != self.head_dim:
+            raise ValueError(
+                f"share_kv=True: values of width {value_dim} cannot be keys of {self.head_dim}"
+            )
+        key_width = self.kernel.kv_heads * self.head_dim
+        values = () if self.kernel.share_kv else (self.kernel.kv_heads * value_dim,)
+        widths = (self.heads * self.head_dim, key_width, *values)
+        self.projection = slot.projection(dim, widths, qkv_bias, layout, self.heads)
+        self.position_bias = slot.bias(layout, self.heads)
+        if self.position_bias is not None and not self.kernel.takes_bias:
+            raise ValueError(
+                f"mixer {kernel!r} forms no attention map to add a bias to: position_bias must be "
+                "False"
+            )
+        self.fixed_layout = self.kernel.compresses or self.position_bias is not None
+        self.proj = slot.output(self.heads * value_dim, dim)
         self.proj_drop = nn.Dropout(proj_dropout)
+
+    def out_layout(self, layout: Layout) -> Layout:
+        return layout.strided(self.stride)
 
     def forward(self, x: Tensor, layout: Layout, rope: Tensor | None = None) -> Tensor:
         self.check(x, layout, rope)
-        if self.kernel.compresses and rope is None:
-            q, k, v = self._compress_and_project(x)
+        q_layout, k_layout = layout.strided(self.stride), layout.strided(self.kv_stride)
+        if self.kernel.compresses and self.projection.ends_linear and rope is None:
+            q, k, v = self._compress_and_project(x, layout)
         else:
-            q, k, v = self.projection(x)
+            q, k, v = self.projection(x, layout)
             if rope is not None:  # where the values are the keys, they stay as they were
-                q, k = (rotate(self._heads(t), rope).flatten(2) for t in (q, k))
+                q = self._rotated(q, take_strided(rope[None], layout, self.stride)[0])
+                k = self._rotated(k, take_strided(rope[None], layout, self.kv_stride)[0])
             if self.kernel.compresses:
                 k, v = self.kernel.compress(k, v)
-        operands = (self._heads(t).transpose(1, 2) for t in (q, k, v))
-        y: Tensor = self.kernel(*operands, layout, layout)
+        heads, kv_heads = self.heads, self.kernel.kv_heads
+        operands = (
+            t.unflatten(-1, (h, -1)).transpose(1, 2)
+            for t, h in ((q, heads), (k, kv_heads), (v, kv_heads))
+        )
+        bias = () if self.position_bias is None else (self.position_bias(),)
+        y: Tensor = self.kernel(*operands, q_layout, k_layout, *bias)
         out: Tensor = self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
         return out
 
-    def _heads(self, x: Tensor) -> Tensor:
-        """(B, N, H*K) -> (B, N, H, K)"""
-        return x.unflatten(-1, (-1, self.head_dim))
+    def _rotated(self, x: Tensor, angles: Tensor) -> Tensor:
+        """(B, N, H*K) -> same"""
+        return rotate(x.unflatten(-1, (-1, self.head_dim)), angles).flatten(2)
 
-    def _compress_and_project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """E^T (x W) as (E^T x) W: the same, for R rows of keys and values instead of N."""
-        ones = x.new_ones(1, x.shape[1], 1)
-        k_sum, v_sum = self.kernel.compress(ones, ones)
-        xs = (x, *self.kernel.compress(x, x))
-        q, k, *v = self.projection.forward_each(xs, (ones, k_sum, v_sum))
-        return q, k, v[0] if v else k
+    def _compress_and_project(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+        """E^T (x W) as (E^T x) W: the same, for R rows of keys and values instead of M."""
+        xq, xk, xv = self.projection.inputs(x, layout)
+        ones = x.new_ones(1, xk.shape[1], 1)
+        sums = (ones[:, :1], *self.kernel.compress(ones, ones))
+        q, k, v = self.projection.forward_each((xq, *self.kernel.compress(xk, xv)), sums)
+        return q, k, v

@@ -12,7 +12,9 @@ from ..registry import Registry
 
 
 class Mixer(nn.Module):
-    """Maps tokens (B, N, D) to (B, N, D). Options are keyword-only constructor arguments.
+    """Maps tokens (B, N, D) to (B, n, E); n = N and E = D unless the slot asks for something else.
+
+    Options are keyword-only constructor arguments.
 
     Args:
         dim: token width D.
@@ -21,12 +23,13 @@ class Mixer(nn.Module):
 
     Attributes:
         takes_heads: whether the mixer has heads.
-        takes_rope: whether it has queries and keys that can be rotated.
+        takes_rope: whether it has queries and keys that can be rotated, of width ``head_dim``.
         fixed_layout: whether parameters are sized by ``layout``, so that it takes no other.
     """
 
     takes_heads: ClassVar[bool] = True
     takes_rope: bool = False
+    head_dim: int
     fixed_layout: bool = False
 
     def __init__(self, dim: int, heads: int | None, layout: Layout) -> None:
@@ -36,6 +39,10 @@ class Mixer(nn.Module):
     def forward(self, x: Tensor, layout: Layout, rope: Tensor | None = None) -> Tensor:
         """``rope``: (N, A) angles, see :class:`~vision_xformer.positions.RotaryPosition`."""
         raise NotImplementedError
+
+    def out_layout(self, layout: Layout) -> Layout:
+        """Where the tokens lie that come out."""
+        return layout
 
     def check(self, x: Tensor, layout: Layout, rope: Tensor | None) -> None:
         """Raise a ValueError for what this mixer cannot take."""

@@ -1,0 +1,136 @@
+"""What a backbone asks of the mixers in its blocks; what the mixers' options choose is the user's.
+
+Attention asks its slot for the maps around its kernel. A mixer without queries and keys is put into
+an adapter that does beside it what the backbone does around its attention.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor, nn
+
+from ..layers import ConvNorm, LinearNorm
+from ..layout import Layout, take_strided
+from ..positions import PositionBias
+from ..projections import ConvProjection, LinearProjection, NormProjection, Projection, on_grid
+from .base import Mixer
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """ViT's: linear maps to q, k, v and from the heads, nothing else."""
+
+    @property
+    def stride(self) -> int:
+        """Queries, and what comes out, are taken at every such place of the grid."""
+        return 1
+
+    @property
+    def kv_stride(self) -> int:
+        """So are keys and values."""
+        return 1
+
+    def value_dim(self, key_dim: int) -> int:
+        """Value width V per head for a key width K."""
+        return key_dim
+
+    def projection(
+        self, dim: int, widths: tuple[int, ...], bias: bool, layout: Layout, heads: int
+    ) -> Projection:
+        return LinearProjection(dim, widths, bias)
+
+    def output(self, width: int, dim: int) -> nn.Module:
+        """The map behind the heads or the adapted mixer, (B, n, width) -> (B, n, E)."""
+        return nn.Linear(width, dim)
+
+    def bias(self, layout: Layout, heads: int) -> PositionBias | None:
+        return None
+
+    def adapt(self, mixer: Mixer) -> Mixer:
+        """A mixer without queries and keys, made to fit."""
+        return mixer
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvSlot(Slot):
+    """CvT's: depth-wise convolutions with batch norm in front.
+
+    Args:
+        kernel: their width, odd.
+        kv_stride: of keys and values.
+    """
+
+    kernel: int = 3
+    kv_stride: int = 2
+
+    def projection(
+        self, dim: int, widths: tuple[int, ...], bias: bool, layout: Layout, heads: int
+    ) -> Projection:
+        return ConvProjection(dim, widths, bias, layout, heads, self.kernel, self.kv_stride)
+
+    def adapt(self, mixer: Mixer) -> Mixer:
+        conv = ConvNorm(len(mixer.layout.grid), mixer.dim, mixer.dim, self.kernel, groups=mixer.dim)
+        return Adapter(mixer, conv, 1, nn.Identity())
+
+
+@dataclasses.dataclass(frozen=True)
+class NormSlot(Slot):
+    """LeViT's: batch norm behind each map, hard-swish before the last, a bias for each distance.
+
+    Args:
+        value_ratio: value width for a key width of 1.
+        position_bias: whether the logits get one.
+        stride: above 1, the attention shrinks the grid.
+        out_dim: width E that comes out; D by default. Where neither it nor the stride changes
+            anything, the mixer is a residual branch and starts as nothing.
+    """
+
+    value_ratio: int = 2
+    position_bias: bool = True
+    stride: int = 1
+    out_dim: int | None = None
+
+    def value_dim(self, key_dim: int) -> int:
+        return self.value_ratio * key_dim
+
+    def projection(
+        self, dim: int, widths: tuple[int, ...], bias: bool, layout: Layout, heads: int
+    ) -> Projection:
+        if bias:
+            raise ValueError("qkv_bias=True has no effect before a batch norm: leave it out")
+        return NormProjection(dim, widths, self.stride)
+
+    def output(self, width: int, dim: int) -> nn.Module:
+        branch = self.stride == 1 and self.out_dim is None
+        out_dim = self.out_dim or dim
+        return nn.Sequential(nn.Hardswish(), LinearNorm(width, out_dim, 0.0 if branch else 1.0))
+
+    def bias(self, layout: Layout, heads: int) -> PositionBias | None:
+        return PositionBias(layout, heads, self.stride) if self.position_bias else None
+
+    def adapt(self, mixer: Mixer) -> Mixer:
+        if self.position_bias:
+            raise ValueError(
+                f"{type(mixer).__name__} has no attention map: position_bias must be False"
+            )
+        return Adapter(mixer, None, self.stride, self.output(mixer.dim, mixer.dim))
+
+
+class Adapter(Mixer):
+    """A convolution, a mixer without queries and keys, a stride and a map, one after the other."""
+
+    def __init__(self, mixer: Mixer, conv: nn.Module | None, stride: int, proj: nn.Module) -> None:
+        super().__init__(mixer.dim, mixer.heads, mixer.layout)
+        self.fixed_layout = mixer.fixed_layout
+        self.conv, self.mixer, self.stride, self.proj = conv, mixer, stride, proj
+
+    def out_layout(self, layout: Layout) -> Layout:
+        return layout.strided(self.stride)
+
+    def forward(self, x: Tensor, layout: Layout, rope: Tensor | None = None) -> Tensor:
+        self.check(x, layout, rope)
+        if self.conv is not None:
+            x = on_grid(self.conv, x, layout)
+        y: Tensor = self.proj(take_strided(self.mixer(x, layout), layout, self.stride))
+        return y
