@@ -40,6 +40,12 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """The same (B, C, *shape) in the memory order of tokens, in which convolutions are faster."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return x.contiguous(memory_format=formats.get(x.ndim, torch.contiguous_format))
+
+
 def _statistics(norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor, float, Tensor, Tensor]:
     assert norm.running_mean is not None
     assert norm.running_var is not None

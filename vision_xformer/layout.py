@@ -27,6 +27,8 @@ class Layout(NamedTuple):
 
     def strided(self, stride: int) -> Layout:
         """The layout of every ``stride``-th place on each axis, the first included."""
+        if stride == 1:
+            return self
         return Layout(tuple(-(-g // stride) for g in self.grid), self.prefix)
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from rotary_embedding_torch import RotaryEmbedding, apply_rotary_emb
 from torch import Tensor, nn
 
@@ -129,8 +128,8 @@ class PositionBias(TokenTable):
         self.offsets = _Offsets(layout, stride)
 
     def forward(self) -> Tensor:
-        bias = F.embedding(self.offsets(), self.grid.flatten(0, -2))
-        return bias.mT.unflatten(1, self.shape)
+        rows = self.grid.flatten(0, -2).mT
+        return rows.index_select(1, self.offsets()).unflatten(1, self.shape)
 
 
 class RotaryPosition(_FixedTable):

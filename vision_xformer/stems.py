@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .layers import BATCH_NORM, CONV, MAX_POOL, ConvNorm
+from .layers import BATCH_NORM, CONV, MAX_POOL, ConvNorm, channels_last
 from .registry import Registry, check_at_least, unknown
 
 _PATCHES = {
@@ -193,7 +193,7 @@ class ConvStem(Stem):
         self.convs = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.convs(x)
+        y: Tensor = self.convs(channels_last(x))
         return y.flatten(2).mT
 
 
@@ -243,6 +243,7 @@ class Tokenizer(Stem):
         self.pool = MAX_POOL[axes](3, pool_stride, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = channels_last(x)
         for conv in self.convs:
             x = self.pool(conv(x).relu())
         return x.flatten(2).mT
@@ -285,7 +286,7 @@ class LeViTStem(Stem):
 
     def forward(self, x: Tensor) -> Tensor:
         first, *rest = self.convs
-        x = first(x)
+        x = first(channels_last(x))
         for conv in rest:
             x = conv(F.hardswish(x))
         return x.flatten(2).mT

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..layers import CONV
+from ..layers import CONV, channels_last
 from ..layout import Layout
 from ..mixers import ConvSlot, create_mixer, takes_heads
 from ..registry import check_at_least, check_share
@@ -198,7 +198,7 @@ class CvT(Backbone):
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, C, *shape) -> (B, N, D) of the last stage, its class token in front."""
         self.check_input(x)
-        picture = x
+        picture = channels_last(x)
         for stage, layout in zip(self.stages, self.layouts, strict=True):
             x = stage(picture, self.run)
             picture = x[:, layout.prefix :].mT.unflatten(2, layout.grid)

@@ -88,6 +88,7 @@ class Block(nn.Module):
     def __init__(self, mixer: Mixer, dim: int, mlp_ratio: int, drop_path: float) -> None:
         super().__init__()
         self.mixer = mixer
+        self.residual = mixer.out_layout(mixer.layout) == mixer.layout
         self.mlp = nn.Sequential(
             LinearNorm(dim, mlp_ratio * dim), nn.Hardswish(), LinearNorm(mlp_ratio * dim, dim, 0.0)
         )
@@ -95,7 +96,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout, rope: Tensor | None) -> Tensor:
         y = self.mixer(x, layout, rope)
-        x = x + self.drop_path(y) if self.mixer.out_layout(layout) == layout else y
+        x = x + self.drop_path(y) if self.residual else y
         return x + self.drop_path(self.mlp(x))
 
 
