@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import vision_xformer as vx
-import vision_xformer.weights
+import vision_xformer.saving
 from vision_xformer.zoo import parse_name
 
 TEST_MODELS = [n for n in vx.list_models() if parse_name(n).size == "test"]
@@ -506,7 +506,7 @@ def test_a_failed_save_leaves_the_old_file(
     if existed:
         vx.save_model(old, path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    real = vision_xformer.weights.save_file
+    real = vision_xformer.saving.save_file
 
     def half(state: State, file: Path, metadata: dict[str, str]) -> None:
         real(state, file, metadata)
@@ -514,7 +514,7 @@ def test_a_failed_save_leaves_the_old_file(
         Path(file).write_bytes(data[: len(data) // 2])
         raise error
 
-    monkeypatch.setattr(vision_xformer.weights, "save_file", half)
+    monkeypatch.setattr(vision_xformer.saving, "save_file", half)
     with pytest.raises(type(error)):
         vx.save_model(create(), path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before

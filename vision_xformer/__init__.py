@@ -26,9 +26,10 @@ from .published import (
     ViP,
     ViT,
 )
+from .saving import load_model, save_model
 from .stems import STEMS, Stem
 from .version import __version__
-from .weights import LoadReport, load_model, load_weights, save_model
+from .weights import LoadReport, load_weights
 from .zoo import create_model, list_models
 
 __all__ = [

@@ -21,7 +21,7 @@ class LearnedPosition(TokenTable):
     """A learned vector for each token, prefix included: () -> (N, D)."""
 
 
-class _FixedTable(nn.Module):
+class FixedTable(nn.Module):
     """A table that is computed, not learned nor saved: () -> (N, C).
 
     It is made again wherever the module goes, so that it has its values after ``to_empty``, and is
@@ -34,7 +34,7 @@ class _FixedTable(nn.Module):
     def _make(self, device: torch.device) -> Tensor:
         raise NotImplementedError
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _FixedTable:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FixedTable:
         super()._apply(fn, recurse)
         if self.table.device.type != "meta":
             table = self._make(self.table.device)
@@ -45,7 +45,7 @@ class _FixedTable(nn.Module):
         return self.table
 
 
-class SinCosPosition(_FixedTable):
+class SinCosPosition(FixedTable):
     """Fixed sines and cosines of each coordinate (Vaswani et al. 2017, 3.5): () -> (N, D).
 
     The width is shared equally by the axes; what does not divide, and the prefix, is zero.
@@ -89,7 +89,7 @@ class RasterSinCosPosition(SinCosPosition):
         return torch.where(channels % 2 == 0, angle.sin(), angle.cos())
 
 
-class _Offsets(_FixedTable):
+class _Offsets(FixedTable):
     """Row-major index of the distance of each query to each key: () -> (N * M,)."""
 
     def __init__(self, layout: Layout, stride: int) -> None:
@@ -132,7 +132,7 @@ class PositionBias(TokenTable):
         return rows.index_select(1, self.offsets()).unflatten(1, self.shape)
 
 
-class RotaryPosition(_FixedTable):
+class RotaryPosition(FixedTable):
     """Angles of rotary position embedding (Su et al. 2021, arXiv 2104.09864): () -> (N, A).
 
     Args:

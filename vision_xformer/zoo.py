@@ -10,12 +10,17 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import os
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from . import mixers
 from .backbones import BACKBONES, Backbone, Config
 from .registry import check_options, check_types, unknown
+from .weights import load_weights
 
 LETTERS = {"t": "softmax", "l": "linformer", "p": "performer", "n": "nystrom", "f": "fourier"}
 _ALIASES = {"fnet": "vif"}
@@ -144,6 +149,7 @@ def create_model(
     channels: int | None = None,
     mixer: str | None = None,
     mixer_options: Mapping[str, Any] | None = None,
+    weights: Mapping[str, Tensor] | str | os.PathLike[str] | None = None,
     **overrides: Any,
 ) -> Backbone:
     """Build a model by name, or from the ``config`` of another (or its ``to_dict()``).
@@ -155,11 +161,15 @@ def create_model(
         mixer: another token mixer, see :func:`~vision_xformer.list_mixers`. Options and heads of
             the name that it does not have are left out.
         mixer_options: added to the name's; an option the mixer does not have is refused.
+        weights: a state dict or a file of one, under any names that
+            :func:`~vision_xformer.load_weights` understands. Every tensor that fits is loaded; a
+            warning says what does not. To have nothing left out, or tables resized, call
+            ``load_weights`` on the model.
         overrides: any other field of the configuration, such as ``num_classes`` or
             ``input_shape=(1, 4096)`` for signals and ``(1, 28, 28, 28)`` for volumes.
 
     Returns:
-        The model in training mode, with fresh weights.
+        The model in training mode, with fresh weights but for those given.
 
     Raises:
         ValueError: for an unknown name, field or option (with the nearest), or values that do not
@@ -188,7 +198,12 @@ def create_model(
         fields |= _with_mixer(fields, mixer, fields["mixer_options"])
     if mixer_options is not None:
         overrides["mixer_options"] = {**fields["mixer_options"], **mixer_options}
-    return BACKBONES[config.backbone](type(config)(**{**fields, **overrides}))
+    model = BACKBONES[config.backbone](type(config)(**{**fields, **overrides}))
+    if weights is not None:
+        report = load_weights(model, weights, strict=False)
+        if report.unused or report.missing:
+            warnings.warn(f"weights of {what}: {report}", stacklevel=2)
+    return model
 
 
 def input_shape_of(
