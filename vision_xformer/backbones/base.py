@@ -19,6 +19,7 @@ from ..layout import Layout
 from ..mixers import Mixer
 from ..positions import RotaryPosition
 from ..registry import Registry, check_at_least, check_options, check_types
+from ..summary import summary
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,19 +142,10 @@ class Backbone(nn.Module):
         """Shape and type of every saved tensor by its name."""
         return {k: (tuple(v.shape), v.dtype) for k, v in self.state_dict().items()}
 
-    def summary(self, depth: int = 3) -> str:
-        """A table of the modules down to ``depth``: output shapes, parameters, products."""
-        from torchinfo import summary
-
-        statistics = summary(
-            self,
-            (1, *self.config.input_shape),
-            depth=depth,
-            col_names=("output_size", "num_params", "mult_adds"),
-            mode="eval",
-            verbose=0,
-        )
-        return str(statistics)
+    def summary(self, depth: int = 2) -> str:
+        """A table of the parts down to ``depth``: kind, output shape of one sample, parameters."""
+        sample = torch.zeros(1, *self.config.input_shape).to(next(self.parameters()))
+        return summary(self, sample, depth)
 
     def check_input(self, x: Tensor, any_size: bool = False) -> None:
         """Raise a ValueError for a batch that is not (B, *input_shape)."""

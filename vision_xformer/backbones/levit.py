@@ -85,10 +85,11 @@ class LeViTConfig(Config):
 class Block(nn.Module):
     """x + mixer(x), then x + mlp(x); without the first x where the mixer shrinks the grid."""
 
-    def __init__(self, mixer: Mixer, dim: int, mlp_ratio: int, drop_path: float) -> None:
+    def __init__(
+        self, mixer: Mixer, dim: int, mlp_ratio: int, drop_path: float, shrinks: bool
+    ) -> None:
         super().__init__()
-        self.mixer = mixer
-        self.residual = mixer.out_layout(mixer.layout) == mixer.layout
+        self.mixer, self.shrinks = mixer, shrinks
         self.mlp = nn.Sequential(
             LinearNorm(dim, mlp_ratio * dim), nn.Hardswish(), LinearNorm(mlp_ratio * dim, dim, 0.0)
         )
@@ -96,7 +97,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout, rope: Tensor | None) -> Tensor:
         y = self.mixer(x, layout, rope)
-        x = x + self.drop_path(y) if self.residual else y
+        x = y if self.shrinks else x + self.drop_path(y)
         return x + self.drop_path(self.mlp(x))
 
 
@@ -114,7 +115,7 @@ class Stage(nn.Module):
         def block(heads: int | None, slot: NormSlot) -> Block:
             options = c.mixer_options | ({"head_dim": c.key_dim} if c.key_dim else {})
             mixer = create_mixer(c.mixer, dim=dim, heads=heads, layout=layout, slot=slot, **options)
-            return Block(mixer, slot.out_dim or dim, c.mlp_ratio, c.drop_path)
+            return Block(mixer, slot.out_dim or dim, c.mlp_ratio, c.drop_path, slot.stride > 1)
 
         heads = None if c.heads is None else c.heads[index]
         slot = NormSlot(c.value_ratio, c.position_bias)

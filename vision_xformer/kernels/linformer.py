@@ -8,14 +8,13 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..layers import TokenTable
 from ..layout import Layout, grid_parts, segment_means
 from ..registry import check_at_least
 from .base import KERNELS
-from .softmax import _Softmax
+from .softmax import _Softmax, attend
 
 
 class LengthProjection(TokenTable):
@@ -91,7 +90,7 @@ class Linformer(_Softmax):
         one_head = self.kv_heads != self.heads
         if one_head:  # to the keys, a head of a token is one more query
             q = q.transpose(1, 2).flatten(1, 2)[:, None]
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout_now)
+        out = attend(q, k, v, dropout=self.dropout_now)
         if one_head:
             out = out.unflatten(2, (-1, self.heads))[:, 0].transpose(1, 2)
         return out

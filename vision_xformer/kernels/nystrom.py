@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..layout import Layout, grid_parts, pool_grid
 from ..registry import check_at_least
 from .base import KERNELS, Kernel, widened, without_autocast
+from .softmax import attend
 
 _BLOCK = 32  # rows of one Toeplitz product: the smallest that keeps it a dense one
 
@@ -138,12 +139,12 @@ class Nystrom(Kernel):
         parts = self._parts(q_layout, k_layout)
         q_marks = self._landmark_means(q, q_layout, parts)
         k_marks = self._landmark_means(k, k_layout, parts)
-        context = F.scaled_dot_product_attention(q_marks, k, v)
+        context = attend(q_marks, k, v)
         with without_autocast(q):  # entries of the inverse are large and cancel
             ql, kl, c = widened(q_marks, k_marks, context)
             core = (ql @ kl.mT * self.key_dim**-0.5).softmax(-1)
             context = newton_schulz_pinv(core, self.iterations) @ c
-        out = F.scaled_dot_product_attention(q, k_marks, context.to(q.dtype))
+        out = attend(q, k_marks, context.to(q.dtype))
         if self.residual is None:
             return out
         local = depthwise_conv(v, self.residual)

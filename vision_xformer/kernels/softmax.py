@@ -18,6 +18,20 @@ def materialised(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: 
     return F.dropout(logits.softmax(-1), dropout) @ v
 
 
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, dropout: float = 0.0
+) -> Tensor:
+    """Fused: the map is never stored.
+
+    On the CPU that is so without dropout and bias and for values as wide as keys. For the rest
+    PyTorch has no fused form there, and its stand-in is slower than the plain equation.
+    """
+    plain = dropout == 0 and bias is None and v.shape[-1] == q.shape[-1]
+    if q.device.type == "cpu" and not plain:
+        return materialised(q, k, v, bias, dropout)
+    return F.scaled_dot_product_attention(q, k, v, bias, dropout)
+
+
 class _Softmax(Kernel):
     """
     Args:
@@ -36,11 +50,7 @@ class _Softmax(Kernel):
 
 @KERNELS.register("softmax")
 class Softmax(_Softmax):
-    """Fused: the N x M map is never stored, so memory is linear in N and time is quadratic.
-
-    On the CPU that is so without dropout and bias and for values as wide as keys. For the rest
-    PyTorch has no fused form there, and its stand-in is slower than the plain equation.
-    """
+    """Fused (:func:`attend`): memory is linear in N and time is quadratic."""
 
     takes_bias = True
 
@@ -53,11 +63,7 @@ class Softmax(_Softmax):
         k_layout: Layout,
         bias: Tensor | None = None,
     ) -> Tensor:
-        dropout = self.dropout_now
-        plain = dropout == 0 and bias is None and v.shape[-1] == q.shape[-1]
-        if q.device.type == "cpu" and not plain:
-            return materialised(q, k, v, bias, dropout)
-        return F.scaled_dot_product_attention(q, k, v, bias, dropout)
+        return attend(q, k, v, bias, self.dropout_now)
 
 
 @KERNELS.register("softmax_eager")

@@ -1,0 +1,67 @@
+"""What a model is made of, as text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def _shapes(model: nn.Module, sample: Tensor) -> dict[str, tuple[int, ...]]:
+    """Output shape of each module that returns a tensor for ``sample``, by name."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                shapes[name] = tuple(output.shape)
+
+        return hook
+
+    hooks = [m.register_forward_hook(keep(name)) for name, m in model.named_modules()]
+    modes = {module: module.training for module in model.modules()}
+    try:
+        with torch.no_grad():
+            model.eval()(sample)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for hook in hooks:
+            hook.remove()
+    return shapes
+
+
+def summary(model: nn.Module, sample: Tensor, depth: int) -> str:
+    """A table of the parts down to ``depth`` that have parameters: kind, output shape, parameters.
+
+    What is deeper is counted in what holds it.
+    """
+    shapes = _shapes(model, sample)
+    rows = [("part", "kind", "output", "parameters")]
+
+    def visit(name: str, module: nn.Module, level: int) -> None:
+        label = "  " * level + (name.rpartition(".")[2] or "(model)")
+        shape = str(shapes[name]) if name in shapes else ""
+        rows.append((label, type(module).__name__, shape, f"{_count(module):,}"))
+        if level == depth:
+            return
+        for key, parameter in module.named_parameters(recurse=False):
+            size = f"{parameter.numel():,}"
+            rows.append(("  " * (level + 1) + key, "Parameter", str(tuple(parameter.shape)), size))
+        for key, child in module.named_children():
+            if _count(child):
+                visit(f"{name}.{key}" if name else key, child, level + 1)
+
+    visit("", model, 0)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for part, kind, shape, size in rows:
+        cells = part.ljust(widths[0]), kind.ljust(widths[1]), shape.ljust(widths[2])
+        lines.append("  ".join((*cells, size.rjust(widths[3]))))
+    lines.insert(1, "-" * len(lines[0]))
+    return "\n".join(lines)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
