@@ -100,6 +100,54 @@ def test_save_model_of_other_memory_formats_and_heads(tmp_path: Path) -> None:
     assert loaded.config.num_classes == 7
 
 
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("levit_test", {"distilled": True}),
+        ("levip_test", {"patch": 1}),
+        ("cvt_test", {"class_token": False}),
+        ("cvl_test", {"kernel": 5}),
+        ("ccn_test", {"position": "raster_sincos", "registers": 2}),
+        ("cvt_lite_test", {"layer_scale": 0.1}),
+        ("vit_lite_test", {"pool": "seq", "class_token": True}),
+    ],
+    ids=str,
+)
+def test_save_model_of_other_types_and_heads(
+    name: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    model = vx.create_model(name, **fields).to(torch.float64, memory_format=torch.channels_last)
+    model.reset_classifier(7)
+    model(images(model).double())  # statistics of batch norms, where there are any
+    vx.save_model(model.eval(), tmp_path / "model.safetensors")
+    loaded = vx.load_model(tmp_path / "model.safetensors")
+    assert loaded.config == model.config
+    assert_same(loaded.state_dict(), model.state_dict())
+    x = images(model).double()
+    assert loaded(x).shape == (3, 7)
+    torch.testing.assert_close(loaded(x), model(x))
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_fused_models_are_other_models(distilled: bool, tmp_path: Path) -> None:
+    """Their files come back fused; the weights of one do not fit the other."""
+    model = vx.create_model("levit_test", distilled=distilled)
+    model(images(model))
+    plain, x = state_of(model), images(model)
+    want = model.eval()(x)
+    model.fuse()
+    vx.save_model(model, tmp_path / "model.safetensors")
+    loaded = vx.load_model(tmp_path / "model.safetensors")
+    assert loaded.config.fused
+    assert_same(loaded.state_dict(), model.state_dict())
+    torch.testing.assert_close(loaded(x), want)
+    assert_not_loaded(model, plain, "LeViT", "missing", "not in the module")
+    fresh = create("levit_test", distilled=distilled)
+    assert_not_loaded(fresh, model.state_dict(), "LeViT", "missing", "not in the module")
+    vx.load_weights(fresh, plain)
+    torch.testing.assert_close(fresh(x), want)
+
+
 def test_save_model_replaces_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     for name in ("vit_test", "vin_test_rope"):
@@ -109,7 +157,11 @@ def test_save_model_replaces_what_was_there(tmp_path: Path) -> None:
 
 
 @each_format
-@pytest.mark.parametrize("name", ["hybrid_vil_test", "vip_test_rope", "fnet2d_test"])
+@pytest.mark.parametrize(
+    "name",
+    ["hybrid_vil_test", "vip_test_rope", "fnet2d_test", "levit_test", "levif_test", "cvl_test",
+     "ccp_test", "vin_lite_test"],
+)  # fmt: skip
 def test_state_dict_files(name: str, suffix: str, tmp_path: Path) -> None:
     source, target, again = create(name), create(name), create(name)
     path = tmp_path / f"weights{suffix}"
@@ -121,14 +173,19 @@ def test_state_dict_files(name: str, suffix: str, tmp_path: Path) -> None:
         assert_same(module.state_dict(), source.state_dict())
 
 
-def test_state_dicts_of_wrapped_models_and_other_types() -> None:
-    source, target = create(), create()
-    wrapped = {f"module.{k}": v.double() for k, v in source.state_dict().items()}
-    vx.load_weights(target, wrapped)
+@pytest.mark.parametrize("name", ["vit_test", "levin_test", "cvt_test", "cct_test"])
+def test_state_dicts_of_wrapped_models_and_other_types(name: str) -> None:
+    source, target = create(name), create(name)
+
+    def cast(dtype: torch.dtype) -> State:  # but for the number of batches
+        state = source.state_dict()
+        return {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+
+    vx.load_weights(target, {f"module.{k}": v for k, v in cast(torch.float64).items()})
     assert_same(target.state_dict(), source.state_dict())
-    low = create().bfloat16()
+    low = create(name).bfloat16()
     vx.load_weights(low, source.state_dict())
-    assert_same(low.state_dict(), {k: v.bfloat16() for k, v in source.state_dict().items()})
+    assert_same(low.state_dict(), cast(torch.bfloat16))
 
 
 def test_the_module_keeps_no_memory_of_the_source() -> None:
@@ -238,8 +295,9 @@ def test_load_model_needs_save_models_file(suffix: str, tmp_path: Path) -> None:
         ({"config": '{"backbone": "vitt"}'}, r"'vitt'.*'vit'"),
         ({"config": '{"backbone": "vit", "dept": 2}'}, r"'dept'.*'depth'"),
         ({"config": json.dumps(create("vin_test").config.to_dict())}, r"kernel\.residual"),
+        ({"config": json.dumps(create("cvt_test").config.to_dict())}, r"of this CvT: missing"),
     ],
-    ids=["none", "other", "torn", "list", "empty", "backbone", "field", "weights"],
+    ids=["none", "other", "torn", "list", "empty", "backbone", "field", "weights", "family"],
 )
 def test_load_model_of_another_configuration(
     metadata: dict[str, str] | None, message: str, tmp_path: Path
@@ -274,10 +332,39 @@ def test_another_models_weights(tmp_path: Path) -> None:
     assert_not_loaded(create(), {}, "missing")
 
 
+FAMILIES = {"vit_test": "VisionTransformer", "levit_test": "LeViT", "cvt_test": "CvT",
+            "cct_test": "CompactTransformer", "vit_lite_test": "ViTLite"}  # fmt: skip
+
+
+@pytest.mark.parametrize("target", FAMILIES)
+@pytest.mark.parametrize("source", FAMILIES)
+def test_another_familys_weights(source: str, target: str) -> None:
+    """Of a like name and size, they are refused; their own are not."""
+    state = create(source).state_dict()
+    if source == target:
+        vx.load_weights(create(target), state)
+    else:
+        assert_not_loaded(create(target), state, f"of this {FAMILIES[target]}: ")
+
+
 @pytest.mark.parametrize("resize", [False, True])
-@pytest.mark.parametrize("key", ["stem.proj.weight", "blocks.1.mlp.fc2.bias", "head.weight"])
-def test_one_wrong_key_of_many(key: str, resize: bool) -> None:
-    module, good = create(), state_of(create())
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("vit_test", "stem.proj.weight"),
+        ("vit_test", "blocks.1.mlp.fc2.bias"),
+        ("vit_test", "head.weight"),
+        ("levit_test", "stem.convs.1.norm.running_var"),
+        ("levit_test", "stages.0.shrink.mixer.projection.kv.linear.weight"),
+        ("levit_test", "head.norm.bias"),
+        ("cvt_test", "stages.1.embed.weight"),
+        ("cvt_test", "stages.1.blocks.0.mixer.projection.convs.2.conv.weight"),
+        ("cct_test", "stem.convs.1.weight"),
+        ("cct_test", "pool.attention.weight"),
+    ],
+)
+def test_one_wrong_key_of_many(name: str, key: str, resize: bool) -> None:
+    module, good = create(name), state_of(create(name))
     missing = {k: v for k, v in good.items() if k != key}
     assert_not_loaded(module, missing, "missing", key, resize=resize)
     renamed = {**missing, "spam": good[key]}
@@ -416,30 +503,55 @@ def test_prefixes_of_parallel_and_compiled_models(prefix: str) -> None:
     assert torch.equal(target.head.weight, source.head.weight)
 
 
-@pytest.mark.parametrize("name", ["vit_test", "vit_test_rope"])
-def test_a_model_made_on_the_meta_device_gets_its_fixed_tables(name: str) -> None:
-    fields = {} if "rope" in name else {"position": "sincos"}
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("vit_test", {"position": "sincos"}),
+        ("vit_test_rope", {}),
+        ("levit_test", {}),
+        ("levit_test_rope", {}),
+        ("cvt_test_rope", {}),
+        ("cct_test", {"position": "raster_sincos"}),
+    ],
+    ids=str,
+)
+def test_a_model_made_on_the_meta_device_gets_its_fixed_tables(
+    name: str, fields: dict[str, Any]
+) -> None:
     model = vx.create_model(name, **fields).eval()
     with torch.device("meta"):
         empty = vx.create_model(name, **fields)
     empty = empty.to_empty(device="cpu").eval()
     empty.load_state_dict(model.state_dict())
-    x = torch.randn(2, 3, 14, 10)
+    x = images(model)
     assert torch.equal(empty(x), model(x))
 
 
-@pytest.mark.parametrize("name", ["vit_test", "vil_test"])
-def test_as_many_rows_of_another_grid(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "fields", "key", "width"),
+    [
+        ("vit_test", {}, "position.grid", 24),
+        ("vil_test", {}, "position.grid", 24),
+        ("levit_test", {}, "stages.0.shrink.mixer.position_bias.grid", 3),
+        ("cvl_test", {"embed_strides": (1, 1), "mixer_options": {"rank": 5}},
+         "stages.0.blocks.0.mixer.kernel.proj_k.grid", 5),
+        ("cct_test", {"stem_options": {"layers": 1, "pool_stride": 1}}, "position.grid", 24),
+    ],
+    ids=["vit", "vil", "levit", "cvl", "cct"],
+)  # fmt: skip
+def test_as_many_rows_of_another_grid(
+    name: str, fields: dict[str, Any], key: str, width: int
+) -> None:
     """(4, 8) and (8, 4) have as many tokens, at other places."""
-    wide, high = (create(name, patch=1, image_size=s) for s in ((4, 8), (8, 4)))
-    assert_not_loaded(high, wide.state_dict(), "position.grid", "(4, 8, 24)", "(8, 4, 24)",
-                      "resize=True")  # fmt: skip
-    report = vx.load_weights(high, wide.state_dict(), resize=True)
-    assert "position.grid" in report.resized
-    report = vx.load_weights(
-        create(name, patch=1, image_size=(4, 8)), wide.state_dict(), resize=True
-    )
-    assert report.resized == []
+    if not name.startswith("cv"):
+        fields = {**fields, "patch": 1}
+    kv_stride = 2 if name.startswith("cv") else 1
+    low, high = 4 // kv_stride, 8 // kv_stride
+    wide, tall, again = (create(name, image_size=s, **fields) for s in ((4, 8), (8, 4), (4, 8)))
+    words = [key, f"({low}, {high}, {width})", f"({high}, {low}, {width})", "resize=True"]
+    assert_not_loaded(tall, wide.state_dict(), *words)
+    assert key in vx.load_weights(tall, wide.state_dict(), resize=True).resized
+    assert vx.load_weights(again, wide.state_dict(), resize=True).resized == []
 
 
 @pytest.mark.parametrize("resize", [False, True])

@@ -89,9 +89,13 @@ def _timm_vit(key: str, tensor: Tensor, state: Mapping[str, Tensor]) -> Tensor:
     return _patches(key, tensor, state) if key == "patch_embed.proj.weight" else tensor
 
 
-def _compact(key: str, tensor: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-    is_patch = "tokenizer.conv_layers.0.0.bias" in state and key.startswith("tokenizer.")
-    return _patches(key, tensor, state) if is_patch and tensor.ndim > 1 else tensor
+def _compact_patches(key: str, tensor: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+    is_patch = key == "tokenizer.conv_layers.0.0.weight"
+    return _patches(key, tensor, state) if is_patch else tensor
+
+
+def _as_it_is(key: str, tensor: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+    return tensor
 
 
 def _timm_levit(key: str, tensor: Tensor, state: Mapping[str, Tensor]) -> Tensor:
@@ -123,12 +127,25 @@ _LEVIT: Spellings = [
     (r"\.mlp\.ln2\.", ".mlp.2."),
     (r"\.bn\.", ".norm."),
 ]
+_COMPACT: Spellings = [
+    (r"^tokenizer\.conv_layers\.(\d+)\.0\.", r"stem.convs.\1."),
+    (r"^classifier\.", ""),
+    (r"^positional_emb$", "position"),
+    (r"^class_emb$", "cls_token"),
+    (r"^attention_pool\.", "pool.attention."),
+    (r"\.norm1\.", ".norm2."),
+    (r"\.pre_norm\.", ".norm1."),
+    (r"\.self_attn\.qkv\.", ".mixer.projection.qkv."),
+    (r"\.self_attn\.proj\.", ".mixer.proj."),
+    (r"\.linear([12])\.", r".mlp.fc\1."),
+    (r"^fc\.", "head."),
+]
 _CVT = r"^(?:cvt\.)?encoder\.stages\.(\d+)\."
 _CVT_CONV = r"\.convolution_projection\."
 _FAMILIES = [
     Family(
         "timm LeViT with two heads",
-        r"^head_dist\.",
+        r"^head_dist\.(bn|linear)\.",
         [(r"^head\.", "head.labels."), (r"^head_dist\.", "head.teacher."), *_LEVIT],
         _timm_levit,
     ),
@@ -142,6 +159,7 @@ _FAMILIES = [
             (r"\.attn\.qkv\.", ".mixer.projection.qkv."),
             (r"\.attn\.proj\.", ".mixer.proj."),
             (r"\.ls([12])\.", r".scale\1."),
+            (r"^fc_norm\.", "norm."),
         ],
         _timm_vit,
     ),
@@ -167,26 +185,15 @@ _FAMILIES = [
             (r"^layernorm\.", "norm."),
             (r"^classifier\.", "head."),
         ],
-        lambda key, tensor, state: tensor,
+        _as_it_is,
     ),
     Family(
-        "Compact-Transformers",
-        r"^tokenizer\.conv_layers\.",
-        [
-            (r"^tokenizer\.conv_layers\.(\d+)\.0\.", r"stem.convs.\1."),
-            (r"^classifier\.", ""),
-            (r"^positional_emb$", "position"),
-            (r"^class_emb$", "cls_token"),
-            (r"^attention_pool\.", "pool.attention."),
-            (r"\.norm1\.", ".norm2."),
-            (r"\.pre_norm\.", ".norm1."),
-            (r"\.self_attn\.qkv\.", ".mixer.projection.qkv."),
-            (r"\.self_attn\.proj\.", ".mixer.proj."),
-            (r"\.linear([12])\.", r".mlp.fc\1."),
-            (r"^fc\.", "head."),
-        ],
-        _compact,
+        "Compact-Transformers with patches",
+        r"^tokenizer\.conv_layers\.0\.0\.bias$",
+        [(r"^tokenizer\.conv_layers\.0\.0\.", "stem.proj."), *_COMPACT],
+        _compact_patches,
     ),
+    Family("Compact-Transformers", r"^tokenizer\.conv_layers\.", _COMPACT, _as_it_is),
 ]
 
 
