@@ -10,6 +10,7 @@ YES, NO = "✓", "–"
 # name in _TABLE -> heading in the README
 CAPABILITIES = {
     "rope": "RoPE",
+    "bias": "position bias",
     "length": "any length",
     "batch": "batch-invariant",
     "1-D": "1-D",
@@ -27,16 +28,16 @@ CAPABILITIES = {
 
 # fmt: off
 _TABLE = """
-mixer              rope length batch 1-D 2-D 3-D prefix float64 bfloat16 float16 auto-bf16 auto-fp16 compile export
-fourier             –     ✓      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
-linformer           ✓     –      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
-linformer-pytorch   –     –      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
-nystrom             ✓     ✓      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
-nystrom-attention   –     ✓      –    ✓   ✓   ✓    ✓       ✓       –        –        ✓         ✓        ✓      ✓
-performer           ✓     ✓      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
-performer-pytorch   –     ✓      ✓    ✓   ✓   ✓    ✓       ✓       ✓        –        ✓         –        ✓      ✓
-softmax             ✓     ✓      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
-softmax_eager       ✓     ✓      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
+mixer              rope bias length batch 1-D 2-D 3-D prefix float64 bfloat16 float16 auto-bf16 auto-fp16 compile export
+fourier             –    –     ✓      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
+linformer           ✓    –     –      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
+linformer-pytorch   –    –     –      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
+nystrom             ✓    –     ✓      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
+nystrom-attention   –    –     ✓      –    ✓   ✓   ✓    ✓       ✓       –        –        ✓         ✓        ✓      ✓
+performer           ✓    –     ✓      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
+performer-pytorch   –    –     ✓      ✓    ✓   ✓   ✓    ✓       ✓       ✓        –        ✓         –        ✓      ✓
+softmax             ✓    ✓     ✓      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
+softmax_eager       ✓    ✓     ✓      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
 """  # noqa: E501
 # fmt: on
 

@@ -252,3 +252,95 @@ def patches(x, patch):
             values += [x[(slice(None), channel, *at)] for channel in range(x.shape[1])]
         tokens.append(torch.stack(values, -1))
     return torch.stack(tokens, 1)
+
+
+# What the backbones do around their kernels
+
+
+def normalise(y, norm):
+    """Batch norm in evaluation, channels last; ``norm``: mean, variance, weight, bias."""
+    mean, variance, weight, bias = norm
+    return (y - mean) / (variance + 1e-5).sqrt() * weight + bias
+
+
+def hard_swish(x):
+    return x * (x + 3).clamp(0, 6) / 6
+
+
+def strided_cells(grid, stride):
+    """The places that are kept, and the place of each in the sequence."""
+    cells = itertools.product(*(range(0, size, stride) for size in grid))
+    kept = []
+    for cell in cells:
+        row = 0
+        for size, coordinate in zip(grid, cell, strict=True):
+            row = row * size + coordinate
+        kept.append((cell, row))
+    return kept
+
+
+def depthwise_on_grid(x, grid, prefix, weight, stride):
+    """Cross-correlation of each channel, zero outside: (B, N, D), (D, 1, *kernel) -> (B, n, D).
+
+    Prefix tokens stay as they are.
+    """
+    places = dict(strided_cells(grid, 1))
+    kernel = weight.shape[2:]
+    out = [x[:, i] for i in range(prefix)]
+    for cell, _ in strided_cells(grid, stride):
+        total = torch.zeros_like(x[:, 0])
+        for tap in itertools.product(*map(range, kernel)):
+            at = tuple(c + t - k // 2 for c, t, k in zip(cell, tap, kernel, strict=True))
+            if at in places:
+                total = total + x[:, prefix + places[at]] * weight[(slice(None), 0, *tap)]
+        out.append(total)
+    return torch.stack(out, 1)
+
+
+def cvt_operand(x, grid, prefix, weight, norm, stride, matrix, bias):
+    """q, k or v of CvT: depth-wise convolution, batch norm (not for the prefix), linear map."""
+    y = depthwise_on_grid(x, grid, prefix, weight, stride)
+    y = torch.cat((y[:, :prefix], normalise(y[:, prefix:], norm)), 1)
+    return y @ matrix.T + (0 if bias is None else bias)
+
+
+def in_heads(x, heads):
+    """(B, N, H * K) -> (B, H, N, K)"""
+    return torch.stack(x.chunk(heads, -1), 1)
+
+
+def out_of_heads(x):
+    """(B, H, N, V) -> (B, N, H * V)"""
+    return torch.cat([x[:, h] for h in range(x.shape[1])], -1)
+
+
+def distance_bias(table, grid, stride):
+    """(*grid, H) -> (H, N, M): what the table holds for the distance along each axis."""
+    rows = []
+    for query, _ in strided_cells(grid, stride):
+        row = []
+        for key, _ in strided_cells(grid, 1):
+            distance = tuple(abs(a - b) for a, b in zip(query, key, strict=True))
+            row.append(table[distance])
+        rows.append(torch.stack(row))
+    return torch.stack(rows).permute(2, 0, 1)
+
+
+def biased_attention(q, k, v, bias, scale=None):
+    """softmax(q k^T scale + bias) v, head by head; ``scale`` is 1 / sqrt(K), ``bias`` (H, N, M)."""
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+
+    def one_head(q, k, v, head):
+        logits = q @ k.T * scale
+        return softmax_rows(logits if bias is None else logits + bias[head]) @ v
+
+    return per_head(one_head, q, k, v)
+
+
+def raster_sincos(length, dim):
+    """(N, D): sin p / 10000^(2 (i // 2) / D) on even channels i, cos on odd ones."""
+    table = torch.zeros(length, dim, dtype=torch.float64)
+    for p, i in itertools.product(range(length), range(dim)):
+        angle = p / 10000 ** (2 * (i // 2) / dim)
+        table[p, i] = math.cos(angle) if i % 2 else math.sin(angle)
+    return table

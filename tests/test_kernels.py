@@ -70,6 +70,57 @@ def test_softmax_is_its_loop(name, q_layout, k_layout):
     )
 
 
+@pytest.mark.parametrize("name", ["softmax", "softmax_eager"])
+@pairs
+def test_softmax_with_bias_is_its_loop(name, q_layout, k_layout):
+    """Of each head, query and key, alike for all samples; it gets a gradient too."""
+    qkv = operands(q_layout, k_layout)
+    shape = HEADS, q_layout.length, k_layout.length
+    bias = torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+    kernel = build(name, k_layout)
+    assert kernel.takes_bias
+    kept = bias.detach().clone()
+    assert_same(
+        lambda: kernel(*qkv, q_layout, k_layout, bias),
+        lambda: reference.biased_attention(*qkv, bias),
+        (*qkv, bias),
+    )
+    assert torch.equal(bias, kept)
+    plain = kernel(*qkv, q_layout, k_layout)
+    assert relative_error(kernel(*qkv, q_layout, k_layout, bias), plain) > 0.1
+    zero = kernel(*qkv, q_layout, k_layout, torch.zeros_like(bias))
+    assert relative_error(zero, plain) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["softmax", "softmax_eager"])
+def test_softmax_of_values_wider_than_keys_in_half_precision_with_bias(name):
+    layout = Layout((5, 7))
+    q, k, v = (t.detach() for t in operands(layout, layout))
+    bias = torch.randn(HEADS, 35, 35, dtype=torch.float64)
+    exact = reference.biased_attention(q, k, v, bias)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
+        low = [t.to(dtype) for t in (q, k, v, bias)]
+        out = build(name, layout).to(dtype)(*low[:3], layout, layout, low[3])
+        assert out.dtype == dtype
+        assert relative_error(out, exact) < tolerance
+
+
+@pytest.mark.parametrize("name", ["softmax", "softmax_eager"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_dropout_of_the_biased_map_keeps_its_mean(name, biased):
+    """Weights are dropped after the softmax and scaled up: the mean over draws is the plain one."""
+    layout = Layout((7,))
+    q, k, v = (t.detach() for t in operands(layout, layout))
+    bias = (torch.randn(HEADS, 7, 7, dtype=torch.float64),) if biased else ()
+    kernel = build(name, layout, dropout=0.5)
+    exact = build(name, layout)(q, k, v, layout, layout, *bias)
+    assert torch.equal(kernel.eval()(q, k, v, layout, layout, *bias), exact)
+    kernel.train()
+    draws = [kernel(q, k, v, layout, layout, *bias) for _ in range(3000)]
+    assert relative_error(draws[0], exact) > 0.1
+    assert relative_error(sum(draws) / len(draws), exact) < 0.05
+
+
 @pytest.mark.parametrize("name", ["softmax", "softmax_eager", "linformer"])
 def test_attention_dropout_acts_in_training_only(name):
     layout = Layout((13,))

@@ -12,11 +12,11 @@ import torch
 
 import vision_xformer as vx
 from vision_xformer.backbones.vit import ViTConfig
-from vision_xformer.mixers import takes_heads, takes_rope
+from vision_xformer.mixers import takes_bias, takes_heads, takes_rope
 from vision_xformer.zoo import LETTERS, Name, name_to_config, parse_name
 
 MODELS = vx.list_models()
-VIT_MODELS = [n for n in MODELS if parse_name(n).letter]
+MODELS_WITH_MIXER = [n for n in MODELS if parse_name(n).letter]
 
 
 def create(name: Any, **overrides: Any) -> vx.Backbone:
@@ -74,6 +74,20 @@ def test_case_and_separators_do_not_matter(name: str) -> None:
         ("FNet2D", "fnet2d"),
         ("FNet-2D", "fnet2d"),
         ("fnet2d-test", "fnet2d_test"),
+        ("LeViN", "levin"),
+        ("LeViT-128S", "levit_128s"),
+        ("LeViP-128S-RoPE", "levip_128s_rope"),
+        ("LeViT_128", "levit_128"),
+        ("CvP", "cvp"),
+        ("CvT-13", "cvt_13"),
+        ("CvT-W24", "cvt_w24"),
+        ("CVN-21-rope", "cvn_21_rope"),
+        ("CCN", "ccn"),
+        ("CCT_7_3x1", "cct_7_3x1"),
+        ("CCT-7-3X1", "cct_7_3x1"),
+        ("CCT 14 7x2", "cct_14_7x2"),
+        ("CVT-Lite-7-4", "cvt_lite_7_4"),
+        ("ViL-Lite-2-4-RoPE", "vil_lite_2_4_rope"),
     ],
 )
 def test_spellings(spelling: str, name: str) -> None:
@@ -91,6 +105,16 @@ def test_spellings(spelling: str, name: str) -> None:
         ("hybrid_vin_tiny_rope", Name("vit", "n", "tiny", True, True)),
         ("hybrid_vif_base", Name("vit", "f", "base", True)),
         ("fnet2d", Name("fnet2d")),
+        ("levin", Name("levit", "n")),
+        ("levit_128", Name("levit", "t", "128")),
+        ("levit_128s", Name("levit", "t", "128s")),
+        ("levip_384_rope", Name("levit", "p", "384", rope=True)),
+        ("cvp", Name("cvt", "p")),
+        ("cvl_w24", Name("cvt", "l", "w24")),
+        ("ccn_rope", Name("cct", "n", rope=True)),
+        ("cct_7_3x1", Name("cct", "t", "7_3x1")),
+        ("cvt_lite_7_4", Name("cvt_lite", "t", "7_4")),
+        ("vif_lite_2_4", Name("vit_lite", "f", "2_4")),
     ],
 )
 def test_parts(name: str, parts: Name) -> None:
@@ -100,7 +124,9 @@ def test_parts(name: str, parts: Name) -> None:
 @pytest.mark.parametrize(
     "name",
     ["", "vi", "vix", "vit_huge", "vit_rope_tiny", "tiny_vit", "vin_hybrid", "vif_rope",
-     "fnet_rope", "hybrid_fnet2d", "fnet2d_rope", "vit2d", "vit_tiny_small", "softmax"],
+     "fnet_rope", "hybrid_fnet2d", "fnet2d_rope", "vit2d", "vit_tiny_small", "softmax",
+     "hybrid_cct", "hybrid_levit_128", "hybrid_cvt_13", "levif_rope", "ccf_7_3x1_rope", "cvt_lite",
+     "vit_lite", "cvt_7_4", "cct_7", "cct_3x1", "levit_13", "cvt_128s", "levit_rope_128", "lite"],
 )  # fmt: skip
 def test_what_is_not_a_name(name: str) -> None:
     for call in (parse_name, vx.create_model):
@@ -108,17 +134,28 @@ def test_what_is_not_a_name(name: str) -> None:
             call(name)
 
 
+# family -> sizes; * is the letter
+GRAMMAR = {
+    "vi*": ["", "tiny", "small", "base"],
+    "hybrid_vi*": ["", "tiny", "small", "base"],
+    "levi*": ["", "128s", "128", "192", "256", "384"],
+    "cv*": ["", "13", "21", "w24"],
+    "cc*": ["", "2_3x2", "4_3x2", "6_3x1", "6_3x2", "7_3x1", "7_3x2", "7_7x2", "14_7x2"],
+    "cv*_lite": ["2_4", "4_4", "6_4", "7_4"],
+    "vi*_lite": ["2_4", "4_4", "6_4", "7_4"],
+}
+
+
 def test_list_models_holds_the_whole_grammar() -> None:
-    assert sorted(set(MODELS)) == MODELS
-    names = [parse_name(n) for n in MODELS]
+    names = {"fnet2d", "fnet2d_test"}
+    for family, sizes in GRAMMAR.items():
+        for letter, mixer in LETTERS.items():
+            for size in (*sizes, "test"):
+                name = family.replace("*", letter) + (f"_{size}" if size else "")
+                names |= {name, f"{name}_rope"} if takes_rope(mixer) else {name}
+    assert sorted(names) == MODELS
     for backbone in vx.BACKBONES.names():
-        sizes = set(vx.BACKBONES[backbone].presets)
-        assert {n.size for n in names if n.backbone == backbone} == sizes
-        assert "test" in sizes
-    for letter, mixer in LETTERS.items():
-        family = [n for n in names if n.letter == letter]
-        assert {n.hybrid for n in family} == {False, True}
-        assert {n.rope for n in family} == {False, takes_rope(mixer)}
+        assert "test" in vx.BACKBONES[backbone].presets
 
 
 @pytest.mark.parametrize(
@@ -131,6 +168,9 @@ def test_list_models_holds_the_whole_grammar() -> None:
         ("*rope", lambda n: n.endswith("_rope")),
         ("*-RoPE", lambda n: n.endswith("_rope")),
         ("vin*", lambda n: n.startswith("vin")),
+        ("LeVi?-128S", lambda n: len(n) == 10 and n.endswith("_128s")),
+        ("cc?", lambda n: len(n) == 3 and n.startswith("cc")),
+        ("*lite*", lambda n: "lite" in n),
         ("vi?_tiny", lambda n: len(n) == 8 and n.endswith("_tiny")),
         ("*tiny*", lambda n: "tiny" in n),
         ("none of them", lambda n: False),
@@ -196,16 +236,54 @@ def test_imagenet_sizes(size: str) -> None:
     assert rope == dataclasses.replace(vit, position="none", rope="axial")
 
 
-@pytest.mark.parametrize("name", VIT_MODELS)
+@pytest.mark.parametrize("name", MODELS_WITH_MIXER)
 def test_the_letter_is_the_mixer(name: str) -> None:
+    """And what the mixer cannot do is off."""
     parsed, config = parse_name(name), name_to_config(name)
-    assert isinstance(config, ViTConfig)
-    assert config.mixer == LETTERS[parsed.letter or ""]
-    assert config.stem == ("conv" if parsed.hybrid else "patch")
-    assert config.rope == (("axial" if parsed.size else "raster") if parsed.rope else None)
-    assert config.position == ("none" if parsed.rope else "learned")
-    assert (config.heads is not None) == takes_heads(config.mixer)
-    assert set(config.mixer_options) <= set(vx.mixer_options(config.mixer))
+    assert config.backbone == parsed.backbone
+    values = vars(config)
+    mixer = LETTERS[parsed.letter or ""]
+    assert values["mixer"] == mixer
+    assert set(values["mixer_options"]) <= set(vx.mixer_options(mixer))
+    kind = "raster" if parsed.backbone == "vit" and not parsed.size else "axial"
+    assert values["rope"] == (kind if parsed.rope else None)
+    assert (values["heads"] is not None) == takes_heads(mixer)
+    if parsed.backbone == "levit":
+        assert (values["key_dim"] is not None) == takes_heads(mixer)
+        assert values["position_bias"] == (takes_bias(mixer) and not parsed.rope)
+    elif parsed.backbone != "cvt":
+        assert values["position"] == ("none" if parsed.rope else "learned")
+        stem = {"cct": "tokenizer"}.get(parsed.backbone, "patch")
+        assert values["stem"] == ("conv" if parsed.hybrid else stem)
+
+
+@pytest.mark.parametrize("rope", ["", "_rope"])
+@pytest.mark.parametrize("family", ["levi*", "cv*", "cc*"])
+@pytest.mark.parametrize("letter", LETTERS)
+def test_without_a_size_it_is_of_the_papers(family: str, letter: str, rope: str) -> None:
+    """Width 128, four blocks, four heads, and a token for each of 32 x 32 pixels to begin with."""
+    mixer = LETTERS[letter]
+    name = family.replace("*", letter) + rope
+    if rope and not takes_rope(mixer):
+        assert name not in MODELS
+        return
+    model = create(name)
+    c, heads = vars(model.config), 4 if takes_heads(mixer) else None
+    assert (c["input_shape"], c["num_classes"]) == ((3, 32, 32), 10)
+    if family == "cc*":
+        assert (c["dim"], c["depth"], c["heads"]) == (128, 4, heads)
+        layout = model.layout
+    else:
+        assert set(c["dims"]) == {128}
+        assert sum(c["depths"]) == 4
+        assert c["heads"] == (heads and (heads,) * len(c["dims"]))
+        layout = model.get_submodule("stages.0").layout
+    assert layout == vx.Layout((32, 32))
+    assert c["mixer"] == mixer
+    assert c["mixer_options"] == {}
+    assert c["rope"] == ("axial" if rope else None)
+    assert c.get("position_bias", False) == (family == "levi*" and letter == "t" and not rope)
+    assert c.get("position") == (None if family != "cc*" else "none" if rope else "learned")
 
 
 # Changing it
@@ -245,6 +323,41 @@ def test_mixer_options_are_merged() -> None:
     assert vit_config("vip", mixer_options={}).mixer_options == {"qkv_bias": True}
 
 
+@pytest.mark.parametrize("mixer", vx.list_mixers())
+@pytest.mark.parametrize("name", ["levit_test", "cvt_test", "cct_test", "cvt_lite_test"])
+def test_swapping_the_mixer_of_the_others(name: str, mixer: str) -> None:
+    before = name_to_config(name)
+    values, known = vars(before), vx.mixer_options(mixer)
+    changed: dict[str, Any] = dict(
+        mixer=mixer,
+        mixer_options={k: v for k, v in values["mixer_options"].items() if k in known},
+    )
+    if not takes_heads(mixer):
+        changed |= {k: None for k in ("heads", "key_dim") if k in values}
+    if "position_bias" in values and mixer not in ("softmax", "softmax_eager"):
+        changed["position_bias"] = False
+    wanted = dataclasses.replace(before, **changed)
+    assert name_to_config(name, mixer) == wanted
+    for source in (name, before, before.to_dict()):
+        assert vx.create_model(source, mixer=mixer).config == wanted
+
+
+def test_a_position_bias_is_dropped_for_a_mixer_that_cannot() -> None:
+    assert vars(create("levit_128s").config)["position_bias"]
+    config = vars(create("levit_128s", mixer="performer").config)
+    assert (config["position_bias"], config["heads"], config["key_dim"]) == (False, (4, 6, 8), 16)
+    assert vars(create("levip_128s", mixer="softmax_eager").config)["position_bias"]
+    assert not vars(create("levit_128s", position_bias=False).config)["position_bias"]
+
+
+@pytest.mark.parametrize("mixer", [m for m in vx.list_mixers() if not m.startswith("softmax")])
+def test_a_position_bias_asked_for_is_refused_by_a_mixer_that_cannot(mixer: str) -> None:
+    with pytest.raises(ValueError, match="position_bias"):
+        vx.create_model("levit_test", mixer=mixer, position_bias=True)
+    for allowed in ("softmax", "softmax_eager"):
+        create("levit_test", mixer=allowed, position_bias=True)
+
+
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
@@ -254,6 +367,11 @@ def test_mixer_options_are_merged() -> None:
         ("vit_tiny", dict(mixer="fourier", heads=3), "no heads"),
         ("vit_tiny", dict(landmarks=7), "option of model 'vit_tiny': 'landmarks'"),
         ("fnet2d", dict(mixer="fourier"), "option of model 'fnet2d': 'mixer'"),
+        ("cvf_13", dict(heads=(1, 3, 6)), "'fourier' has no heads: heads must be None"),
+        ("levif_128s", dict(key_dim=16), "'fourier' has no heads: heads and key_dim must be None"),
+        ("cvt_13", dict(mixer_options={"landmarks": 7}), "option of mixer 'softmax'"),
+        ("cct_7_3x1", dict(stem_options={"layer": 2}), "option of stem 'tokenizer': 'layer'"),
+        ("levit_128s", dict(dim=128), "option of model 'levit_128s': 'dim'"),
     ],
 )
 def test_what_does_not_fit_is_refused(name: str, overrides: dict[str, Any], message: str) -> None:
@@ -338,3 +456,6 @@ def test_a_new_model_is_in_training_mode_with_fresh_weights() -> None:
 def test_heads_come_back_with_a_mixer_that_has_them() -> None:
     assert vx.create_model("vif_test", mixer="nystrom").config.heads == 3
     assert vx.create_model("vif_test").config.heads is None
+    levit = vars(create("levif_test", mixer="softmax").config)
+    assert (levit["heads"], levit["key_dim"], levit["position_bias"]) == ((3, 2), 4, True)
+    assert vars(create("cvf_test", mixer="linformer").config)["heads"] == (3, 2)

@@ -15,6 +15,8 @@ from vision_xformer import Layout
 from vision_xformer.layers import TokenTable, resize_grid
 from vision_xformer.positions import (
     LearnedPosition,
+    PositionBias,
+    RasterSinCosPosition,
     RotaryPosition,
     SinCosPosition,
     make_position,
@@ -243,6 +245,77 @@ def test_sincos_is_its_formula(layout, dim):
 def test_sincos_of_too_few_channels_is_refused():
     with pytest.raises(ValueError, match="dim 3 must be at least 4 for sin-cos on 2 axes"):
         SinCosPosition(Layout((3, 5)), 3)
+
+
+@pytest.mark.parametrize("dim", [6, 11, 24])
+@every_layout
+def test_raster_sincos_is_its_formula(layout, dim):
+    """Of the place in the sequence, prefix included: sines on even channels, cosines on odd."""
+    module = RasterSinCosPosition(layout, dim)
+    table = reference.raster_sincos(layout.length, dim)
+    assert module().shape == table.shape
+    assert (module() - table).abs().max() < 1e-5
+    assert not list(module.parameters())
+    assert not module.state_dict()
+    assert torch.equal(make_position("raster_sincos", layout, dim, 1.0)(), module())
+
+
+# A bias for each distance
+
+BIASED = [Layout((13,)), Layout((5, 7)), Layout((7, 5)), Layout((2, 3, 5)), Layout((1, 1))]
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("layout", BIASED, ids=str)
+def test_position_bias_is_looked_up_by_distance(layout, stride):
+    module = PositionBias(layout, 3, stride).double()
+    assert module.grid.shape == (*layout.grid, 3)
+    assert not module.grid.any(), "starts as zero"
+    torch.nn.init.normal_(module.grid)
+    assert module().shape == (3, layout.strided(stride).length, layout.length)
+    assert_same(
+        module,
+        lambda: reference.distance_bias(module.grid, layout.grid, stride),
+        (module.grid,),
+        1e-12,
+    )
+    assert list(module.state_dict()) == ["grid"]
+
+
+def test_position_bias_does_not_know_the_direction():
+    module = PositionBias(Layout((5, 7)), 2)
+    torch.nn.init.normal_(module.grid)
+    bias = module()
+    assert torch.equal(bias, bias.mT)
+    assert bias[0, 0].unique().numel() == 35, "but both axes"
+
+
+def test_position_bias_has_no_place_for_prefix_tokens():
+    with pytest.raises(ValueError, match=r"no place for the 2 prefix token\(s\)"):
+        PositionBias(Layout((5, 7), 2), 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: PositionBias(Layout((5, 7)), 3, 2),
+        lambda: RasterSinCosPosition(Layout((5, 7), 1), 11),
+        lambda: SinCosPosition(Layout((5, 7), 1), 11),
+        lambda: RotaryPosition(Layout((5, 7), 1), 11, "axial"),
+    ],
+)
+def test_computed_tables_are_right_after_the_meta_device(make, dtype):
+    """``to_empty`` gives memory without values; what is not saved must be made again."""
+    wanted = make().to(dtype)
+    with torch.device("meta"):
+        module = torch.nn.Sequential(make())
+    module = module.to(dtype).to_empty(device="cpu")
+    if list(wanted.parameters()):
+        torch.nn.init.normal_(wanted.grid)
+    module[0].load_state_dict(wanted.state_dict())
+    assert module[0]().dtype == wanted().dtype
+    assert torch.equal(module[0](), wanted())
 
 
 # Learned

@@ -52,6 +52,14 @@ def _statistics(norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor, float, Tensor, Te
     return norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
 
 
+def _filled(module: nn.Module, weight: Tensor, bias: Tensor, like: nn.Module) -> nn.Module:
+    """The module with that weight and bias, to be trained and in training as ``like`` is."""
+    learns = any(p.requires_grad for p in like.parameters())
+    module.weight = nn.Parameter(weight.detach(), learns)
+    module.bias = nn.Parameter(bias.detach(), learns)
+    return module.train(like.training)
+
+
 class ConvNorm(nn.Module):
     """Convolution without bias, then batch norm: (B, C, *grid) -> (B, E, *ceil(grid / stride)).
 
@@ -83,8 +91,8 @@ class ConvNorm(nn.Module):
         fused = type(c)(
             c.in_channels, c.out_channels, c.kernel_size, c.stride, c.padding, groups=c.groups
         )
-        fused.weight, fused.bias = fuse_conv_bn_weights(c.weight, None, *_statistics(self.norm))
-        return fused
+        weights = fuse_conv_bn_weights(c.weight, None, *_statistics(self.norm))
+        return _filled(fused, *weights, like=self)
 
 
 class LinearNorm(nn.Module):
@@ -107,10 +115,8 @@ class LinearNorm(nn.Module):
     def fused(self) -> nn.Module:
         """One linear map that does what both do in evaluation."""
         fused = nn.Linear(self.linear.in_features, self.linear.out_features)
-        fused.weight, fused.bias = fuse_linear_bn_weights(
-            self.linear.weight, None, *_statistics(self.norm)
-        )
-        return fused
+        weights = fuse_linear_bn_weights(self.linear.weight, None, *_statistics(self.norm))
+        return _filled(fused, *weights, like=self)
 
 
 class NormLinear(nn.Module):
@@ -130,9 +136,11 @@ class NormLinear(nn.Module):
         mean, variance, eps, weight, bias = _statistics(self.norm)
         scale = weight * (variance + eps).rsqrt()
         fused = nn.Linear(self.linear.in_features, self.linear.out_features)
-        fused.weight = nn.Parameter(self.linear.weight * scale)
-        fused.bias = nn.Parameter(self.linear.bias + self.linear.weight @ (bias - mean * scale))
-        return fused
+        weights = (
+            self.linear.weight * scale,
+            self.linear.bias + self.linear.weight @ (bias - mean * scale),
+        )
+        return _filled(fused, *weights, like=self)
 
 
 class SequencePool(nn.Module):

@@ -120,6 +120,12 @@ def check_at_least(name: str, value: int, least: int) -> None:
         raise ValueError(f"{name} {value} must be at least {least}")
 
 
+def check_odd(name: str, value: int) -> None:
+    """Raise a ValueError for a value that is not a positive odd number."""
+    if value < 1 or value % 2 == 0:
+        raise ValueError(f"{name} {value} must be odd and at least 1")
+
+
 def check_share(name: str, value: float) -> None:
     """Raise a ValueError for a probability that is none."""
     if not 0 <= value <= 1:

@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .layers import BATCH_NORM, CONV, MAX_POOL, ConvNorm, channels_last
-from .registry import Registry, check_at_least, unknown
+from .registry import Registry, check_at_least, check_odd, unknown
 
 _PATCHES = {
     1: "b c (l p0) -> b l (p0 c)",
@@ -225,11 +225,10 @@ class Tokenizer(Stem):
         pool_stride: int = 2,
     ) -> None:
         super().__init__(input_shape, patch, dim)
-        values = {"kernel": kernel, "layers": layers, "channels": channels}
-        for name, value in {**values, "pool_stride": pool_stride}.items():
+        check_odd("kernel of stem 'tokenizer':", kernel)
+        values = {"layers": layers, "channels": channels, "pool_stride": pool_stride}
+        for name, value in values.items():
             check_at_least(f"{name} of stem 'tokenizer':", value, 1)
-        if kernel % 2 == 0:
-            raise ValueError(f"kernel {kernel} of stem 'tokenizer' must be odd")
         axes = len(self.grid)
         strides = deal_strides(self.patch, layers, pool_stride)
         widths = [input_shape[0], *(channels for _ in range(layers - 1)), dim]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..layers import CONV, channels_last
 from ..layout import Layout
 from ..mixers import ConvSlot, create_mixer, takes_heads
-from ..registry import check_at_least, check_share
+from ..registry import check_at_least, check_odd, check_share
 from ..stems import check_input_shape
 from .base import (
     BACKBONES,
@@ -80,8 +80,7 @@ class CvTConfig(Config):
         check_stages(self, names)
         for kernel, stride in zip(self.embed_kernels, self.embed_strides, strict=True):
             check_at_least(f"with embed_stride {stride} embed_kernel", kernel, stride)
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise ValueError(f"kernel {self.kernel} must be odd")
+        check_odd("kernel", self.kernel)
         check_at_least("kv_stride", self.kv_stride, 1)
         check_at_least("mlp_ratio", self.mlp_ratio, 1)
         check_share("drop_path", self.drop_path)

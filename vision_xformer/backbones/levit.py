@@ -143,7 +143,8 @@ class DistilledHead(nn.Module):
 
     def __init__(self, labels: nn.Module, teacher: nn.Module) -> None:
         super().__init__()
-        self.labels, self.teacher, self.separate = labels, teacher, False
+        self.labels, self.teacher = labels, teacher
+        self.separate: bool = False
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         labels, teacher = self.labels(x), self.teacher(x)
@@ -207,12 +208,20 @@ class LeViT(Backbone):
             head = NormLinear(self.num_features, num_classes)
             init_linears(head)
             heads.append(head.fused() if self.config.fused else head)
-        return DistilledHead(*heads) if self.config.distilled else heads[0]
+        if not self.config.distilled:
+            return heads[0]
+        both = DistilledHead(*heads)
+        before = getattr(self, "head", None)
+        both.separate = isinstance(before, DistilledHead) and before.separate
+        return both
 
     def set_distilled_training(self, enable: bool = True) -> None:
         """In training return the two heads' logits apart, for a loss of their own each."""
         if not isinstance(self.head, DistilledHead):
-            raise ValueError("distilled=False: there is no second head to train")
+            raise ValueError(
+                f"there is no second head to train: distilled is {self.config.distilled} and "
+                f"num_classes {self.config.num_classes}"
+            )
         self.head.separate = enable
 
     @torch.no_grad()

@@ -14,6 +14,7 @@ from ..layers import ConvNorm, LinearNorm
 from ..layout import Layout, take_strided
 from ..positions import PositionBias
 from ..projections import ConvProjection, LinearProjection, NormProjection, Projection, on_grid
+from ..registry import check_at_least, check_odd
 from .base import Mixer
 
 
@@ -64,6 +65,10 @@ class ConvSlot(Slot):
     kernel: int = 3
     kv_stride: int = 2
 
+    def __post_init__(self) -> None:
+        check_odd("kernel", self.kernel)
+        check_at_least("kv_stride", self.kv_stride, 1)
+
     def projection(
         self, dim: int, widths: tuple[int, ...], bias: bool, layout: Layout, heads: int
     ) -> Projection:
@@ -90,6 +95,12 @@ class NormSlot(Slot):
     position_bias: bool = True
     stride: int = 1
     out_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        check_at_least("value_ratio", self.value_ratio, 1)
+        check_at_least("stride", self.stride, 1)
+        if self.out_dim is not None:
+            check_at_least("out_dim", self.out_dim, 1)
 
     def value_dim(self, key_dim: int) -> int:
         return self.value_ratio * key_dim
