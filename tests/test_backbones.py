@@ -443,9 +443,9 @@ def test_the_second_branch_of_vit_adds_to_what_is_not_normed() -> None:
 def test_drop_path_rises_linearly(name: str) -> None:
     model = vx.create_model(name, drop_path=0.3)
     rates = [m.p for m in model.modules() if isinstance(m, StochasticDepth)]
-    depth = len(rates)
-    assert depth == {"cct_test": 2, "cvt_test": 3}.get(name, 7)
-    assert rates == pytest.approx([0.3 * i / (depth - 1) for i in range(depth)])
+    depth = {"cct_test": 2, "cvt_test": 3}.get(name, 7)
+    # the first is never skipped
+    assert rates == pytest.approx([0.3 * i / (depth - 1) for i in range(1, depth)])
 
 
 def test_drop_path_of_levit_is_the_same_everywhere() -> None:
@@ -591,7 +591,7 @@ NEARBY: list[tuple[str, dict[str, Any]]] = [
     ("levit_test", dict(position_bias=False)),
     ("levil_test", dict(mixer_options={"one_kv_head": True})),
     ("levit_test", dict(depths=(1,), dims=(12,), heads=(5,))),
-    ("cvt_test", dict(kernel=1)),
+    ("cvt_test", dict(kernel=1, kv_stride=1)),
     ("cvt_test", dict(kernel=5)),
     ("cvt_test", dict(embed_kernels=(4, 2))),
     ("cvt_test", dict(mixer_options={"qkv_bias": True, "head_dim": 5}, heads=(5, 7))),
@@ -608,3 +608,82 @@ NEARBY: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize(("name", "fields"), NEARBY, ids=str)
 def test_nearby_works(name: str, fields: dict[str, Any]) -> None:
     assert train_once(shake(vx.create_model(name, **fields))).shape == (3, 5)
+
+
+# What does not happen in silence
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("levit_128s", dict(patch=14), "needs a stride of 7, but a kernel of 3 reads no farther"),
+        ("levit_128s", dict(stem_layers=1), "needs a stride of 16, but a kernel of 3"),
+        ("ccn", dict(patch=10, stem_options={"pool_stride": 1}), "needs a stride of 5"),
+        ("cvt_test", dict(kv_stride=5), "kv_stride 5 must be at most kernel 3"),
+    ],
+    ids=str,
+)
+def test_no_pixel_is_stepped_over(name: str, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        vx.create_model(name, **fields)
+
+
+def test_every_pixel_is_read() -> None:
+    for name in ("levit_test", "cvt_test", "cct_test", "vit_test", "cvt_lite_test"):
+        model = vx.create_model(name).double()
+        x = torch.randn(3, *model.config.input_shape, dtype=torch.float64, requires_grad=True)
+        model(x).square().sum().backward()
+        assert x.grad is not None
+        assert x.grad.abs().amax((0, 1)).min() > 0, name
+
+
+def test_stem_options_are_added_to_the_names() -> None:
+    stem: Any = vx.create_model("cct_14_7x2", stem_options={"channels": 32}, image_size=32).stem
+    assert [(c.out_channels, c.kernel_size) for c in stem.convs] == [(32, (7, 7)), (384, (7, 7))]
+    other = vx.create_model("cct_test", stem="conv", stem_options={"channels": (5,)}, image_size=16)
+    assert other.config.stem_options == {"channels": (5,)}
+
+
+def test_two_heads_stay_apart_with_other_classes() -> None:
+    model: Any = vx.create_model("levit_test", distilled=True)
+    model.set_distilled_training()
+    model.reset_classifier(7)
+    labels, teacher = model.train()(torch.randn(3, *model.config.input_shape))
+    assert labels.shape == teacher.shape == (3, 7)
+    with pytest.raises(ValueError, match="distilled is True and num_classes 0"):
+        vx.create_model("levit_test", distilled=True, num_classes=0).set_distilled_training()
+
+
+def test_checkpointing_is_compiled_where_no_norm_counts_batches() -> None:
+    model = vx.create_model("vit_test").double()
+    x = torch.randn(3, *model.config.input_shape, dtype=torch.float64)
+    want = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    model.set_grad_checkpointing()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    got = torch.autograd.grad(compiled(x).square().sum(), list(model.parameters()))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", ["levin_test_rope", "cvp_test_rope", "cct_test_rope"])
+def test_a_model_of_shapes_alone_runs(name: str) -> None:
+    with torch.device("meta"):
+        model = vx.create_model(name)
+        assert model(torch.empty(2, *model.config.input_shape)).shape == (2, 5)
+        assert f"{sum(p.numel() for p in model.parameters()):,}" in model.summary()
+
+
+def test_gradients_of_single_samples() -> None:
+    model = vx.create_model("hybrid_vit_test").double().eval()
+    parameters = dict(model.named_parameters())
+    x = torch.randn(3, *model.config.input_shape, dtype=torch.float64)
+
+    def loss(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
+        return torch.func.functional_call(model, parameters, (sample[None],)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    for i in range(3):
+        want = torch.func.grad(loss)(parameters, x[i])
+        for name, gradient in want.items():
+            torch.testing.assert_close(each[name][i], gradient)

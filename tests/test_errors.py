@@ -176,7 +176,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "grid with class token": (
         "vif_test",
         dict(mixer_options={"axes": "grid"}),
-        ["axes='grid'", "1 prefix token", "pool='mean'"],
+        ["axes='grid'", "1 prefix token", "leave class token"],
     ),
     "grid with registers": (
         "vif_test",

@@ -37,7 +37,6 @@ SLOTS = {
     "norm, narrow": NormSlot(1, False),
     "shrink": NormSlot(4, False, stride=2, out_dim=OUT),
     "shrink, bias": NormSlot(4, True, stride=2, out_dim=OUT),
-    "shrink by 3": NormSlot(2, False, stride=3),
 }
 
 

@@ -192,7 +192,7 @@ def rounded_up(shape, patch):
         (dict(layers=2, kernel=5, channels=7), 16, (2, 2)),
         (dict(layers=2, pool_stride=1), 6, (3, 2)),
         (dict(layers=3, pool_stride=1, channels=5), 1, (1, 1, 1)),
-        (dict(layers=2, pool_stride=3, kernel=1), 18, (2, 1)),
+        (dict(layers=2, pool_stride=3, kernel=5), 18, (2, 1)),
     ],
     ids=str,
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -643,3 +644,50 @@ def test_the_file_is_plain_safetensors(tmp_path: Path) -> None:
     length = int.from_bytes(header[:8], "little")
     metadata = json.loads(header[8 : 8 + length])["__metadata__"]
     assert vx.create_model(json.loads(metadata["config"])).config == model.config
+
+
+# What is no state dict
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (None, "must be a state dict or the path of a file, not NoneType"),
+        (3, "not int"),
+        ({1: torch.zeros(2)}, "tensors by name; 1 is of type Tensor"),
+        ({"head.bias": [0.0]}, "'head.bias' is of type list"),
+        ({"head.bias": torch.zeros(5).numpy()}, "'head.bias' is of type ndarray"),
+        ({"head.bias": torch.zeros(5, device="meta")}, "dense, real and in memory; 'head.bias'"),
+        ({"head.bias": torch.zeros(5).to_sparse()}, "dense, real and in memory; 'head.bias'"),
+        ({"head.bias": torch.zeros(5, dtype=torch.complex64)}, "dense, real and in memory"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_copied_changes_nothing(weights: Any, message: str) -> None:
+    model = vx.create_model("vit_test")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    if isinstance(weights, dict):
+        weights = {**vx.create_model("vit_test").state_dict(), **weights}
+    for strict in (True, False):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            vx.load_weights(model, weights, strict=strict)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_model_on_the_meta_device_holds_nothing() -> None:
+    weights = vx.create_model("levin_test").state_dict()
+    with torch.device("meta"):
+        model = vx.create_model("levin_test")
+    with pytest.raises(ValueError, match=r"LeViT is on the meta device: call to_empty"):
+        vx.load_weights(model, weights)
+    assert vx.load_weights(model.to_empty(device="cpu"), weights).missing == []
+
+
+def test_save_model_says_where_it_cannot(tmp_path: Path) -> None:
+    model = vx.create_model("vit_test")
+    for path in (tmp_path / "nowhere" / "a.safetensors", tmp_path / "folder.safetensors"):
+        (tmp_path / "folder.safetensors").mkdir(exist_ok=True)
+        with pytest.raises(ValueError, match=r"must be a file in a folder that exists"):
+            vx.save_model(model, path)
+    with pytest.raises(ValueError, match=r"takes a model of create_model, not a Linear"):
+        vx.save_model(torch.nn.Linear(2, 3), tmp_path / "a.safetensors")

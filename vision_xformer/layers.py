@@ -42,8 +42,7 @@ class LayerScale(nn.Module):
 
 def channels_last(x: Tensor) -> Tensor:
     """The same (B, C, *shape) in the memory order of tokens, in which convolutions are faster."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return x.contiguous(memory_format=formats.get(x.ndim, torch.contiguous_format))
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def _statistics(norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor, float, Tensor, Tensor]:

@@ -58,7 +58,7 @@ class SinCosPosition(FixedTable):
         if pairs == 0:
             raise ValueError(f"dim {dim} must be at least {2 * axes} for sin-cos on {axes} axes")
         self.layout, self.dim, self.pairs = layout, dim, pairs
-        table = self._make(torch.device("cpu")).to(torch.get_default_dtype())
+        table = self._make(torch.get_default_device()).to(torch.get_default_dtype())
         self.register_buffer("table", table, persistent=False)
 
     def _make(self, device: torch.device) -> Tensor:
@@ -95,7 +95,7 @@ class _Offsets(FixedTable):
     def __init__(self, layout: Layout, stride: int) -> None:
         super().__init__()
         self.layout, self.stride = layout, stride
-        self.register_buffer("table", self._make(torch.device("cpu")), persistent=False)
+        self.register_buffer("table", self._make(torch.get_default_device()), persistent=False)
 
     def _make(self, device: torch.device) -> Tensor:
         index = torch.zeros((), dtype=torch.long, device=device)
@@ -104,7 +104,7 @@ class _Offsets(FixedTable):
         keys = torch.cartesian_prod(*places).view(-1, len(places))
         for axis, size in enumerate(self.layout.grid):
             index = index * size + (queries[:, None, axis] - keys[:, axis]).abs()
-        return index.flatten()
+        return index.flatten().int()
 
 
 class PositionBias(TokenTable):
@@ -159,7 +159,7 @@ class RotaryPosition(FixedTable):
             )
         self.layout, self.kind = layout, kind
         self.axis_dim = head_dim // (2 * axes) * 2
-        self.register_buffer("table", self._make(torch.device("cpu")), persistent=False)
+        self.register_buffer("table", self._make(torch.get_default_device()), persistent=False)
 
     def _make(self, device: torch.device) -> Tensor:
         grid, prefix = self.layout

@@ -17,8 +17,12 @@ from .zoo import create_model
 def save_model(model: Backbone, path: str | os.PathLike[str]) -> None:
     """Write weights and configuration to one safetensors file, whole or not at all."""
     path = Path(path)
+    if not isinstance(model, Backbone):
+        raise ValueError(f"save_model takes a model of create_model, not a {type(model).__name__}")
     if path.suffix != ".safetensors":
         raise ValueError(f"{path} must end in .safetensors")
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"{path} must be a file in a folder that exists")
     metadata = {"config": json.dumps(model.config.to_dict())}
     state = {k: v.contiguous() for k, v in model.state_dict().items()}
     part = path.with_name(f".{path.name}.part")

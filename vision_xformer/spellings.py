@@ -230,8 +230,11 @@ def by_our_name(state: Mapping[str, Tensor]) -> dict[str, list[Part]]:
         if family is None:
             name = _spelled(name, _PACKAGES)
         else:
-            tensor = family.convert(name, tensor, unwrapped)
-            name = _spelled(name, family.spellings)
+            try:
+                tensor = family.convert(name, tensor, unwrapped)
+                name = _spelled(name, family.spellings)
+            except (KeyError, IndexError, RuntimeError, ZeroDivisionError):
+                pass  # what it takes to convert it is not there: it stays what it is, unknown
         for pattern, ours, part in _PARTS:
             name, found = re.subn(pattern, ours, name)
             order = part if found else order

@@ -71,13 +71,27 @@ def deal_strides(
                 f"patch {size} is not a multiple of {pool_stride**layers}, to which {layers} "
                 f"pool(s) of stride {pool_stride} come"
             )
-        for prime in range(2, left + 1):
+        prime = 2
+        while left > 1:
+            if prime * prime > left:
+                prime = left
             while left % prime == 0:
                 factors.append(prime)
                 left //= prime
+            prime += 1
         for turn, factor in enumerate(reversed(factors)):
             strides[turn % layers][axis] *= factor
     return [tuple(s) for s in strides]
+
+
+def _check_strides(patch: tuple[int, ...], strides: list[tuple[int, ...]], kernel: int) -> None:
+    """Raise a ValueError for a convolution that would step over pixels it never reads."""
+    widest = max(map(max, strides))
+    if widest > kernel:
+        raise ValueError(
+            f"patch {patch} over {len(strides)} layer(s) needs a stride of {widest}, but a kernel "
+            f"of {kernel} reads no farther: take more layers or another patch"
+        )
 
 
 class Stem(nn.Module):
@@ -231,6 +245,7 @@ class Tokenizer(Stem):
             check_at_least(f"{name} of stem 'tokenizer':", value, 1)
         axes = len(self.grid)
         strides = deal_strides(self.patch, layers, pool_stride)
+        _check_strides(self.patch, strides, kernel)
         widths = [input_shape[0], *(channels for _ in range(layers - 1)), dim]
         convs = [
             CONV[axes](width, out, kernel, stride, kernel // 2, bias=False)
@@ -278,6 +293,7 @@ class LeViTStem(Stem):
             )
         widths = [input_shape[0], *(dim // 2**i for i in reversed(range(layers)))]
         strides = deal_strides(self.patch, layers)
+        _check_strides(self.patch, strides, 3)
         self.convs = nn.ModuleList(
             ConvNorm(len(self.grid), width, out, 3, stride)
             for width, out, stride in zip(widths, widths[1:], strides, strict=False)

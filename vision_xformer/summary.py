@@ -44,7 +44,7 @@ def summary(model: nn.Module, sample: Tensor, depth: int) -> str:
         label = "  " * level + (name.rpartition(".")[2] or "(model)")
         shape = str(shapes[name]) if name in shapes else ""
         rows.append((label, type(module).__name__, shape, f"{_count(module):,}"))
-        if level == depth:
+        if level >= depth:
             return
         for key, parameter in module.named_parameters(recurse=False):
             size = f"{parameter.numel():,}"

@@ -54,6 +54,19 @@ def _some(keys: list[str]) -> str:
     return f"{', '.join(sorted(keys)[:5])}{more}"
 
 
+def _check_state(weights: object) -> None:
+    """Raise a ValueError for what is not a dict of names and tensors that can be copied."""
+    if not isinstance(weights, Mapping):
+        kind = type(weights).__name__
+        raise ValueError(f"weights must be a state dict or the path of a file, not {kind}")
+    for key, value in weights.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            kind = type(value).__name__
+            raise ValueError(f"weights must be tensors by name; {key!r} is of type {kind}")
+        if value.is_meta or value.layout != torch.strided or value.is_complex():
+            raise ValueError(f"weights must be dense, real and in memory; {key!r} is not")
+
+
 def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1]) if tensor.ndim > 1 else tensor
 
@@ -89,6 +102,8 @@ def _is_computed(module: nn.Module, name: str, source: list[Part]) -> bool:
     if not isinstance(table, FixedTable):
         return False
     theirs, ours = _rows(source[0].tensor), table()
+    if not theirs.is_floating_point():
+        return False
     # both are rounded, and so is each place before its sine
     rounding = max(torch.finfo(t.dtype).eps for t in (theirs, ours))
     atol = rounding + len(theirs) * torch.finfo(torch.float32).eps
@@ -162,7 +177,8 @@ def load_weights(
         weights: a state dict, or a file of one (.safetensors, or a PyTorch file of tensors only).
         resize: interpolate tables that have a row for each token (positions, Linformer's length
             projections) or distance (LeViT's bias) to the module's grid: bicubic on images; prefix
-            rows are kept.
+            rows are kept. A table of another library does not say its grid: as many rows are taken
+            as of the module's, others as of its proportions, or else as square.
         strict: refuse weights that are not all of the module's and no others. Otherwise what fits
             is loaded, and the report says what does not.
 
@@ -174,10 +190,15 @@ def load_weights(
             the keys. Without, if nothing fits. Nothing is loaded then.
     """
     where = ""
-    if not isinstance(weights, Mapping):
+    if isinstance(weights, str | os.PathLike):
         where = f" from {os.fspath(weights)}"
         weights = read_weights(weights)
+    _check_state(weights)
     own = module.state_dict()
+    if any(tensor.is_meta for tensor in own.values()):
+        raise ValueError(
+            f"this {type(module).__name__} is on the meta device: call to_empty(device=...) first"
+        )
     library = family_of(own)
     if library is not None:
         raise ValueError(f"load_weights does not fill modules of {library.library}")
@@ -234,7 +255,8 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} cannot be read as weights: {error}") from error
+        kind = type(error).__name__
+        raise ValueError(f"{path} cannot be read as weights: {kind} {error}") from error
     except Exception as error:  # pickle.UnpicklingError and what torch raises for it
         raise ValueError(f"{path} is not a file of tensors only: {type(error).__name__}") from error
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):

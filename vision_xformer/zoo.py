@@ -66,7 +66,7 @@ def _all_names() -> list[Name]:
 
 
 def _squash(name: str) -> str:
-    return name.lower().replace("-", "").replace("_", "").replace(" ", "")
+    return name.lower().replace("-", "").replace("_", "").replace("/", "").replace(" ", "")
 
 
 def parse_name(name: str) -> Name:
@@ -161,6 +161,7 @@ def create_model(
         mixer: another token mixer, see :func:`~vision_xformer.list_mixers`. Options and heads of
             the name that it does not have are left out.
         mixer_options: added to the name's; an option the mixer does not have is refused.
+            ``stem_options`` likewise.
         weights: a state dict or a file of one, under any names that
             :func:`~vision_xformer.load_weights` understands. Every tensor that fits is loaded; a
             warning says what does not. To have nothing left out, or tables resized, call
@@ -180,7 +181,7 @@ def create_model(
     elif isinstance(name, Config):
         config = name
     else:
-        if not isinstance(name, Mapping) or "backbone" not in name:
+        if not isinstance(name, Mapping) or not isinstance(name.get("backbone"), str):
             raise ValueError(
                 f"a model is a name, a Config or its dict with the key 'backbone', not {name!r}"
             )
@@ -192,12 +193,16 @@ def create_model(
         overrides["input_shape"] = input_shape_of(config.input_shape, image_size, channels)
     what = f"model {name!r}" if isinstance(name, str) else f"backbone {config.backbone!r}"
     slot = {"mixer": mixer, "mixer_options": mixer_options}
+    check_types(slot, create_model)
     overrides |= {k: v for k, v in slot.items() if v is not None}
     check_options(what, overrides, {*fields, "image_size", "channels"})
     if mixer is not None and mixer != fields["mixer"]:
         fields |= _with_mixer(fields, mixer, fields["mixer_options"])
     if mixer_options is not None:
         overrides["mixer_options"] = {**fields["mixer_options"], **mixer_options}
+    same_stem = overrides.get("stem", fields.get("stem")) == fields.get("stem")
+    if "stem_options" in overrides and same_stem:
+        overrides["stem_options"] = {**fields["stem_options"], **overrides["stem_options"]}
     model = BACKBONES[config.backbone](type(config)(**{**fields, **overrides}))
     if weights is not None:
         report = load_weights(model, weights, strict=False)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -105,14 +106,15 @@ class Backbone(nn.Module):
 
     def run(self, block: nn.Module, *args: Any) -> Tensor:
         """``block(*args)``, checkpointed where that is asked for."""
+        call: Callable[..., Any] = block
         if self.grad_checkpointing and torch.is_grad_enabled():
-
-            def contexts() -> tuple[Any, Any]:
-                return contextlib.nullcontext(), _statistics_kept(block)
-
-            y: Tensor = checkpoint(block, *args, use_reentrant=False, context_fn=contexts)
-        else:
-            y = block(*args)
+            more: dict[str, Any] = {}
+            if any(isinstance(module, _BatchNorm) for module in block.modules()):
+                if torch.compiler.is_compiling():
+                    raise ValueError("gradient checkpointing of batch norms cannot be compiled")
+                more["context_fn"] = lambda: (contextlib.nullcontext(), _statistics_kept(block))
+            call = functools.partial(checkpoint, block, use_reentrant=False, **more)
+        y: Tensor = call(*args)
         return y
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -180,6 +182,11 @@ def _statistics_kept(block: nn.Module) -> Iterator[None]:
             norm.momentum, norm.num_batches_tracked = momentum, batches
 
 
+def make_drop_path(rate: float) -> nn.Module:
+    """Stochastic depth (Huang et al. 2016): a sample skips the branch with probability ``rate``."""
+    return StochasticDepth(rate, "row") if rate else nn.Identity()
+
+
 class Block(nn.Module):
     """x + mixer(norm x), then x + mlp(norm x): (B, N, D) -> (B, N, D).
 
@@ -210,7 +217,7 @@ class Block(nn.Module):
         self.scale1, self.scale2 = (
             nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale) for _ in range(2)
         )
-        self.drop_path = StochasticDepth(drop_path, "row")
+        self.drop_path = make_drop_path(drop_path)
 
     def forward(self, x: Tensor, layout: Layout, rope: Tensor | None) -> Tensor:
         x = x + self.drop_path(self.scale1(self.mixer(self.norm1(x), layout, rope)))
@@ -218,7 +225,7 @@ class Block(nn.Module):
 
 
 def drop_paths(last: float, depth: int) -> list[float]:
-    """Stochastic depth of each block: rising linearly from 0 (Huang et al. 2016)."""
+    """Stochastic depth of each block: rising linearly from 0."""
     return [last * i / max(1, depth - 1) for i in range(depth)]
 
 

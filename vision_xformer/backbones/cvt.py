@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..layers import CONV, channels_last
 from ..layout import Layout
 from ..mixers import ConvSlot, create_mixer, takes_heads
-from ..registry import check_at_least, check_odd, check_share
+from ..registry import check_at_least, check_share
 from ..stems import check_input_shape
 from .base import (
     BACKBONES,
@@ -42,7 +42,7 @@ class CvTConfig(Config):
             mixer without heads.
         embed_kernels, embed_strides: of the convolution that begins each stage.
         kernel: width of the depth-wise convolutions before q, k and v, odd.
-        kv_stride: of keys and values.
+        kv_stride: of keys and values, where the mixer has them.
         mlp_ratio: hidden width of the MLPs for a width of 1.
         mixer, mixer_options: token mixer by name and its options.
         class_token: whether the last stage has one, from which the head reads; else from the mean.
@@ -80,15 +80,19 @@ class CvTConfig(Config):
         check_stages(self, names)
         for kernel, stride in zip(self.embed_kernels, self.embed_strides, strict=True):
             check_at_least(f"with embed_stride {stride} embed_kernel", kernel, stride)
-        check_odd("kernel", self.kernel)
-        check_at_least("kv_stride", self.kv_stride, 1)
+        self.slot()
         check_at_least("mlp_ratio", self.mlp_ratio, 1)
         check_share("drop_path", self.drop_path)
+        check_share("dropout", self.dropout)
         if self.norm_eps <= 0:
             raise ValueError(f"norm_eps {self.norm_eps} must be above 0")
 
+    def slot(self) -> ConvSlot:
+        """What the blocks ask of their mixers."""
+        return ConvSlot(self.kernel, self.kv_stride)
 
-class Stage(nn.Module):
+
+class CvTStage(nn.Module):
     """Convolutional embedding, class token, blocks: (B, C, *grid) -> (B, N, D).
 
     It calls its blocks through ``run``, see :meth:`Backbone.run`.
@@ -111,7 +115,9 @@ class Stage(nn.Module):
         self.register_parameter("cls_token", token)
         shape, grid = grid, tuple((g + 2 * padding - kernel) // stride + 1 for g in grid)
         if min(grid) < 1:
-            raise ValueError(f"a grid of {shape} is too small for embed_stride {stride}")
+            raise ValueError(
+                f"a grid of {shape} is too small for embed_kernel {kernel}, embed_stride {stride}"
+            )
         self.layout = Layout(grid, int(has_token))
         mixers = [
             create_mixer(
@@ -119,7 +125,7 @@ class Stage(nn.Module):
                 dim=dim,
                 heads=None if c.heads is None else c.heads[index],
                 layout=self.layout,
-                slot=ConvSlot(c.kernel, c.kv_stride),
+                slot=c.slot(),
                 **c.mixer_options,
             )
             for _ in range(c.depths[index])
@@ -186,7 +192,7 @@ class CvT(Backbone):
         channels, *grid = c.input_shape
         stages = []
         for index, dim in enumerate(c.dims):
-            stages.append(Stage(c, index, channels, tuple(grid)))
+            stages.append(CvTStage(c, index, channels, tuple(grid)))
             channels, grid = dim, list(stages[-1].layout.grid)
         self.stages = nn.ModuleList(stages)
         self.layouts = [stage.layout for stage in stages]

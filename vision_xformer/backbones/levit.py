@@ -12,15 +12,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import StochasticDepth
 from typing_extensions import Self
 
 from ..layers import ConvNorm, LinearNorm, NormLinear
 from ..layout import Layout
-from ..mixers import Mixer, NormSlot, create_mixer, takes_heads
+from ..mixers import Mixer, NormSlot, create_mixer, mixer_options, takes_heads
 from ..registry import check_at_least, check_share
 from ..stems import STEMS
-from .base import BACKBONES, Backbone, Config, check_stages, init_linears, make_rope
+from .base import BACKBONES, Backbone, Config, check_stages, init_linears, make_drop_path, make_rope
 
 _IMAGENET = dict(input_shape=(3, 224, 224), num_classes=1000, distilled=True)
 _KEY32 = dict(key_dim=32, depths=(4, 4, 4), **_IMAGENET)
@@ -36,7 +35,8 @@ class LeViTConfig(Config):
             mixer without heads.
         key_dim: key width K per head; None for a mixer without heads. The shrinking attention has
             D / K heads.
-        value_ratio: value width per head for a key width of 1, twice that where the grid shrinks.
+        value_ratio: value width per head for a key width of 1, twice that where the grid shrinks;
+            for mixers with values.
         mlp_ratio: hidden width of the MLPs for a width of 1.
         mixer, mixer_options: token mixer by name and its options.
         position_bias: whether logits get a learned bias for each distance; False for a mixer that
@@ -82,7 +82,7 @@ class LeViTConfig(Config):
         check_share("drop_path", self.drop_path)
 
 
-class Block(nn.Module):
+class LeViTBlock(nn.Module):
     """x + mixer(x), then x + mlp(x); without the first x where the mixer shrinks the grid."""
 
     def __init__(
@@ -93,7 +93,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(
             LinearNorm(dim, mlp_ratio * dim), nn.Hardswish(), LinearNorm(mlp_ratio * dim, dim, 0.0)
         )
-        self.drop_path = StochasticDepth(drop_path, "row")
+        self.drop_path = make_drop_path(drop_path)
 
     def forward(self, x: Tensor, layout: Layout, rope: Tensor | None) -> Tensor:
         y = self.mixer(x, layout, rope)
@@ -101,7 +101,7 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(x))
 
 
-class Stage(nn.Module):
+class LeViTStage(nn.Module):
     """The blocks of one grid, then the one that shrinks it, but for the last stage.
 
     (B, N, D) -> (B, n, E). It calls its blocks through ``run``, see :meth:`Backbone.run`.
@@ -112,16 +112,18 @@ class Stage(nn.Module):
         c, self.layout = config, layout
         dim, next_dim = c.dims[index], (*c.dims, 0)[index + 1]
 
-        def block(heads: int | None, slot: NormSlot) -> Block:
-            options = c.mixer_options | ({"head_dim": c.key_dim} if c.key_dim else {})
+        def block(heads: int | None, slot: NormSlot) -> LeViTBlock:
+            options = dict(c.mixer_options)
+            if c.key_dim is not None and "head_dim" in mixer_options(c.mixer):
+                options["head_dim"] = c.key_dim
             mixer = create_mixer(c.mixer, dim=dim, heads=heads, layout=layout, slot=slot, **options)
-            return Block(mixer, slot.out_dim or dim, c.mlp_ratio, c.drop_path, slot.stride > 1)
+            return LeViTBlock(mixer, slot.out_dim or dim, c.mlp_ratio, c.drop_path, slot.stride > 1)
 
         heads = None if c.heads is None else c.heads[index]
         slot = NormSlot(c.value_ratio, c.position_bias)
         blocks = [block(heads, slot) for _ in range(c.depths[index])]
         self.blocks = nn.ModuleList(blocks)
-        self.shrink: Block | None = None
+        self.shrink: LeViTBlock | None = None
         if next_dim:
             heads = None if c.key_dim is None else max(1, dim // c.key_dim)
             slot = NormSlot(2 * c.value_ratio, c.position_bias, stride=2, out_dim=next_dim)
@@ -191,7 +193,7 @@ class LeViT(Backbone):
         layout = Layout(self.stem.grid)
         stages = []
         for index in range(len(c.dims)):
-            stages.append(Stage(c, index, layout))
+            stages.append(LeViTStage(c, index, layout))
             layout = layout.strided(2)
         self.stages = nn.ModuleList(stages)
         init_linears(self.stages)

@@ -78,7 +78,8 @@ class ViTConfig(Config):
             raise unknown("pool", self.pool, POOLS)
         if self.pool == "cls" and self.class_token is False:
             raise ValueError("pool='cls' needs a class token: class_token must not be False")
-        check_share("drop_path", self.drop_path)
+        for name in ("dropout", "emb_dropout", "drop_path"):
+            check_share(name, getattr(self, name))
         if self.norm_eps <= 0 or self.position_std < 0:
             raise ValueError(
                 f"norm_eps {self.norm_eps} must be above 0 and position_std {self.position_std} "

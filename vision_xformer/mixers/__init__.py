@@ -96,7 +96,7 @@ def create_mixer(
     check_options(f"mixer {name!r}", options, known)
     if not isinstance(layout, Layout):
         raise ValueError(f"layout {layout!r} must be a Layout, such as Layout((32, 32))")
-    check_types({"dim": dim, "heads": heads}, create_mixer)
+    check_types({"dim": dim, "heads": heads, "slot": slot}, create_mixer)
     check_at_least("dim", dim, 1)
     layout = Layout(tuple(layout.grid), layout.prefix)
     if takes_heads(name):

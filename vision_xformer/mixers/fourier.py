@@ -78,7 +78,7 @@ class Fourier(Mixer):
         if axes == "grid" and layout.prefix:
             raise ValueError(
                 f"axes='grid' has no place for {layout.prefix} prefix token(s): "
-                "use pool='mean' and no registers, or axes='sequence'"
+                "leave class token and registers out, or take axes='sequence'"
             )
         self.axes, self.norm = axes, norm
 

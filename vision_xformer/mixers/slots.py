@@ -14,7 +14,7 @@ from ..layers import ConvNorm, LinearNorm
 from ..layout import Layout, take_strided
 from ..positions import PositionBias
 from ..projections import ConvProjection, LinearProjection, NormProjection, Projection, on_grid
-from ..registry import check_at_least, check_odd
+from ..registry import check_at_least, check_odd, check_types
 from .base import Mixer
 
 
@@ -66,8 +66,14 @@ class ConvSlot(Slot):
     kv_stride: int = 2
 
     def __post_init__(self) -> None:
+        check_types(vars(self), type(self))
         check_odd("kernel", self.kernel)
         check_at_least("kv_stride", self.kv_stride, 1)
+        if self.kv_stride > self.kernel:
+            raise ValueError(
+                f"kv_stride {self.kv_stride} must be at most kernel {self.kernel}: some tokens "
+                "would never be read"
+            )
 
     def projection(
         self, dim: int, widths: tuple[int, ...], bias: bool, layout: Layout, heads: int
@@ -86,7 +92,7 @@ class NormSlot(Slot):
     Args:
         value_ratio: value width for a key width of 1.
         position_bias: whether the logits get one.
-        stride: above 1, the attention shrinks the grid.
+        stride: with 2 the attention shrinks the grid.
         out_dim: width E that comes out; D by default. Where neither it nor the stride changes
             anything, the mixer is a residual branch and starts as nothing.
     """
@@ -97,8 +103,10 @@ class NormSlot(Slot):
     out_dim: int | None = None
 
     def __post_init__(self) -> None:
+        check_types(vars(self), type(self))
         check_at_least("value_ratio", self.value_ratio, 1)
-        check_at_least("stride", self.stride, 1)
+        if self.stride not in (1, 2):
+            raise ValueError(f"stride {self.stride} must be 1, or 2 to shrink the grid")
         if self.out_dim is not None:
             check_at_least("out_dim", self.out_dim, 1)
 
