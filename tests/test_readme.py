@@ -10,8 +10,9 @@ import pytest
 from matrix import markdown
 
 import vision_xformer as vx
-from train.__main__ import parse
+from train.__main__ import COMMANDS, parse
 from train.benchmark import summary
+from train.commands import command_line
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -53,10 +54,13 @@ def test_commands_are_there() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
         assert f"\n{target}:" in makefile
-    commands = re.findall(r"^python -m train (--.*)$", README, re.MULTILINE)
-    assert len(commands) >= 4
-    for command in commands:
-        parse([str(ROOT / w) if w.startswith("configs/") else w for w in command.split()])
+    commands = [c.split() for c in re.findall(r"^python -m train (.*)$", README, re.MULTILINE)]
+    assert len(commands) >= 8
+    for words in commands:
+        if words[0] in COMMANDS:
+            command_line().parse_args(words)
+        elif words[0] != "--resume":
+            parse([str(ROOT / w) if w.startswith("configs/") else w for w in words])
 
 
 def test_pictures_are_there() -> None:

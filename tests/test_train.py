@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 import vision_xformer as vx
 from train import benchmark, demo
@@ -27,12 +27,20 @@ from train.__main__ import main, parse
 from train.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from train.data import CIFAR10, load_data, open_image
 from train.files import write_whole
-from train.loop import Run, evaluate, learning_rate, parameter_groups, pick_precision
+from train.loop import Run, accuracy, pick_precision, predict
 from train.measure import bytes_kept
+from train.optim import average, learning_rate, parameter_groups
+from vision_xformer.zoo import parse_name
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 TINY = {"dim": 12, "depth": 1, "heads": 2, "mlp_dim": 14}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> None:
+    """Accelerate remembers a process's first precision; each test is as a process of its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def write_image(path: Path, value: int, mode: str = "RGB", size: int = 10) -> None:
@@ -68,7 +76,7 @@ def config_for(folder: Path, **data: object) -> RunConfig:
     return RunConfig(
         model=ModelConfig(name="vit", options=TINY),
         data=DataConfig(**{"name": "digits", "workers": 0, "batch_size": 100, **data}),
-        train=TrainConfig(epochs=2, warmup_epochs=1),
+        train=TrainConfig(epochs=2, warmup_epochs=1, precision="fp32"),
         run_dir=str(folder),
     )
 
@@ -77,7 +85,7 @@ def config_for(folder: Path, **data: object) -> RunConfig:
 
 
 def test_digits_are_split_by_class_and_apart() -> None:
-    data = load_data(DataConfig(name="digits", augment=False))
+    data = load_data(DataConfig(name="digits"))
     sizes = [len(s) for s in (data.train, data.val, data.test)]
     assert sum(sizes) == 1797
     assert sizes[2] == 360
@@ -88,10 +96,9 @@ def test_digits_are_split_by_class_and_apart() -> None:
     images = [image.numpy().tobytes() for s in parts for image, _ in s.samples]
     assert len(set(images)) == len(images)
     image, label = data.train[0]
-    assert image.shape == (1, 8, 8)
-    assert image.dtype == torch.float32
-    assert -1 <= image.min() <= image.max() <= 1
-    assert isinstance(label, int)
+    assert (image.shape, image.dtype) == ((1, 8, 8), torch.uint8)
+    assert image.max() > 200
+    assert label == data.train.labels[0]
 
 
 def test_image_folder_with_and_without_a_test_folder(tmp_path: Path) -> None:
@@ -109,7 +116,7 @@ def test_image_folder_with_and_without_a_test_folder(tmp_path: Path) -> None:
 
 def test_tiny_imagenet_reads_its_own_layout(tmp_path: Path) -> None:
     root = tiny_imagenet(tmp_path / "tiny-imagenet-200")
-    config = DataConfig(name="tiny_imagenet", root=str(tmp_path), val_fraction=0.2, augment=False)
+    config = DataConfig(name="tiny_imagenet", root=str(tmp_path), val_fraction=0.2)
     data = load_data(config)
     assert data.classes == ["n01", "n02", "n03"]
     # the flat val/ folder is three classes, in the order of the annotations
@@ -147,7 +154,7 @@ def test_cifar10_from_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_half_written_cifar10_is_refused(tmp_path: Path) -> None:
     (tmp_path / CIFAR10.base_folder).mkdir()
-    with pytest.raises(ValueError, match=r"no whole CIFAR-10 in .*cifar-10-batches-py"):
+    with pytest.raises(ValueError, match=r"no whole cifar10 in .*cifar-10-batches-py"):
         load_data(DataConfig(name="cifar10", root=str(tmp_path)))
 
 
@@ -262,32 +269,31 @@ def test_only_weights_of_maps_decay(name: str) -> None:
     assert all(".fc1.weight" not in n for n in free)
 
 
-class Table(nn.Module):
-    """Answers with a row of a table; the image is the row's number."""
-
-    def __init__(self, logits: torch.Tensor) -> None:
-        super().__init__()
-        self.logits = nn.Parameter(logits)
-        self.dropout = nn.Dropout(0.9)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.dropout(self.logits[x[:, 0].long()])
-
-
-@pytest.mark.parametrize(("classes", "batch"), [(13, 5), (3, 4), (13, 47)])
-def test_evaluation_counts_each_image_once(classes: int, batch: int) -> None:
-    logits, labels = torch.randn(47, classes), torch.randint(classes, (47,))
-    images = torch.arange(47.0)[:, None]
-    model = Table(logits).train()
-    loader = DataLoader(TensorDataset(images, labels), batch_size=batch)
-    result = evaluate(model, loader, Accelerator(cpu=True))
+@pytest.mark.parametrize(("classes", "count"), [(13, 47), (3, 20)])
+def test_accuracy_counts_each_image_once(classes: int, count: int) -> None:
+    logits, labels = torch.randn(count, classes), torch.randint(classes, (count,))
+    result = accuracy(logits, labels)
     order = logits.argsort(1, descending=True)
-    top1 = sum(int(order[i, 0] == labels[i]) for i in range(47)) / 47
-    top5 = sum(int(labels[i] in order[i, :5]) for i in range(47)) / 47
+    top1 = sum(int(order[i, 0] == labels[i]) for i in range(count)) / count
+    top5 = sum(int(labels[i] in order[i, :5]) for i in range(count)) / count
     assert result.top1 == pytest.approx(top1)
     assert result.top5 == pytest.approx(top5)
     assert result.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_predictions_are_in_order_and_in_evaluation_mode(in_memory: bool) -> None:
+    data = load_data(DataConfig(in_memory=in_memory))
+    assert (data.test.pixels is not None) == in_memory
+    model = vx.create_model("vit", input_shape=(1, 8, 8), dropout=0.5, **TINY).train()
+    logits, labels = predict(model, data.test, Accelerator(cpu=True), 77)
     assert model.training  # it was, and is again; dropout was off in between
+    model.eval()
+    for i in (0, 76, 77, 359):
+        image, label = data.test[i]
+        want = model(image[None].float() / 127.5 - 1)[0]
+        torch.testing.assert_close(logits[i], want, rtol=0, atol=1e-5)
+        assert labels[i] == label
 
 
 def test_a_run_leaves_a_folder_that_explains_itself(tmp_path: Path) -> None:
@@ -303,8 +309,15 @@ def test_a_run_leaves_a_folder_that_explains_itself(tmp_path: Path) -> None:
     assert result["val_top1"] == max(float(row["val_top1"]) for row in rows)
     assert 0 < result["val_top1"] <= result["test_top5"] <= 1
     best = vx.load_model(tmp_path / "run" / "best.safetensors")
-    again = evaluate(best, DataLoader(run.data.test, batch_size=77), Accelerator(cpu=True))
+    again = accuracy(*predict(best, run.data.test, Accelerator(cpu=True), 77))
     assert again.top1 == pytest.approx(test.top1)
+    for picture in ("curves", "confusion", "mistakes"):
+        with Image.open(tmp_path / "run" / f"{picture}.png") as image:
+            assert min(image.size) > 200
+    (session,) = json.loads((tmp_path / "run" / "sessions.json").read_text())
+    assert session["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert session["from_step"] == 0
+    assert not list((tmp_path / "run").glob(".*.part"))
     assert best.config == run.model.config
 
 
@@ -324,7 +337,8 @@ def test_a_run_is_not_written_over(
     assert Run(config).folder == Path("runs/vit-digits-0-2")
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit) as stop:
-        main(["--model.name", "vit", "--model.options", json.dumps(TINY), "--run_dir", "file"])
+        main(["--model.name", "vit", "--model.options", json.dumps(TINY), "--run_dir", "file",
+              "--train.precision", "fp32"])  # fmt: skip
     assert stop.value.code == 2
     assert "file" in capsys.readouterr().err
 
@@ -363,16 +377,20 @@ def test_the_same_seed_gives_the_same_weights(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     run = Run(config_for(tmp_path))
     with torch.no_grad():
-        run.model.head.weight.fill_(math.inf)
-    with pytest.raises(ValueError, match=r"the loss is nan in epoch 1 at learning rate"):
+        run.model.get_submodule("blocks.0.mlp.fc2").weight.fill_(math.inf)
+    message = r"not finite in step 1 at learning rate 8.3e-05, first at blocks.0.mlp.fc2: lower"
+    with pytest.raises(ValueError, match=message):
         run.fit()
+    assert not (tmp_path / "state.pt").exists()
 
 
 def test_precision_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pick_precision("fp32") == "no"
     assert pick_precision("fp16") == "fp16"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert pick_precision("auto") == "no"
+    for known, precision in (({}, "no"), ({"avx512_bf16": True}, "bf16"), ({"avx2": True}, "no")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known, raising=False)
+        assert pick_precision("auto") == precision
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     assert pick_precision("auto") == "bf16"
@@ -391,8 +409,9 @@ def test_every_configuration_builds_its_model(path: Path) -> None:
     assert f"--config configs/{path.parent.name}/{path.name}" in path.read_text()
     with torch.device("meta"):
         model = vx.create_model(config.model.name, image_size=size, **config.model.options)
-    values = model.config.to_dict()
-    assert values.get("dim", values.get("dims", [0])[0]) == 128
+    dims = model.config.to_dict()
+    if not parse_name(config.model.name).size:
+        assert dims.get("dim", dims.get("dims", [0])[0]) == 128
 
 
 def test_the_command_line_goes_over_the_file() -> None:
@@ -550,3 +569,137 @@ def test_demo_table_and_picture(tmp_path: Path) -> None:
     with Image.open(tmp_path / "demo.png") as image:
         assert image.width > 1500
         assert len(image.convert("RGB").resize((300, 100)).getcolors(30000) or []) > 20
+
+
+# runs that are there, and recipes
+
+
+def test_evaluate_and_predict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = image_folder(tmp_path / "photos", ("train", "val", "test"))
+    config = config_for(tmp_path / "run", name="imagefolder", root=str(root), batch_size=8)
+    test = Run(config).fit()
+    main(["evaluate", str(tmp_path / "run")])
+    assert capsys.readouterr().out.startswith(f"test top-1 {test.top1:.2%}, top-5 {test.top5:.2%}")
+    main(["evaluate", str(tmp_path / "run"), "--split", "val"])
+    best = json.loads((tmp_path / "run" / "result.json").read_text())["val_top1"]
+    assert capsys.readouterr().out.startswith(f"val top-1 {best:.2%}")
+    files = [str(root / "test" / name / "3.png") for name in ("cat", "emu")]
+    main(["predict", str(tmp_path / "run"), *files])
+    lines = capsys.readouterr().out.splitlines()
+    model = vx.load_model(tmp_path / "run" / "best.safetensors")
+    for file, line, i in zip(files, lines, (3, 2 * 11 + 3), strict=True):
+        image, _ = load_data(config.data).test[i]
+        best = model(image[None].float() / 127.5 - 1).argmax().item()
+        assert line.startswith(f"{file}: {['cat', 'dog', 'emu'][best]} ")
+    main(["report", str(tmp_path), "--out", str(tmp_path / "page.html")])
+    assert "run" in capsys.readouterr().out
+    assert (tmp_path / "page.html").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["evaluate", "nowhere"], "nowhere is not a run with weights: it has no config.yaml"),
+        (["report", "nowhere"], "nowhere is not a folder"),
+        (["report", "."], "no runs (folders with metrics.csv) in ."),
+    ],
+    ids=str,
+)
+def test_commands_without_a_run_are_refused(
+    arguments: list[str],
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"error: {sentence}\n"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_decoded_on_the_way_are_those_in_memory(tmp_path: Path, workers: int) -> None:
+    root = image_folder(tmp_path)
+    batches = [torch.tensor([3, 1, 4]), torch.tensor([1, 5])]
+    got = []
+    for in_memory in (True, False):
+        config = DataConfig(name="imagefolder", root=str(root), in_memory=in_memory)
+        train = load_data(config).train
+        assert (train.pixels is None) != in_memory
+        got.append(list(train.batches(batches, torch.device("cpu"), workers)))
+    for (x, labels), (y, same) in zip(*got, strict=True):
+        assert torch.equal(x, y)
+        assert torch.equal(labels, same)
+
+
+def test_images_of_other_shapes_are_cut_to_their_middle(tmp_path: Path) -> None:
+    wide = np.zeros((10, 30, 3), np.uint8)
+    wide[:, 10:20] = 200
+    for name in ("cat", "dog"):
+        for i in range(7):
+            path = tmp_path / name / f"{i}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(wide).save(path)
+    data = load_data(DataConfig(name="imagefolder", root=str(tmp_path), image_size=10))
+    assert (data.train[0][0] == 200).all()
+
+
+def test_a_teacher_is_learned_beside_the_labels(tmp_path: Path) -> None:
+    teacher = config_for(tmp_path / "teacher")
+    Run(teacher).fit()
+    options = {"patch": 1, "stem_layers": 2, "dims": [12, 12], "depths": [1, 1], "heads": [2, 2],
+               "key_dim": 4, "distilled": True}  # fmt: skip
+    config = config_for(tmp_path / "student")
+    config.model = ModelConfig(name="levin", options=options)
+    config.train.teacher = str(tmp_path / "teacher" / "best.safetensors")
+    run = Run(config)
+    x, labels = torch.randn(6, 1, 8, 8), torch.randint(10, (6,))
+    run.model.train()
+    torch.manual_seed(1)
+    loss = run.loss(x, labels)
+    own, taught = run.model(x)
+    want = (F.cross_entropy(own, labels)
+            + F.cross_entropy(taught, run.teacher(x).argmax(1))) / 2  # fmt: skip
+    torch.testing.assert_close(loss, want)
+    run.fit()
+    rows = list(csv.DictReader((tmp_path / "student" / "metrics.csv").read_text().splitlines()))
+    assert float(rows[1]["train_loss"]) < float(rows[0]["train_loss"])
+    config.run_dir, config.data.image_size = str(tmp_path / "other"), 12
+    with pytest.raises(ValueError, match=r"has input_shape \(1, 8, 8\); the model has \(1, 12, 12"):
+        Run(config)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"optimizer": "sgd", "lr": 0.05, "epochs": 8}, {"grad_checkpointing": True}]
+)
+def test_other_recipes_train(fields: dict[str, object], tmp_path: Path) -> None:
+    config = config_for(tmp_path)
+    for name, value in fields.items():
+        setattr(config.train, name, value)
+    run = Run(config)
+    run.fit()
+    assert run.rows[-1]["train_loss"] < run.rows[0]["train_loss"]
+
+
+@pytest.mark.slow
+def test_a_compiled_run_trains(tmp_path: Path) -> None:
+    config = config_for(tmp_path)
+    config.train.compile = True
+    run = Run(config)
+    run.fit()
+    assert run.rows[1]["train_loss"] < run.rows[0]["train_loss"]
+    assert vx.load_model(tmp_path / "best.safetensors").config == run.model.config
+
+
+def test_averages_of_weights_forget_their_start() -> None:
+    model, decay = torch.nn.Linear(2, 3, bias=False), 0.6
+    ema, expected = average(model, decay), None
+    for step in range(9):
+        torch.nn.init.normal_(model.weight)
+        ema.update_parameters(model)
+        now = min(decay, (1 + step) / (10 + step))
+        weight = model.weight.detach().clone()
+        expected = weight if expected is None else now * expected + (1 - now) * weight
+    torch.testing.assert_close(ema.module.weight.detach(), expected)

@@ -1,16 +1,24 @@
-"""``python -m train --config configs/cifar10/hybrid_vin_rope.yaml --data.root DIR``"""
+"""``python -m train --config configs/cifar10/hybrid_vin_rope.yaml --data.root DIR``
+
+``python -m train --resume DIR`` goes on with a run that was cut off. ``python -m train evaluate``,
+``predict`` and ``report`` look at runs that are there.
+"""
 
 from __future__ import annotations
 
 import difflib
 import re
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 from jsonargparse import ArgumentParser
 
+from . import commands
 from .config import RunConfig
-from .loop import Run
+from .loop import Interrupted, Run
+
+COMMANDS = ("evaluate", "predict", "report")
 
 
 class Parser(ArgumentParser):
@@ -41,20 +49,56 @@ def parse(arguments: list[str] | None = None) -> RunConfig:
     return RunConfig(**parser.instantiate(namespace).as_dict())
 
 
+def command(arguments: list[str]) -> str:
+    """What ``evaluate``, ``predict`` or ``report`` say."""
+    args = commands.command_line().parse_args(arguments)
+    if args.command == "report":
+        return commands.report(args.runs, args.out)
+    folder = commands.folder_of(args.run)
+    if args.command == "predict":
+        return "\n".join(commands.classify(folder, args.images))
+    config = parse(["--config", str(folder / "config.yaml")])
+    return commands.evaluate(folder, config, args.split)
+
+
+def start(arguments: list[str]) -> Run:
+    """A new run, or with ``--resume DIR`` one that goes on."""
+    if "--resume" not in arguments:
+        return Run(parse(arguments))
+    if len(arguments) != 2 or arguments[0] != "--resume":
+        raise ValueError("--resume DIR stands alone: a run goes on with its own configuration")
+    folder = Path(arguments[1]).expanduser()
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(f"--resume {folder}: there is no run (no config.yaml)")
+    if (folder / "result.json").is_file():
+        raise ValueError(f"--resume {folder}: the run is complete, see its result.json")
+    return Run(parse(["--config", str(folder / "config.yaml")]), folder)
+
+
 def main(arguments: list[str] | None = None) -> None:
-    config = parse(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        run = Run(config)
+        if arguments and arguments[0] in COMMANDS:
+            print(command(arguments))
+            return
+        run = start(arguments)
         test = run.fit()
+    except Interrupted as interrupted:
+        if run.main:
+            print(
+                f"stopped after step {run.step} of {run.steps}; go on with: "
+                f"python -m train --resume {run.folder}",
+                file=sys.stderr,
+            )
+        raise SystemExit(128 + interrupted.number) from None
     except (ValueError, OSError) as error:
         # one that crossed from a worker process brings its traceback along
         sentence = str(error).split("ValueError: ")[-1].strip()
         print(f"error: {sentence}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("stopped; each epoch's weights are in the run's folder", file=sys.stderr)
         raise SystemExit(130) from None
-    if run.accelerator.is_main_process:
+    if run.main:
         print(f"test top-1 {test.top1:.2%}, top-5 {test.top5:.2%}; all of it in {run.folder}")
 
 

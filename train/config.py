@@ -30,21 +30,49 @@ class DataConfig:
     Args:
         name: which reader; "imagefolder" takes root/train/CLASS/* with root/test and root/val like
             it, or root/CLASS/* alone; what is missing is held out of the rest, a fifth for test.
-        root: where the data lies; CIFAR-10 is downloaded there where it is missing.
-        image_size: pixels on each side, to which images are scaled; by default the data set's own.
-        batch_size: images for each step and process.
+        root: where the data lies; CIFAR is downloaded there where it is missing, an archive of
+            Tiny ImageNet unpacked there.
+        mirror: where CIFAR's archive is downloaded from instead of its authors' page.
+        image_size: pixels on each side; images are scaled until they cover that and cut to it. By
+            default the data set's own.
+        batch_size: images for each step, over all processes.
         val_fraction: share of the training set held out for choices, stratified.
-        augment: random crops after padding by an eighth, and mirror images (not of digits).
-        workers: processes that load images.
+        in_memory: whether images are decoded once and kept on the device; by default if they take
+            less than 2 GiB. Otherwise they are decoded as they are needed.
+        workers: processes that decode them then.
     """
 
-    name: Literal["digits", "cifar10", "tiny_imagenet", "imagefolder"] = "digits"
+    name: Literal["digits", "cifar10", "cifar100", "tiny_imagenet", "imagefolder"] = "digits"
     root: str = "data"
+    mirror: str | None = None
     image_size: int | None = None
     batch_size: int = 128
     val_fraction: float = 0.1
-    augment: bool = True
+    in_memory: bool | None = None
     workers: int = 2
+
+
+@dataclasses.dataclass
+class AugmentConfig:
+    """What happens to training images; each by its own draws.
+
+    Args:
+        crop: crops after padding by an eighth.
+        flip: mirror images, but of digits.
+        policy: "trivial" (TrivialAugmentWide) or "rand" (RandAugment), after torchvision; four
+            images share a draw.
+        colour: brightness and saturation change by up to this share.
+        erasing: share of images with a rectangle erased.
+        mixup, cutmix: alpha of their beta distributions; 0 for none. With both, each batch has one.
+    """
+
+    crop: bool = True
+    flip: bool = True
+    policy: Literal["none", "trivial", "rand"] = "none"
+    colour: float = 0.0
+    erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
 
 
 @dataclasses.dataclass
@@ -53,21 +81,36 @@ class TrainConfig:
 
     Args:
         epochs: passes over the training set.
+        optimizer: "adamw", or "sgd" with Nesterov momentum 0.9.
         lr: highest learning rate, from which a cosine falls to 0.
         warmup_epochs: epochs in which the learning rate rises linearly to it.
         weight_decay: of matrices and convolutions; never of biases, norms, positions and tokens.
         label_smoothing: share of the target spread over all classes.
         clip_norm: largest norm of the gradient; 0 for none.
-        precision: "auto" is bf16 on a GPU that has it, fp16 on another GPU, else fp32.
+        accumulate: parts into which each batch is cut, one after the other: less memory.
+        ema: decay of the average of the weights that is evaluated and kept; 0 for none.
+        teacher: a model file whose classes are learned beside the labels (hard distillation).
+        grad_checkpointing: compute the blocks again in the backward pass: less memory.
+        compile: torch.compile the model.
+        precision: "auto" is bf16 on a GPU or CPU that computes in it, fp16 on another GPU, else
+            fp32.
+        save_every: steps after which the state is saved, beside each epoch's end.
     """
 
     epochs: int = 40
+    optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: float = 1e-3
     warmup_epochs: float = 2.0
     weight_decay: float = 0.05
     label_smoothing: float = 0.0
     clip_norm: float = 1.0
+    accumulate: int = 1
+    ema: float = 0.0
+    teacher: str | None = None
+    grad_checkpointing: bool = False
+    compile: bool = False
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    save_every: int = 500
 
 
 @dataclasses.dataclass
@@ -75,13 +118,14 @@ class RunConfig:
     """One run.
 
     Args:
-        model, data, train: see there.
+        model, data, augment, train: see there.
         seed: of weights, order and augmentation; the validation split has its own, fixed.
         run_dir: a new folder for everything of the run; by default a name made of model and data.
     """
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     seed: int = 0
     run_dir: str | None = None
@@ -92,6 +136,8 @@ class RunConfig:
             "data.batch_size": self.data.batch_size,
             "train.epochs": self.train.epochs,
             "train.lr": self.train.lr,
+            "train.accumulate": self.train.accumulate,
+            "train.save_every": self.train.save_every,
         }
         if self.data.image_size is not None:
             positive["data.image_size"] = self.data.image_size
@@ -99,17 +145,25 @@ class RunConfig:
             if value <= 0:
                 raise ValueError(f"{name} {value} must be above 0")
         not_negative = {
+            "seed": self.seed,
             "data.workers": self.data.workers,
             "train.clip_norm": self.train.clip_norm,
             "train.warmup_epochs": self.train.warmup_epochs,
             "train.weight_decay": self.train.weight_decay,
+            "augment.mixup": self.augment.mixup,
+            "augment.cutmix": self.augment.cutmix,
         }
         for name, value in not_negative.items():
             if value < 0:
                 raise ValueError(f"{name} {value} must be at least 0")
-        if not 0 <= self.train.label_smoothing < 1:
-            raise ValueError(
-                f"train.label_smoothing {self.train.label_smoothing} must be at least 0, below 1"
-            )
+        shares = {
+            "train.label_smoothing": self.train.label_smoothing,
+            "train.ema": self.train.ema,
+            "augment.colour": self.augment.colour,
+            "augment.erasing": self.augment.erasing,
+        }
+        for name, value in shares.items():
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} {value} must be at least 0, below 1")
         if not 0 < self.data.val_fraction < 1:
             raise ValueError(f"data.val_fraction {self.data.val_fraction} must be between 0 and 1")

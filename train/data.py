@@ -1,4 +1,4 @@
-"""Readers: digits, CIFAR-10, Tiny ImageNet, image folders. Each gives three sets of (image, class).
+"""Readers: digits, CIFAR, Tiny ImageNet, image folders. Each gives three sets of (image, class).
 
 Training and validation are a stratified split of the training set with a fixed seed: choices are
 made on validation, and the test set is read once, at the end.
@@ -6,7 +6,11 @@ made on validation, and the test set is read once, at the end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import shutil
+import tarfile
+import zipfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,21 +19,76 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
-from torch.utils.data import Dataset
-from torchvision.datasets import CIFAR10
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.transforms import v2
+from tqdm import tqdm
 
 from .config import DataConfig
 
 SPLIT_SEED = 20211
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+IN_MEMORY = 2 * 2**30  # bytes of decoded images that are kept by default
 LARGEST_GUESS = 128  # a folder's first image says its size up to here
 
-Sample = tuple[Any, int]  # an image, PIL or uint8 (C, H, W), or a path to one; and its class
+Sample = tuple[Any, int]  # an image, uint8 (C, H, W), or a path to one; and its class
+
+
+class Images(Dataset[tuple[Tensor, int]]):
+    """Images of one size, uint8 (C, S, S), and their classes.
+
+    Decoded once where :meth:`keep` was called, else whenever they are asked for.
+    """
+
+    def __init__(self, samples: Sequence[Sample], size: int) -> None:
+        self.samples, self.size = samples, size
+        self.labels = torch.tensor([label for _, label in samples])
+        self.pixels: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = self.samples[index]
+        return decode(image, self.size), label
+
+    def keep(self, device: torch.device, progress: tqdm[Any]) -> None:
+        """Decode all images and hold them on the device."""
+        pixels: Tensor | None = None
+        with ThreadPoolExecutor() as pool:  # decoders leave Python's lock
+            images = pool.map(lambda sample: decode(sample[0], self.size), self.samples)
+            for i, image in enumerate(images):
+                if pixels is None:
+                    pixels = image.new_empty(len(self), *image.shape)
+                pixels[i] = image
+                progress.update()
+        assert pixels is not None
+        self.pixels, self.labels = pixels.to(device), self.labels.to(device)
+
+    def batches(
+        self, batches: Sequence[Tensor], device: torch.device, workers: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The images (B, C, S, S) and classes (B,) of each tensor of indices, on the device."""
+        if self.pixels is not None:
+            for indices in batches:
+                at = indices.to(self.pixels.device)
+                yield self.pixels[at].to(device), self.labels[at].to(device)
+            return
+        loader = DataLoader(
+            self,
+            batch_sampler=[indices.tolist() for indices in batches],
+            num_workers=workers,
+            pin_memory=device.type == "cuda",
+        )
+        for images, labels in loader:
+            yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
 class Splits(NamedTuple):
-    """Three data sets of float (C, H, W) images and class numbers, and what a model must know."""
+    """Three sets of images, and what a model and the augmentation must know.
+
+    ``mirror``: whether a mirror image is of the same class.
+    """
 
     train: Images
     val: Images
@@ -37,22 +96,17 @@ class Splits(NamedTuple):
     classes: list[str]
     channels: int
     image_size: int
+    mirror: bool
 
 
-class Images(Dataset[tuple[Tensor, int]]):
-    """Samples through a transform; a path is opened when it is asked for."""
-
-    def __init__(self, samples: Sequence[Sample], transform: Callable[[Any], Tensor]) -> None:
-        self.samples, self.transform = samples, transform
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image, label = self.samples[index]
-        if isinstance(image, Path):
-            image = open_image(image)
-        return self.transform(image), label
+def decode(image: Any, size: int) -> Tensor:
+    """A sample's image as uint8 (C, size, size): scaled until it covers that, and cut to it."""
+    if isinstance(image, Path):
+        image = v2.functional.pil_to_tensor(ImageOps.fit(open_image(image), (size, size)))
+    if image.shape[1:] != (size, size):
+        image = v2.functional.resize(image, [size, size], antialias=True)
+    tensor: Tensor = image
+    return tensor
 
 
 def open_image(path: Path) -> Image.Image:
@@ -70,40 +124,35 @@ def open_image(path: Path) -> Image.Image:
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
 
-def load_data(config: DataConfig) -> Splits:
+def load_data(config: DataConfig, device: torch.device | str = "cpu") -> Splits:
     """Read the data set a configuration names.
 
     Raises:
-        ValueError: for a folder that is missing, empty or half-written; it names what is wrong.
+        ValueError: for a folder that is missing, empty or half-written, or an image that cannot be
+            read; it names what is wrong.
     """
     readers = {
         "digits": _digits,
-        "cifar10": _cifar10,
+        "cifar10": _cifar,
+        "cifar100": _cifar,
         "tiny_imagenet": _tiny_imagenet,
         "imagefolder": _image_folder,
     }
     train, val, test, classes, size = readers[config.name](config)
-    channels = 1 if config.name == "digits" else 3
+    digits = config.name == "digits"
     if not val:
         train, val = _split(train, config.val_fraction)
-    plain = _transform(size, channels, augment=False, mirror=False)
-    augmented = _transform(size, channels, config.augment, mirror=config.name != "digits")
-    return Splits(
-        Images(train, augmented), Images(val, plain), Images(test, plain), classes, channels, size
-    )
-
-
-def _transform(size: int, channels: int, augment: bool, mirror: bool) -> Callable[[Any], Tensor]:
-    steps: list[Any] = [v2.ToImage(), v2.Resize((size, size), antialias=True)]
-    if augment:
-        steps.append(v2.RandomCrop(size, padding=max(1, size // 8)))
-        if mirror:
-            steps.append(v2.RandomHorizontalFlip())
-    to_unit = [
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize([0.5] * channels, [0.5] * channels),
-    ]
-    return v2.Compose([*steps, *to_unit, v2.ToPureTensor()])
+    parts = Images(train, size), Images(val, size), Images(test, size)
+    channels, count = 1 if digits else 3, sum(map(len, parts))
+    in_memory = config.in_memory
+    if in_memory is None:
+        in_memory = count * channels * size * size <= IN_MEMORY
+    if in_memory:
+        few = count < 5000  # nothing to wait for
+        with tqdm(total=count, desc="reading", unit="image", disable=few or None) as progress:
+            for part in parts:
+                part.keep(torch.device(device), progress)
+    return Splits(*parts, classes, channels, size, not digits)
 
 
 def _split(samples: list[Sample], fraction: float) -> tuple[list[Sample], list[Sample]]:
@@ -133,20 +182,25 @@ def _digits(config: DataConfig) -> Read:
     return train, [], test, [str(name) for name in digits.target_names], config.image_size or 8
 
 
-def _cifar10(config: DataConfig) -> Read:
-    root = Path(config.root)
-    folder = root / CIFAR10.base_folder
+def _cifar(config: DataConfig) -> Read:
+    """Checked against the authors' checksums."""
+    source = {"cifar10": CIFAR10, "cifar100": CIFAR100}[config.name]
+    root = Path(config.root).expanduser()
+    folder = root / source.base_folder
     if not folder.exists() and (root / "train").is_dir():
         raise ValueError(
-            f"{root} has no {CIFAR10.base_folder}; it looks like an image folder: use "
+            f"{root} has no {source.base_folder}; it looks like an image folder: use "
             "--data.name imagefolder"
         )
+    if config.mirror is not None:
+        url = f"{config.mirror.rstrip('/')}/{source.filename}"
+        source = type(source.__name__, (source,), {"url": url})
     try:
-        sets = [CIFAR10(root, train=train, download=not folder.exists()) for train in (True, False)]
+        sets = [source(root, train=train, download=not folder.exists()) for train in (True, False)]
     except (RuntimeError, OSError, EOFError) as error:
         raise ValueError(
-            f"no whole CIFAR-10 in {root} (expected {folder}, as unpacked from "
-            f"{CIFAR10.filename}), and it could not be downloaded: {error}"
+            f"no whole {config.name} in {root} (expected {folder}, as unpacked from "
+            f"{source.filename}), and it could not be downloaded: {error}"
         ) from error
     train, test = (
         list(zip(torch.from_numpy(s.data).permute(0, 3, 1, 2), s.targets, strict=True))
@@ -155,11 +209,46 @@ def _cifar10(config: DataConfig) -> Read:
     return train, [], test, list(sets[0].classes), config.image_size or 32
 
 
+def unpack(archive: Path, target: Path) -> None:
+    """Unpack a zip or tar file into ``target``, whole or not at all and nowhere else.
+
+    Raises:
+        ValueError: for an archive that is torn, or has a link or a path out of the target.
+    """
+    part = target.with_name(f".{target.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        if zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as file:
+                for name in file.namelist():
+                    if name.startswith("/") or ".." in Path(name).parts:
+                        raise ValueError(f"{archive} has the path {name}, out of its folder")
+                file.extractall(part)
+        else:
+            with tarfile.open(archive) as file:
+                for member in file:
+                    if not (member.isfile() or member.isdir()):
+                        raise ValueError(f"{archive} has {member.name}, no plain file or folder")
+                file.extractall(part, filter="data")
+        part.rename(target)
+    except (tarfile.TarError, zipfile.BadZipFile, OSError, EOFError) as error:
+        raise ValueError(f"{archive} cannot be unpacked: {error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
 def _tiny_imagenet(config: DataConfig) -> Read:
     """Its own layout. The 10,000 validation images, whose classes are known, are the test set."""
-    root = Path(config.root)
-    if not (root / "wnids.txt").is_file() and (root / "tiny-imagenet-200").is_dir():
-        root = root / "tiny-imagenet-200"
+    root = Path(config.root).expanduser()
+    if not (root / "wnids.txt").is_file():
+        folder = root / "tiny-imagenet-200"
+        archives = sorted(root.glob("tiny-imagenet-200*.*")) if root.is_dir() else []
+        if not folder.is_dir() and archives:
+            unpacked = root / "unpacked"
+            unpack(archives[0], unpacked)
+            inner = unpacked / folder.name
+            (inner if inner.is_dir() else unpacked).rename(folder)
+        root = folder if folder.is_dir() else root
     for name in ("wnids.txt", "val/val_annotations.txt"):
         if not (root / name).is_file():
             raise ValueError(f"no Tiny ImageNet in {root}: {name} is missing")

@@ -20,7 +20,8 @@ import torch
 from matplotlib import pyplot as plt
 from tqdm import tqdm
 
-from .config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from .augment import plain
+from .config import AugmentConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
 from .files import write_whole
 from .loop import Run
 from .measure import bytes_kept
@@ -47,7 +48,8 @@ def run_config(name: str, mixer: str, epochs: int, folder: Path) -> RunConfig:
         options["stem_options"] = HYBRID_STEM
     return RunConfig(
         model=ModelConfig(name=name, mixer_options=MIXERS[mixer], options=options),
-        data=DataConfig(name="digits", batch_size=BATCH, augment=False, workers=0),
+        data=DataConfig(name="digits", batch_size=BATCH),
+        augment=AugmentConfig(crop=False),
         train=TrainConfig(epochs=epochs, lr=2e-3),
         run_dir=str(folder / name.lower()),
     )
@@ -57,14 +59,14 @@ def run_all(epochs: int, folder: Path) -> list[dict[str, Any]]:
     """Train each model; a row for each."""
     names = [(kind + mixer, mixer) for mixer in MIXERS for kind in ("", "Hybrid")]
     runs = [(name, Run(run_config(name, mixer, epochs, folder))) for name, mixer in names]
-    steps = epochs * sum(len(run.loaders[0]) for _, run in runs)
+    steps = sum(run.steps for _, run in runs)
     rows = []
     with tqdm(total=steps, unit="step", disable=None) as progress:
         for name, run in runs:
             progress.set_description(f"{name:>10}")
             test = run.fit(progress)
-            batch = torch.stack([run.data.test[i][0] for i in range(BATCH)])
-            batch = batch.to(run.accelerator.device)
+            batch, _ = next(run.data.test.batches([torch.arange(BATCH)], run.device, 0))
+            batch = plain(batch)
             rows.append(
                 {
                     "model": name,

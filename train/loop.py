@@ -1,32 +1,44 @@
-"""Train, choose on validation, test once: one file to read from top to bottom."""
+"""Train, choose on validation, test once: one file to read from top to bottom.
+
+What happens in a step is a function of the seed and the step alone: the images, their order, their
+augmentation, dropout. So a run that was cut off goes on from its saved state as if nothing had
+happened, and any number of processes, each with its rows of the batch, do the same.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import io
 import itertools
 import json
-import math
+import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 from tqdm import tqdm
 
 import vision_xformer as vx
+from vision_xformer.backbones.levit import LeViT
 
-from .config import ModelConfig, RunConfig
-from .data import Splits, load_data
-from .files import write_whole
+from .augment import augment, draw, plain
+from .config import AugmentConfig, ModelConfig, RunConfig
+from .data import Images, Splits, load_data
+from .files import read_state, write_state, write_whole
+from .measure import peak_bytes
+from .optim import average, learning_rate, make_optimizer
+from .pictures import confusion, curves, mistakes, save
+from .provenance import note_session
 
 
 class Accuracy(NamedTuple):
@@ -37,45 +49,41 @@ class Accuracy(NamedTuple):
     loss: float
 
 
-def learning_rate(step: int, steps: int, warmup: int, highest: float) -> float:
-    """Linear warm-up, then a cosine to 0 at the last step; a function of the step alone."""
-    if step < warmup:
-        return highest * (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    return highest * 0.5 * (1 + math.cos(math.pi * done))
+class Interrupted(Exception):  # noqa: N818 - not an error
+    """A signal asked the run to stop; its state is saved."""
 
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for the weights of linear maps and convolutions alone."""
-    weights = {
-        id(m.weight)
-        for m in model.modules()
-        if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
-    }
-    decayed = [p for p in model.parameters() if id(p) in weights]
-    rest = [p for p in model.parameters() if id(p) not in weights]
-    return [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": rest, "weight_decay": 0.0},
-    ]
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: Iterable[Any], accelerator: Accelerator) -> Accuracy:
-    """Exact accuracy: every image counts once, whatever the batches and processes."""
+def predict(
+    model: vx.Backbone, images: Images, accelerator: Accelerator, batch_size: int, workers: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Logits (N, classes) of all images in order, and their classes (N,), on the CPU.
+
+    Every image counts once, whatever the batches and processes.
+    """
     was_training = model.training
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64)  # right, right among five, loss, images
-    for images, labels in loader:
-        logits, labels = accelerator.gather_for_metrics((model(images), labels))
-        logits = logits.float()
-        best = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        found = torch.stack([best[:, 0].sum(), best.any(1).sum(), loss])
-        sums += torch.cat([found, found.new_tensor([len(labels)])]).cpu()
+    batches = torch.arange(len(images)).split(batch_size)
+    mine = batches[accelerator.process_index :: accelerator.num_processes]
+    logits = torch.zeros(len(images), model.config.num_classes, device=accelerator.device)
+    with accelerator.autocast():
+        loaded = images.batches(mine, accelerator.device, workers)
+        for indices, (x, _) in zip(mine, loaded, strict=True):
+            logits[indices] = model(plain(x)).float()
     model.train(was_training)
-    top1, top5, total_loss = (sums[:3] / sums[3]).tolist()
-    return Accuracy(top1, top5, total_loss)
+    # each process filled its rows of zeros
+    return accelerator.reduce(logits).cpu(), images.labels.cpu()
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> Accuracy:
+    """Exact shares and mean cross-entropy."""
+    best = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]
+    shares = best[:, 0].double().mean().item(), best.any(1).double().mean().item()
+    return Accuracy(*shares, F.cross_entropy(logits.double(), labels).item())
 
 
 def build_model(config: ModelConfig, data: Splits) -> vx.Backbone:
@@ -86,14 +94,13 @@ def build_model(config: ModelConfig, data: Splits) -> vx.Backbone:
             f"model.options must not have {', '.join(sorted(clash))}: the data says the sizes, and "
             "model.mixer and model.mixer_options the mixer"
         )
-    mixer_options = config.mixer_options or None
     return vx.create_model(
         config.name,
         image_size=data.image_size,
         channels=data.channels,
         num_classes=len(data.classes),
         mixer=config.mixer,
-        mixer_options=mixer_options,
+        mixer_options=config.mixer_options or None,
         **config.options,
     )
 
@@ -102,131 +109,338 @@ def pick_precision(precision: str) -> str:
     """Accelerate's word for a precision; "auto" is what the device does well."""
     if precision != "auto":
         return {"fp32": "no"}.get(precision, precision)
-    if not torch.cuda.is_available():
-        return "no"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    # a function of newer PyTorch only
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bf16" if known.get("avx512_bf16") or known.get("amx_bf16") else "no"
+
+
+def seed_of(*parts: int) -> int:
+    """One seed from several numbers."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
 
 
 class Run:
-    """One training run and its folder: config, metrics, last and best weights, result."""
+    """One training run and its folder: config, metrics, last and best weights, state, result."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, resume: Path | None = None) -> None:
         config.check()
-        self.config = config
-        self.folder = _new_folder(config)
-        set_seed(config.seed)
-        self.data = load_data(config.data)
-        self.model = build_model(config.model, self.data)
-        self.accelerator = Accelerator(mixed_precision=pick_precision(config.train.precision))
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, config.train.weight_decay), lr=config.train.lr
-        )
-        self.net, self.optimizer, *self.loaders = self.accelerator.prepare(
-            self.model, self.optimizer, *self._loaders()
-        )
-        self.images_seen, self.seconds = 0, 0.0
-
-    def _loaders(self) -> list[DataLoader[tuple[Tensor, int]]]:
-        """Of training, validation and test images."""
-        c = self.config.data
-        return [
-            DataLoader(
-                split,
-                batch_size=c.batch_size,
-                shuffle=training,
-                num_workers=c.workers,
-                persistent_workers=c.workers > 0,
-                pin_memory=torch.cuda.is_available(),
-            )
-            for split, training in (
-                (self.data.train, True),
-                (self.data.val, False),
-                (self.data.test, False),
-            )
-        ]
-
-    def train_epoch(self, epoch: int, progress: tqdm[Any]) -> float:
-        """One pass over the training images; returns the mean loss."""
-        c, loader = self.config.train, self.loaders[0]
-        steps = c.epochs * len(loader)
-        warmup = round(c.warmup_epochs * len(loader))
-        self.net.train()
-        # summed on the device: asking for each step's loss would wait for each step
-        total = torch.zeros((), device=self.accelerator.device)
-        images_seen, start = 0, time.perf_counter()
-        for i, (images, labels) in enumerate(loader):
-            rate = learning_rate(epoch * len(loader) + i, steps, warmup, c.lr)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            loss = F.cross_entropy(self.net(images), labels, label_smoothing=c.label_smoothing)
-            self.accelerator.backward(loss)
-            if c.clip_norm:
-                self.accelerator.clip_grad_norm_(self.net.parameters(), c.clip_norm)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            total += loss.detach() * len(images)
-            images_seen += len(images)
-            progress.update()
-        mean = (total / images_seen).item()
-        self.images_seen += images_seen
-        self.seconds += time.perf_counter() - start
-        if not math.isfinite(mean):
+        self.config, c = config, config.train
+        self.folder = _new_folder(config) if resume is None else resume
+        self.accelerator = Accelerator(mixed_precision=pick_precision(c.precision))
+        self.device = self.accelerator.device
+        with self.accelerator.main_process_first():  # one of them downloads and unpacks
+            self.data = load_data(config.data, self.device)
+        self.batch_size = min(config.data.batch_size, len(self.data.train))
+        parts = self.accelerator.num_processes * c.accumulate
+        if self.batch_size % parts:
             raise ValueError(
-                f"the loss is {mean} in epoch {epoch + 1} at learning rate {rate:.2g}: "
-                "lower train.lr, or set train.precision to fp32"
+                f"data.batch_size {self.batch_size} must be a multiple of {parts}: train.accumulate"
+                f" {c.accumulate} times {self.accelerator.num_processes} process(es)"
             )
-        return mean
+        self.part_size = self.batch_size // parts
+        self.steps_per_epoch = len(self.data.train) // self.batch_size
+        self.steps = c.epochs * self.steps_per_epoch
+        torch.manual_seed(seed_of(config.seed))
+        self.model = build_model(config.model, self.data).to(self.device)
+        if c.grad_checkpointing:
+            self.model.set_grad_checkpointing()
+        self.ema = average(self.model, c.ema) if c.ema else None
+        self.teacher = _teacher(c.teacher, self.model, self.device)
+        net = torch.compile(self.model) if c.compile else self.model
+        optimizer = make_optimizer(self.model, c)
+        self.net, self.optimizer = self.accelerator.prepare(net, optimizer)
+        self.mix = _mixing(config.augment, len(self.data.classes))
+        self.step, self.best = 0, -1.0
+        self.rows: list[dict[str, float]] = []
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)  # of this epoch
+        self.signal: int | None = None
+        self.images_seen, self.seconds = 0, 0.0
+        if resume is not None:
+            self.load_state()
+
+    # One step
+
+    def parts_of(self, step: int, order: Tensor) -> list[Tensor]:
+        """The indices of the images of each part that this process has of a step's batch."""
+        at = step % self.steps_per_epoch * self.batch_size
+        parts = order[at : at + self.batch_size].split(self.part_size)
+        return list(parts[self.accelerator.process_index :: self.accelerator.num_processes])
+
+    def loss(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Of float images and classes; with a teacher, half of it is of the teacher's classes."""
+        targets = labels
+        if self.mix is not None:
+            x, targets = self.mix(x, labels)
+        smoothing = self.config.train.label_smoothing
+        logits = self.net(x)
+        if self.teacher is None:
+            return F.cross_entropy(logits, targets, label_smoothing=smoothing)
+        with torch.no_grad(), self.accelerator.autocast():
+            taught = self.teacher(x).argmax(1)
+        own, teachers = logits if isinstance(logits, tuple) else (logits, logits)
+        loss = F.cross_entropy(own, targets, label_smoothing=smoothing)
+        return (loss + F.cross_entropy(teachers, taught)) / 2
+
+    def train_step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+        """Forward and backward for each part of the batch, and one move of the weights."""
+        c, seed, process = self.config.train, self.config.seed, self.accelerator.process_index
+        rate = learning_rate(
+            self.step, self.steps, round(c.warmup_epochs * self.steps_per_epoch), c.lr
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        generator = torch.Generator().manual_seed(seed_of(seed, 1, self.step))
+        draws = draw(self.batch_size, generator).split(self.part_size)
+        draws = draws[process :: self.accelerator.num_processes]
+        torch.manual_seed(seed_of(seed, 2, self.step, process))
+        total = torch.zeros((), device=self.device)
+        for i, part_draws in enumerate(draws):
+            images, labels = next(batches)
+            x = augment(images, part_draws, self.config.augment, self.data.mirror)
+            last = i == len(draws) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.net):
+                loss = self.loss(x, labels) / len(draws)
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        if not total.isfinite():  # before the weights are spoilt
+            self._explain(x, rate)
+        if c.clip_norm:
+            self.accelerator.clip_grad_norm_(self.net.parameters(), c.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
+        self.loss_sum += total.double()
+        self.step += 1
+
+    def _explain(self, x: Tensor, rate: float) -> None:
+        """Raise a ValueError that names the first layer that is not finite."""
+        culprits: list[str] = []
+
+        def look(name: str) -> Any:
+            def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+                if isinstance(output, Tensor) and not output.isfinite().all():
+                    culprits.append(name or "the model")
+
+            return hook
+
+        hooks = [m.register_forward_hook(look(name)) for name, m in self.model.named_modules()]
+        with torch.no_grad(), self.accelerator.autocast():
+            self.model(x)
+        for hook in hooks:
+            hook.remove()
+        where = f"first at {culprits[0]}" if culprits else "in the loss alone"
+        raise ValueError(
+            f"the loss is not finite in step {self.step + 1} at learning rate {rate:.2g}, {where}: "
+            "lower train.lr, or set train.precision to fp32; the last saved state is as it was"
+        )
+
+    # All steps
+
+    def train_epoch(self, progress: tqdm[Any]) -> None:
+        """The rest of an epoch from wherever the run is."""
+        epoch, first = divmod(self.step, self.steps_per_epoch)
+        generator = torch.Generator().manual_seed(seed_of(self.config.seed, 3, epoch))
+        order = torch.randperm(len(self.data.train), generator=generator)
+        steps = range(self.step, self.step + self.steps_per_epoch - first)
+        parts = [part for step in steps for part in self.parts_of(step, order)]
+        batches = self.data.train.batches(parts, self.device, self.config.data.workers)
+        self.net.train()
+        start, before = time.perf_counter(), self.seconds
+        for step in steps:
+            self.train_step(batches)
+            progress.update()
+            self.images_seen += self.batch_size
+            self.seconds = before + time.perf_counter() - start
+            if self.signal is not None:
+                self.save_state()
+                raise Interrupted(self.signal)
+            if self.step % self.config.train.save_every == 0:
+                self.save_state()
+            if step % 10 == 0:
+                progress.set_postfix_str(self._line(step), refresh=False)
+
+    def _line(self, step: int) -> str:
+        """What the progress bar says beside steps and time left."""
+        done = step % self.steps_per_epoch + 1
+        best = f", val {self.rows[-1]['val_top1']:.2%}" if self.rows else ""
+        return (
+            f"epoch {step // self.steps_per_epoch + 1}, loss {self.loss_sum.item() / done:.3f}"
+            f"{best}, lr {self.optimizer.param_groups[0]['lr']:.1e}, "
+            f"{self.images_per_second:.0f} images/s, {peak_bytes() / 2**20:.0f} MiB"
+        )
 
     @property
     def images_per_second(self) -> float:
-        """Of this process in training so far, loading included, evaluation apart."""
-        return self.images_seen / self.seconds
+        """Over all processes, in training; evaluation apart."""
+        return self.images_seen / max(self.seconds, 1e-9)
+
+    @property
+    def best_model(self) -> vx.Backbone:
+        """What is evaluated and kept: the average of the weights where there is one."""
+        model: Any = self.model if self.ema is None else self.ema.module
+        return model
+
+    def predict(self, images: Images) -> tuple[Tensor, Tensor]:
+        """Logits and classes of all images, see :func:`predict`."""
+        workers = self.config.data.workers
+        return predict(self.best_model, images, self.accelerator, self.batch_size, workers)
 
     def fit(self, progress: tqdm[Any] | None = None) -> Accuracy:
         """Train; keep the last weights and those best on validation; test the best once."""
-        main = self.accelerator.is_main_process
-        if main:
+        if self.main:
             self.folder.mkdir(parents=True, exist_ok=True)
             resolved = yaml.safe_dump(dataclasses.asdict(self.config), sort_keys=False)
             write_whole(self.folder / "config.yaml", resolved)
+            write_whole(self.folder / "classes.json", json.dumps(self.data.classes) + "\n")
+            note_session(self.folder / "sessions.json", self.accelerator, self.step)
         own_bar = progress is None
         if progress is None:  # silent where there is no terminal
-            total = self.config.train.epochs * len(self.loaders[0])
-            progress = tqdm(total=total, unit="step", disable=None if main else True)
-        rows: list[dict[str, float]] = []
-        best = -1.0
-        for epoch in range(self.config.train.epochs):
-            loss = self.train_epoch(epoch, progress)
-            val = evaluate(self.net, self.loaders[1], self.accelerator)
-            rows.append(
-                {
-                    "epoch": epoch + 1,
-                    "train_loss": loss,
-                    "val_loss": val.loss,
-                    "val_top1": val.top1,
-                    "val_top5": val.top5,
-                    "images_per_second": self.images_per_second,
-                }
-            )
-            progress.set_postfix_str(
-                f"epoch {epoch + 1}, loss {loss:.3f}, val {val.top1:.2%}, "
-                f"{self.images_per_second:.0f} images/s"
-            )
-            if main:
-                write_whole(self.folder / "metrics.csv", _csv(rows))
-                vx.save_model(self.model, self.folder / "last.safetensors")
-                if val.top1 > best:
-                    vx.save_model(self.model, self.folder / "best.safetensors")
-            best = max(best, val.top1)
+            quiet = None if self.main else True
+            progress = tqdm(total=self.steps, initial=self.step, unit="step", disable=quiet)
+        with self._signals():
+            while len(self.rows) < self.config.train.epochs:
+                if self.step < (len(self.rows) + 1) * self.steps_per_epoch:
+                    self.train_epoch(progress)
+                self.end_epoch()
+                if self.signal is not None:
+                    raise Interrupted(self.signal)
         if own_bar:
             progress.close()
         self.accelerator.wait_for_everyone()
-        vx.load_weights(self.model, self.folder / "best.safetensors")
-        test = evaluate(self.net, self.loaders[2], self.accelerator)
-        if main:
-            result = {"val_top1": best, "test_top1": test.top1, "test_top5": test.top5}
+        vx.load_weights(self.best_model, self.folder / "best.safetensors")
+        logits, labels = self.predict(self.data.test)
+        test = accuracy(logits, labels)
+        if self.main:
+            self.draw(logits, labels, test)
+            result = {
+                "val_top1": self.best,
+                "test_top1": test.top1,
+                "test_top5": test.top5,
+                "parameters": sum(p.numel() for p in self.model.parameters()),
+                "peak_mib": peak_bytes() / 2**20,
+                "minutes": self.seconds / 60,
+            }
             write_whole(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
         return test
+
+    def draw(self, logits: Tensor, labels: Tensor, test: Accuracy) -> None:
+        """The run's pictures."""
+        c, classes = self.config, self.data.classes
+        mixer = f" with {c.model.mixer}" if c.model.mixer else ""
+        name = f"{c.model.name}{mixer} on {c.data.name}"
+        save(curves(self.rows, name), self.folder / "curves.png")
+        tested = f"{name}, test top-1 {test.top1:.1%}"
+        save(confusion(logits, labels, classes, tested), self.folder / "confusion.png")
+        figure = mistakes(self.data.test, logits, labels, classes, tested)
+        save(figure, self.folder / "mistakes.png")
+
+    def end_epoch(self) -> None:
+        """Validate, and write what the epoch left."""
+        val = accuracy(*self.predict(self.data.val))
+        loss = self.accelerator.reduce(self.loss_sum.clone(), "mean").item()
+        row = {
+            "epoch": len(self.rows) + 1,
+            "train_loss": loss / self.steps_per_epoch,
+            "val_loss": val.loss,
+            "val_top1": val.top1,
+            "val_top5": val.top5,
+            "images_per_second": self.images_per_second,
+        }
+        self.rows.append(row)
+        self.loss_sum.zero_()
+        if self.main:
+            write_whole(self.folder / "metrics.csv", _csv(self.rows))
+            vx.save_model(self.best_model, self.folder / "last.safetensors")
+            if val.top1 > self.best:
+                vx.save_model(self.best_model, self.folder / "best.safetensors")
+        self.best = max(self.best, val.top1)
+        self.save_state()
+
+    @property
+    def main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM end the step they come in, not the run's state."""
+
+        def note(number: int, frame: Any) -> None:
+            if self.signal is not None:  # asked twice
+                raise KeyboardInterrupt
+            self.signal = number
+
+        kinds = (signal.SIGINT, signal.SIGTERM)
+        before = [signal.signal(kind, note) for kind in kinds]
+        try:
+            yield
+        finally:
+            for kind, handler in zip(kinds, before, strict=True):
+                signal.signal(kind, handler)
+
+    # The state
+
+    def save_state(self) -> None:
+        """Everything a run needs to go on, in one file, whole or not at all."""
+        if not self.main:
+            return
+        scaler = self.accelerator.scaler
+        state = {
+            "config": dataclasses.asdict(self.config),
+            "step": self.step,
+            "rows": self.rows,
+            "best": self.best,
+            "loss_sum": self.loss_sum.cpu(),
+            "images_seen": self.images_seen,
+            "seconds": self.seconds,
+            "model": self.model.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+        write_state(self.folder / "state.pt", state)
+
+    def load_state(self) -> None:
+        """Go on from :meth:`save_state`'s file, or from the start where there is none."""
+        path = self.folder / "state.pt"
+        if not path.is_file():
+            return
+        state = read_state(path)
+        self.step, self.rows, self.best = state["step"], state["rows"], state["best"]
+        self.loss_sum.copy_(state["loss_sum"])
+        self.images_seen, self.seconds = state["images_seen"], state["seconds"]
+        self.model.load_state_dict(state["model"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+
+def _teacher(path: str | None, model: vx.Backbone, device: torch.device) -> nn.Module | None:
+    """The teacher, for the same images and classes; a LeViT with two heads trains both."""
+    if path is None:
+        return None
+    teacher = vx.load_model(path).to(device)
+    for field in ("input_shape", "num_classes"):
+        theirs, ours = getattr(teacher.config, field), getattr(model.config, field)
+        if theirs != ours:
+            raise ValueError(f"train.teacher {path} has {field} {theirs}; the model has {ours}")
+    if isinstance(model, LeViT) and model.config.distilled:
+        model.set_distilled_training()
+    return teacher
+
+
+def _mixing(config: AugmentConfig, classes: int) -> Any:
+    """MixUp, CutMix, either or none, for a batch and its classes."""
+    kinds: list[Any] = []
+    if config.mixup:
+        kinds.append(v2.MixUp(alpha=config.mixup, num_classes=classes))
+    if config.cutmix:
+        kinds.append(v2.CutMix(alpha=config.cutmix, num_classes=classes))
+    return v2.RandomChoice(kinds) if kinds else None
 
 
 def _csv(rows: list[dict[str, float]]) -> str:
@@ -242,7 +456,10 @@ def _new_folder(config: RunConfig) -> Path:
     if config.run_dir is not None:
         folder = Path(config.run_dir).expanduser()
         if (folder / "config.yaml").exists():
-            raise ValueError(f"run_dir {folder} already holds a run: choose another, or remove it")
+            raise ValueError(
+                f"run_dir {folder} already holds a run: go on with --resume {folder}, choose "
+                "another, or remove it"
+            )
         return folder
     parts = [config.model.name, config.model.mixer or "", config.data.name, str(config.seed)]
     name = Path("runs") / "-".join(p for p in parts if p).lower()

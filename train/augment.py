@@ -1,0 +1,88 @@
+"""Augmentation of whole batches, on the device they are on; each image by its own draws.
+
+What happens to an image is drawn apart from what it is done to: a process draws for the whole
+batch and keeps the rows of its own images, so that any number of processes do the same.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms import v2
+
+from .config import AugmentConfig
+
+_SHARING = 4  # images that share a draw of a policy: fewer, larger calls
+
+
+def plain(x: Tensor) -> Tensor:
+    """(B, C, H, W) uint8 -> float32 in [-1, 1]."""
+    return x.float() / 127.5 - 1
+
+
+def draw(count: int, generator: torch.Generator) -> Tensor:
+    """(count, 10) numbers in [0, 1): what an image needs, whatever is switched on."""
+    return torch.rand(count, 10, generator=generator)
+
+
+def augment(x: Tensor, draws: Tensor, config: AugmentConfig, mirror: bool) -> Tensor:
+    """(B, C, H, W) uint8 and its draws (B, 10) -> float32 in [-1, 1].
+
+    Crops and mirrors (``mirror`` where the data set allows), then a policy of torchvision (from
+    PyTorch's global generator), colour, erasing.
+    """
+    draws = draws.to(x.device)
+    if config.crop or (config.flip and mirror):
+        x = _crop_and_flip(x, draws[:, :3], config.crop, config.flip and mirror)
+    if config.policy != "none":
+        policy = {"trivial": v2.TrivialAugmentWide, "rand": v2.RandAugment}[config.policy]()
+        x = torch.cat([policy(part) for part in x.split(_SHARING)])
+    y = x.float()
+    if config.colour:
+        y = _colour(y, 1 + config.colour * (2 * draws[:, 3:5] - 1))
+    y = y / 127.5 - 1
+    return _erase(y, draws[:, 5:], config.erasing) if config.erasing else y
+
+
+def _crop_and_flip(x: Tensor, draws: Tensor, crop: bool, flip: bool) -> Tensor:
+    """Crops of the same size after padding by an eighth, and mirror images: one gather."""
+    count, channels, height, width = x.shape
+    rows = torch.arange(height, device=x.device).expand(count, -1)
+    columns = torch.arange(width, device=x.device).expand(count, -1)
+    if flip:
+        columns = torch.where(draws[:, 2:] < 0.5, columns.flip(1), columns)
+    if crop:
+        pads = max(1, height // 8), max(1, width // 8)
+        x = F.pad(x, (pads[1], pads[1], pads[0], pads[0]))
+        rows = rows + (draws[:, :1] * (2 * pads[0] + 1)).long()
+        columns = columns + (draws[:, 1:2] * (2 * pads[1] + 1)).long()
+    x = x.gather(2, rows[:, None, :, None].expand(-1, channels, -1, x.shape[3]))
+    return x.gather(3, columns[:, None, None].expand(-1, channels, height, -1))
+
+
+def _colour(x: Tensor, factors: Tensor) -> Tensor:
+    """Brightness and saturation multiplied, (B, C, H, W) in [0, 255] and (B, 2)."""
+    brightness, saturation = factors[:, :, None, None, None].unbind(1)
+    x = x * brightness
+    grey = x.mean(1, keepdim=True)
+    return (grey + saturation * (x - grey)).clamp(0, 255)
+
+
+def _erase(x: Tensor, draws: Tensor, share: float) -> Tensor:
+    """A rectangle of 2 to 33 % of the picture is set to 0 (Zhong et al. 2017), for that share."""
+    height, width = x.shape[2:]
+    chosen, size, shape, down, right = draws.unbind(1)
+    area = 0.02 + 0.31 * size
+    aspect = torch.exp(math.log(0.3) * (1 - 2 * shape))
+    tall = (area * aspect).sqrt().clamp(max=1) * height
+    wide = (area / aspect).sqrt().clamp(max=1) * width
+    top, left = down * (height - tall), right * (width - wide)
+    rows = torch.arange(height, device=x.device) + 0.5
+    columns = torch.arange(width, device=x.device) + 0.5
+    in_rows = (rows >= top[:, None]) & (rows < (top + tall)[:, None])
+    in_columns = (columns >= left[:, None]) & (columns < (left + wide)[:, None])
+    erased = in_rows[:, :, None] & in_columns[:, None] & (chosen < share)[:, None, None]
+    return x.masked_fill(erased[:, None], 0)

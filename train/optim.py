@@ -1,0 +1,62 @@
+"""What moves the weights: learning rate, parameter groups, the average of the weights."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from .config import TrainConfig
+
+_Tensors = tuple[Tensor, ...] | list[Tensor]
+
+
+def learning_rate(step: int, steps: int, warmup: int, highest: float) -> float:
+    """Linear warm-up, then a cosine to 0 at the last step; a function of the step alone."""
+    if step < warmup:
+        return highest * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return highest * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay for the weights of linear maps and convolutions alone."""
+    weights = {
+        id(m.weight)
+        for m in model.modules()
+        if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    }
+    decayed = [p for p in model.parameters() if id(p) in weights]
+    rest = [p for p in model.parameters() if id(p) not in weights]
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW, or SGD with Nesterov momentum 0.9."""
+    groups = parameter_groups(model, config.weight_decay)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True)
+    return torch.optim.AdamW(groups, lr=config.lr, fused=True)
+
+
+def average(model: nn.Module, decay: float) -> AveragedModel:
+    """An exponential moving average of weights and buffers, that forgets its first steps.
+
+    After n steps the decay is min(decay, (1 + n) / (10 + n)), as in TensorFlow and timm.
+    """
+
+    @torch.no_grad()
+    def update(averages: _Tensors, current: _Tensors, steps: Tensor | int) -> None:
+        now = min(decay, (1 + int(steps)) / (10 + int(steps)))
+        if averages[0].is_floating_point():
+            torch._foreach_lerp_(averages, current, 1 - now)
+        else:
+            torch._foreach_copy_(averages, current)
+
+    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)

@@ -1,0 +1,77 @@
+"""Where a run comes from: command, revision, versions, device."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+import vision_xformer as vx
+
+from .files import write_whole
+
+_PACKAGES = ("torch", "torchvision", "accelerate", "einops")
+
+
+def git_revision() -> dict[str, Any]:
+    """The commit this code is at and whether it was changed since; empty outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        root = Path(__file__).parent
+        return subprocess.run(
+            ["git", "-C", root, *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return {
+            "revision": git("rev-parse", "HEAD"),
+            "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        }
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+
+
+def versions() -> dict[str, str]:
+    """Of this package, Python and what the arithmetic depends on."""
+    found = {"vision_xformer": vx.__version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """The card's name, or the processor's and the threads used."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    name = known.get("cpu_name") or platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def note_session(path: Path, accelerator: Accelerator, step: int) -> None:
+    """Add how this process was started to the list of those that worked on the run."""
+    sessions = json.loads(path.read_text()) if path.is_file() else []
+    sessions.append(
+        {
+            "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "from_step": step,
+            "command": [Path(sys.executable).name, *sys.orig_argv[1:]],
+            "git": git_revision(),
+            "versions": versions(),
+            "device": device_name(accelerator.device),
+            "processes": accelerator.num_processes,
+            "precision": accelerator.mixed_precision,
+        }
+    )
+    write_whole(path, json.dumps(sessions, indent=2) + "\n")
