@@ -10,14 +10,6 @@ from ..registry import check_share
 from .base import KERNELS, Kernel
 
 
-def materialised(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
-    """The equation as it stands, the map stored; the scale goes to q, which is the smaller."""
-    logits = (q * q.shape[-1] ** -0.5) @ k.mT
-    if bias is not None:
-        logits += bias
-    return F.dropout(logits.softmax(-1), dropout) @ v
-
-
 def attend(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, dropout: float = 0.0
 ) -> Tensor:
@@ -27,9 +19,12 @@ def attend(
     PyTorch has no fused form there, and its stand-in is slower than the plain equation.
     """
     plain = dropout == 0 and bias is None and v.shape[-1] == q.shape[-1]
-    if q.device.type == "cpu" and not plain:
-        return materialised(q, k, v, bias, dropout)
-    return F.scaled_dot_product_attention(q, k, v, bias, dropout)
+    if q.device.type != "cpu" or plain:
+        return F.scaled_dot_product_attention(q, k, v, bias, dropout)
+    logits = (q * q.shape[-1] ** -0.5) @ k.mT  # scaling q is less than scaling the map
+    if bias is not None:
+        logits += bias
+    return F.dropout(logits.softmax(-1), dropout) @ v
 
 
 class _Softmax(Kernel):
@@ -81,4 +76,7 @@ class SoftmaxEager(_Softmax):
         k_layout: Layout,
         bias: Tensor | None = None,
     ) -> Tensor:
-        return materialised(q, k, v, bias, self.dropout_now)
+        logits = q @ k.mT * self.key_dim**-0.5
+        if bias is not None:
+            logits = logits + bias
+        return F.dropout(logits.softmax(-1), self.dropout_now) @ v
