@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import itertools
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem;
        color: #1f2328; }
 table { border-collapse: collapse; font-size: 0.9rem; }
-th, td { padding: 0.35rem 0.8rem; text-align: right; border-bottom: 1px solid #d8dee4; }
+th, td { padding: 0.35rem 0.8rem; text-align: right; border-bottom: 1px solid #d8dee4;
+         white-space: nowrap; }
 th:first-child, td:first-child, th:last-child, td:last-child { text-align: left; }
 .wide { overflow-x: auto; }
 img { max-width: 100%; height: auto; }
@@ -135,7 +137,7 @@ def page(runs: Sequence[Run], path: Path) -> None:
     )
     commands = "".join(
         f"<p>{html.escape(run['folder'].name)}<br><code>"
-        f"{html.escape(' '.join(run['sessions'][0]['command']))}</code></p>"
+        f"{html.escape(shlex.join(run['sessions'][0]['command']))}</code></p>"
         for run in runs
         if run["sessions"]
     )
