@@ -12,7 +12,8 @@ from matrix import markdown
 import vision_xformer as vx
 from train.__main__ import COMMANDS, parse
 from train.benchmark import summary
-from train.commands import command_line
+from train.commands import command_line, read_runs
+from train.report import markdown as markdown_of_runs
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -48,6 +49,14 @@ def test_benchmark_table_is_that_of_the_results() -> None:
     lines = (ROOT / "results" / "mixers-cpu.csv").read_text().splitlines()
     rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
     assert between("benchmark") == summary(rows)
+
+
+def test_training_table_is_that_of_the_results() -> None:
+    runs = read_runs([ROOT / "results"])
+    assert between("training") == markdown_of_runs(runs)
+    for run in runs:  # as they were made, but for where the data lay
+        assert (run["folder"] / "config.yaml").is_file()
+        assert run["result"]["test_top1"] > 0
 
 
 def test_commands_are_there() -> None:

@@ -77,6 +77,13 @@ def table(runs: Sequence[Run]) -> str:
     return "\n".join(lines)
 
 
+def markdown(runs: Sequence[Run]) -> str:
+    """For the README."""
+    headings, rows = cells(runs)
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def curves(runs: Sequence[Run]) -> Figure:
     """Validation accuracy of all runs by epoch."""
     colours = [f"C{i}" for i in range(10)]

@@ -22,15 +22,8 @@ from .base import Mixer
 class Slot:
     """ViT's: linear maps to q, k, v and from the heads, nothing else."""
 
-    @property
-    def stride(self) -> int:
-        """Queries, and what comes out, are taken at every such place of the grid."""
-        return 1
-
-    @property
-    def kv_stride(self) -> int:
-        """So are keys and values."""
-        return 1
+    stride = 1  # queries, and what comes out, are taken at every such place of the grid
+    kv_stride = 1  # so are keys and values
 
     def value_dim(self, key_dim: int) -> int:
         """Value width V per head for a key width K."""
