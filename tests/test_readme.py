@@ -54,7 +54,7 @@ def test_benchmark_table_is_that_of_the_results() -> None:
 def test_training_table_is_that_of_the_results() -> None:
     runs = read_runs([ROOT / "results"])
     assert between("training") == markdown_of_runs(runs)
-    for run in runs:  # as they were made, but for where the data lay
+    for run in runs:
         assert (run["folder"] / "config.yaml").is_file()
         assert run["result"]["test_top1"] > 0
 
