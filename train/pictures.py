@@ -105,7 +105,7 @@ def mistakes(
             picture = images[i][0].permute(1, 2, 0).squeeze(-1)
             axis.imshow(picture.numpy(), cmap="gray", vmin=0, vmax=255)
             true, false = (_short(classes[int(which[i])]) for which in (labels, taken))
-            axis.set_title(f"is {true}\nseen as {false}, {sure[i]:.0%}", fontsize=9, color=RED)
+            axis.set_title(f"is {true}\nas {false}, {sure[i]:.0%}", fontsize=9, color=RED)
         text = f"{title}: the surest mistakes" if len(worst) else f"{title}: no mistake"
         figure.suptitle(text, x=0.01, ha="left", weight="bold")
         figure.tight_layout()
