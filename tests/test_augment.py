@@ -139,11 +139,12 @@ def test_archives_are_unpacked_inside_their_target(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("members", "match"),
     [
-        ({"good": b"1", "UP__evil": b"2"}, "outside"),
+        ({"good": b"1", "UP__evil": b"2"}, "has the path ../evil, out of its folder"),
+        ({"good": b"1", "__evil": b"2"}, "has the path /evil, out of its folder"),
         ({"good": b"1", "link": "/etc"}, "has link, no plain file or folder"),
         ({"good": b"1", "link": "good"}, "has link, no plain file or folder"),
     ],
-    ids=["path out", "absolute link", "link"],
+    ids=["path out", "absolute path", "absolute link", "link"],
 )
 def test_archives_that_reach_out_are_refused(
     members: dict[str, bytes | str], match: str, tmp_path: Path

@@ -209,6 +209,13 @@ def _cifar(config: DataConfig) -> Read:
     return train, [], test, list(sets[0].classes), config.image_size or 32
 
 
+def _check_inside(archive: Path, names: Sequence[str]) -> None:
+    """Raise a ValueError for a path that leads out of the folder it is unpacked in."""
+    for name in names:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"{archive} has the path {name}, out of its folder")
+
+
 def unpack(archive: Path, target: Path) -> None:
     """Unpack a zip or tar file into ``target``, whole or not at all and nowhere else.
 
@@ -220,16 +227,17 @@ def unpack(archive: Path, target: Path) -> None:
     try:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as file:
-                for name in file.namelist():
-                    if name.startswith("/") or ".." in Path(name).parts:
-                        raise ValueError(f"{archive} has the path {name}, out of its folder")
+                _check_inside(archive, file.namelist())
                 file.extractall(part)
         else:
             with tarfile.open(archive) as file:
                 for member in file:
                     if not (member.isfile() or member.isdir()):
                         raise ValueError(f"{archive} has {member.name}, no plain file or folder")
-                file.extractall(part, filter="data")
+                _check_inside(archive, file.getnames())
+                # Pythons before 3.11.4 do not know the filter, which drops owners and modes
+                more: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+                file.extractall(part, **more)
         part.rename(target)
     except (tarfile.TarError, zipfile.BadZipFile, OSError, EOFError) as error:
         raise ValueError(f"{archive} cannot be unpacked: {error}") from error
