@@ -344,3 +344,16 @@ def raster_sincos(length, dim):
         angle = p / 10000 ** (2 * (i // 2) / dim)
         table[p, i] = math.cos(angle) if i % 2 else math.sin(angle)
     return table
+
+
+@torch.no_grad()
+def shake(module):
+    """Weights, statistics and all that starts as zero or one, far from its start."""
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    for key, buffer in module.named_buffers():
+        if key.endswith("running_mean"):
+            buffer.normal_()
+        if key.endswith("running_var"):
+            buffer.uniform_(0.3, 2.0)
+    return module

@@ -10,8 +10,8 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from reference import relative_error
-from torch import Tensor, nn
+from reference import relative_error, shake
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops import StochasticDepth
 
@@ -22,19 +22,6 @@ from vision_xformer.zoo import parse_name
 
 TEST_MODELS = [n for n in vx.list_models() if parse_name(n).size == "test"]
 FAMILIES = ["levit_test", "cvt_test", "cct_test", "cvt_lite_test", "vit_lite_test"]
-
-
-@torch.no_grad()
-def shake(model: nn.Module) -> Any:
-    """Weights, statistics and all that starts as zero or one, far from its start."""
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    for key, buffer in model.named_buffers():
-        if key.endswith("running_mean"):
-            buffer.normal_()
-        if key.endswith("running_var"):
-            buffer.uniform_(0.3, 2.0)
-    return model
 
 
 def create(name: str, **fields: Any) -> Any:

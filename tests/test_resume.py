@@ -154,6 +154,13 @@ def test_what_cannot_be_resumed_is_refused(
     assert "there is no run (no config.yaml)" in refused("--resume", str(tmp_path))
     assert "the run is complete" in refused("--resume", str(whole))
     assert "stands alone" in refused("--resume", str(whole), "--train.epochs", "9")
+    folder = tmp_path / "edited"
+    folder.mkdir()
+    edited = (whole / "config.yaml").read_text().replace("ema: 0.9", "ema: 0.8")
+    (folder / "config.yaml").write_text(edited)
+    (folder / "state.pt").write_bytes((whole / "state.pt").read_bytes())
+    assert "another configuration than its config.yaml now" in refused("--resume", str(folder))
+    AcceleratorState._reset_state(reset_partial_state=True)
     folder = tmp_path / "torn"
     folder.mkdir()
     (folder / "config.yaml").write_bytes((whole / "config.yaml").read_bytes())

@@ -8,8 +8,7 @@ import pytest
 import reference
 import torch
 from matrix import MATRIX
-from reference import assert_same, relative_error
-from torch import nn
+from reference import assert_same, relative_error, shake
 
 import vision_xformer as vx
 from vision_xformer import ConvSlot, Layout, NormSlot, Slot
@@ -56,19 +55,6 @@ CASES = [
     if not has_bias(slot) or (takes_bias(name) and not layout.prefix)
 ]
 each_case = pytest.mark.parametrize(("name", "layout", "slot"), CASES)
-
-
-@torch.no_grad()
-def shake(module):
-    """Weights, statistics and all that starts as zero or one, far from its start."""
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    for key, buffer in module.named_buffers():
-        if key.endswith("running_mean"):
-            buffer.normal_()
-        if key.endswith("running_var"):
-            buffer.uniform_(0.3, 2.0)
-    return module
 
 
 def make(name, layout, slot, options=FEW, **more):

@@ -26,8 +26,9 @@ from train import benchmark, demo
 from train.__main__ import main, parse
 from train.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from train.data import CIFAR10, load_data, open_image
+from train.evaluation import accuracy, predict
 from train.files import write_whole
-from train.loop import Run, accuracy, pick_precision, predict
+from train.loop import Run, pick_precision
 from train.measure import bytes_kept
 from train.optim import average, learning_rate, parameter_groups
 from vision_xformer.zoo import parse_name

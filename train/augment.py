@@ -7,6 +7,7 @@ batch and keeps the rows of its own images, so that any number of processes do t
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ _SHARING = 4  # images that share a draw of a policy: fewer, larger calls
 
 
 def plain(x: Tensor) -> Tensor:
-    """(B, C, H, W) uint8 -> float32 in [-1, 1]."""
+    """(B, C, H, W) from 0 to 255, uint8 or float -> float32 in [-1, 1]."""
     return x.float() / 127.5 - 1
 
 
@@ -43,7 +44,7 @@ def augment(x: Tensor, draws: Tensor, config: AugmentConfig, mirror: bool) -> Te
     y = x.float()
     if config.colour:
         y = _colour(y, 1 + config.colour * (2 * draws[:, 3:5] - 1))
-    y = y / 127.5 - 1
+    y = plain(y)
     return _erase(y, draws[:, 5:], config.erasing) if config.erasing else y
 
 
@@ -86,3 +87,13 @@ def _erase(x: Tensor, draws: Tensor, share: float) -> Tensor:
     in_columns = (columns >= left[:, None]) & (columns < (left + wide)[:, None])
     erased = in_rows[:, :, None] & in_columns[:, None] & (chosen < share)[:, None, None]
     return x.masked_fill(erased[:, None], 0)
+
+
+def mixing(config: AugmentConfig, classes: int) -> Any:
+    """MixUp, CutMix, either or none, for a batch and its classes."""
+    kinds: list[Any] = []
+    if config.mixup:
+        kinds.append(v2.MixUp(alpha=config.mixup, num_classes=classes))
+    if config.cutmix:
+        kinds.append(v2.CutMix(alpha=config.cutmix, num_classes=classes))
+    return v2.RandomChoice(kinds) if kinds else None

@@ -16,7 +16,8 @@ import vision_xformer as vx
 from .augment import plain
 from .config import RunConfig
 from .data import decode, load_data
-from .loop import accuracy, pick_precision, predict
+from .evaluation import accuracy, predict
+from .loop import pick_precision
 from .report import page, table
 
 
@@ -101,7 +102,6 @@ def command_line() -> argparse.ArgumentParser:
 
 def report(paths: list[Path], out: Path | None) -> str:
     """Write the page that compares runs; returns a table of them for the terminal."""
-
     for path in paths:
         if not path.is_dir():
             raise ValueError(f"{path} is not a folder")

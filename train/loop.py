@@ -17,7 +17,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,28 +25,20 @@ import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torchvision.transforms import v2
 from tqdm import tqdm
 
 import vision_xformer as vx
 from vision_xformer.backbones.levit import LeViT
 
-from .augment import augment, draw, plain
-from .config import AugmentConfig, ModelConfig, RunConfig
+from .augment import augment, draw, mixing
+from .config import ModelConfig, RunConfig
 from .data import Images, Splits, load_data
+from .evaluation import Accuracy, accuracy, predict
 from .files import read_state, write_state, write_whole
-from .measure import peak_bytes
+from .measure import known_peak
 from .optim import average, learning_rate, make_optimizer
 from .pictures import confusion, curves, mistakes, save
 from .provenance import note_session
-
-
-class Accuracy(NamedTuple):
-    """Shares of all images; ``top5`` is over as many classes as there are, if fewer."""
-
-    top1: float
-    top5: float
-    loss: float
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error
@@ -55,35 +47,6 @@ class Interrupted(Exception):  # noqa: N818 - not an error
     def __init__(self, number: int) -> None:
         super().__init__()
         self.number = number
-
-
-@torch.no_grad()
-def predict(
-    model: vx.Backbone, images: Images, accelerator: Accelerator, batch_size: int, workers: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Logits (N, classes) of all images in order, and their classes (N,), on the CPU.
-
-    Every image counts once, whatever the batches and processes.
-    """
-    was_training = model.training
-    model.eval()
-    batches = torch.arange(len(images)).split(batch_size)
-    mine = batches[accelerator.process_index :: accelerator.num_processes]
-    logits = torch.zeros(len(images), model.config.num_classes, device=accelerator.device)
-    with accelerator.autocast():
-        loaded = images.batches(mine, accelerator.device, workers)
-        for indices, (x, _) in zip(mine, loaded, strict=True):
-            logits[indices] = model(plain(x)).float()
-    model.train(was_training)
-    # each process filled its rows of zeros
-    return accelerator.reduce(logits).cpu(), images.labels.cpu()
-
-
-def accuracy(logits: Tensor, labels: Tensor) -> Accuracy:
-    """Exact shares and mean cross-entropy."""
-    best = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]
-    shares = best[:, 0].double().mean().item(), best.any(1).double().mean().item()
-    return Accuracy(*shares, F.cross_entropy(logits.double(), labels).item())
 
 
 def build_model(config: ModelConfig, data: Splits) -> vx.Backbone:
@@ -151,7 +114,7 @@ class Run:
         net = torch.compile(self.model) if c.compile else self.model
         optimizer = make_optimizer(self.model, c)
         self.net, self.optimizer = self.accelerator.prepare(net, optimizer)
-        self.mix = _mixing(config.augment, len(self.data.classes))
+        self.mix = mixing(config.augment, len(self.data.classes))
         self.step, self.best = 0, -1.0
         self.rows: list[dict[str, float]] = []
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)  # of this epoch
@@ -266,10 +229,12 @@ class Run:
         """What the progress bar says beside steps and time left."""
         done = step % self.steps_per_epoch + 1
         best = f", val {self.rows[-1]['val_top1']:.2%}" if self.rows else ""
+        peak = known_peak()
+        memory = "" if peak is None else f", {peak / 2**20:.0f} MiB"
         return (
             f"epoch {step // self.steps_per_epoch + 1}, loss {self.loss_sum.item() / done:.3f}"
             f"{best}, lr {self.optimizer.param_groups[0]['lr']:.1e}, "
-            f"{self.images_per_second:.0f} images/s, {peak_bytes() / 2**20:.0f} MiB"
+            f"{self.images_per_second:.0f} images/s{memory}"
         )
 
     @property
@@ -292,8 +257,7 @@ class Run:
         """Train; keep the last weights and those best on validation; test the best once."""
         if self.main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            resolved = yaml.safe_dump(dataclasses.asdict(self.config), sort_keys=False)
-            write_whole(self.folder / "config.yaml", resolved)
+            write_whole(self.folder / "config.yaml", self.resolved)
             write_whole(self.folder / "classes.json", json.dumps(self.data.classes) + "\n")
             note_session(self.folder / "sessions.json", self.accelerator, self.step)
         own_bar = progress is None
@@ -315,12 +279,13 @@ class Run:
         test = accuracy(logits, labels)
         if self.main:
             self.draw(logits, labels, test)
+            peak = known_peak()
             result = {
                 "val_top1": self.best,
                 "test_top1": test.top1,
                 "test_top5": test.top5,
                 "parameters": sum(p.numel() for p in self.model.parameters()),
-                "peak_mib": peak_bytes() / 2**20,
+                "peak_mib": None if peak is None else peak / 2**20,
                 "minutes": self.seconds / 60,
             }
             write_whole(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
@@ -382,13 +347,19 @@ class Run:
 
     # The state
 
+    @property
+    def resolved(self) -> str:
+        """The whole configuration as YAML."""
+        text: str = yaml.safe_dump(dataclasses.asdict(self.config), sort_keys=False)
+        return text
+
     def save_state(self) -> None:
         """Everything a run needs to go on, in one file, whole or not at all."""
         if not self.main:
             return
         scaler = self.accelerator.scaler
         state = {
-            "config": dataclasses.asdict(self.config),
+            "config": self.resolved,
             "step": self.step,
             "rows": self.rows,
             "best": self.best,
@@ -408,6 +379,11 @@ class Run:
         if not path.is_file():
             return
         state = read_state(path)
+        if yaml.safe_load(state["config"]) != yaml.safe_load(self.resolved):
+            raise ValueError(
+                f"{path} is of a run with another configuration than its config.yaml now: undo "
+                "what was changed there, or start a new run"
+            )
         self.step, self.rows, self.best = state["step"], state["rows"], state["best"]
         self.loss_sum.copy_(state["loss_sum"])
         self.images_seen, self.seconds = state["images_seen"], state["seconds"]
@@ -431,16 +407,6 @@ def _teacher(path: str | None, model: vx.Backbone, device: torch.device) -> nn.M
     if isinstance(model, LeViT) and model.config.distilled:
         model.set_distilled_training()
     return teacher
-
-
-def _mixing(config: AugmentConfig, classes: int) -> Any:
-    """MixUp, CutMix, either or none, for a batch and its classes."""
-    kinds: list[Any] = []
-    if config.mixup:
-        kinds.append(v2.MixUp(alpha=config.mixup, num_classes=classes))
-    if config.cutmix:
-        kinds.append(v2.CutMix(alpha=config.cutmix, num_classes=classes))
-    return v2.RandomChoice(kinds) if kinds else None
 
 
 def _csv(rows: list[dict[str, float]]) -> str:

@@ -67,6 +67,14 @@ def peak_bytes() -> int:
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")
 
 
+def known_peak() -> int | None:
+    """Most bytes held by the process so far; None on a system that does not say."""
+    try:
+        return peak_bytes()
+    except (OSError, RuntimeError):
+        return None
+
+
 def _status(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):

@@ -159,6 +159,48 @@ def _guess_grid(cells: int, like: tuple[int, ...]) -> tuple[int, ...] | None:
     return None
 
 
+def _match(
+    module: nn.Module,
+    source: Mapping[str, list[Part]],
+    target: Mapping[str, list[Part]],
+    resize: bool,
+) -> tuple[LoadReport, list[str], list[tuple[Tensor, Tensor]]]:
+    """The report, what stands against a strict load, and pairs of (to be filled, by what)."""
+    report = LoadReport([], [], [], [])
+    extra: list[str] = []
+    missing: list[str] = []
+    misfits: list[str] = []
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for name in source.keys() | target.keys():
+        theirs, ours = source.get(name, []), target.get(name, [])
+        keys, own_keys = [p.key for p in theirs], [p.key for p in ours]
+        if not theirs:
+            missing += own_keys
+            continue
+        if not ours:
+            (report.used if _is_computed(module, name, theirs) else extra).extend(keys)
+            continue
+        new, kind = _fit(theirs, ours), report.used
+        if new is None and resize:
+            new, kind = _resize(name, theirs, ours), report.resized
+        if new is None:
+            hint = "" if resize or not _is_table(ours) else ", resize=True interpolates it"
+            both = f"{_shapes(theirs)} does not fit {_shapes(ours)}"
+            misfits.append(f"{' + '.join(keys)} of shape {both}{hint}")
+            report.unused.extend(keys)
+            report.missing.extend(own_keys)
+        else:
+            kind += keys
+            pairs += [(p.tensor, t) for p, t in zip(ours, new, strict=True)]
+    report.unused.extend(extra)
+    report.missing.extend(missing)
+    for keys in report:
+        keys.sort()
+    kinds = {"missing": missing, "not in the module": extra}
+    problems = [f"{what}: {_some(keys)}" for what, keys in kinds.items() if keys] + misfits
+    return report, problems, pairs
+
+
 def load_weights(
     module: nn.Module,
     weights: Mapping[str, Tensor] | str | os.PathLike[str],
@@ -202,43 +244,11 @@ def load_weights(
     library = family_of(own)
     if library is not None:
         raise ValueError(f"load_weights does not fill modules of {library.library}")
-    source, target = by_our_name(weights), by_our_name(own)
-    report = LoadReport([], [], [], [])
-    extra: list[str] = []
-    missing: list[str] = []
-    misfits: list[str] = []
-    loaded: list[tuple[Tensor, Tensor]] = []
-    for name in source.keys() | target.keys():
-        theirs, ours = source.get(name, []), target.get(name, [])
-        keys, own_keys = [p.key for p in theirs], [p.key for p in ours]
-        if not theirs:
-            missing += own_keys
-            continue
-        if not ours:
-            (report.used if _is_computed(module, name, theirs) else extra).extend(keys)
-            continue
-        new, kind = _fit(theirs, ours), report.used
-        if new is None and resize:
-            new, kind = _resize(name, theirs, ours), report.resized
-        if new is None:
-            hint = "" if resize or not _is_table(ours) else ", resize=True interpolates it"
-            both = f"{_shapes(theirs)} does not fit {_shapes(ours)}"
-            misfits.append(f"{' + '.join(keys)} of shape {both}{hint}")
-            report.unused.extend(keys)
-            report.missing.extend(own_keys)
-        else:
-            kind += keys
-            loaded += [(p.tensor, t) for p, t in zip(ours, new, strict=True)]
-    if (strict and (missing or extra or misfits)) or not loaded:
-        kinds = {"missing": missing, "not in the module": extra}
-        problems = [f"{what}: {_some(keys)}" for what, keys in kinds.items() if keys] + misfits
+    report, problems, loaded = _match(module, by_our_name(weights), by_our_name(own), resize)
+    if (strict and problems) or not loaded:
         raise ValueError(
             f"weights{where} are not those of this {type(module).__name__}: {'; '.join(problems)}"
         )
-    report.unused.extend(extra)
-    report.missing.extend(missing)
-    for keys in report:
-        keys.sort()
     with torch.no_grad():
         for tensor, value in loaded:
             tensor.copy_(value)

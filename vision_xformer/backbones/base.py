@@ -81,7 +81,7 @@ class Backbone(nn.Module):
     """A classifier: (B, C, *shape) -> (B, num_classes). ``config`` rebuilds it.
 
     Subclasses are registered under the name in their ``config_class`` and list sizes in
-    ``presets``; the size "" is the configuration of the X-formers paper for CIFAR-10.
+    ``presets``; the size "" is of the size class of the X-formers paper for CIFAR-10.
 
     Attributes:
         hybrid: whether names may ask for the convolutional stem.

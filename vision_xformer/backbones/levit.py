@@ -170,14 +170,12 @@ class LeViT(Backbone):
     config: LeViTConfig
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         # the paper's width and depth, a token for each pixel, and an attention that shrinks
-        "": dict(
-            patch=1, stem_layers=3, dims=(128, 128), depths=(2, 2), heads=(4, 4), distilled=False
-        ),
+        "": dict(patch=1, stem_layers=3, dims=(128, 128), depths=(2, 2), heads=(4, 4)),
         "test": dict(
             input_shape=(3, 14, 10), num_classes=5, patch=2, stem_layers=2, dims=(12, 20),
             depths=(2, 1), heads=(3, 2), key_dim=4,
         ),
-        "128s": dict(**_IMAGENET),
+        "128s": _IMAGENET,
         "128": dict(depths=(4, 4, 4), heads=(4, 8, 12), **_IMAGENET),
         "192": dict(dims=(192, 288, 384), heads=(3, 5, 6), **_KEY32),
         "256": dict(dims=(256, 384, 512), heads=(4, 6, 8), **_KEY32),
