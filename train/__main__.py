@@ -83,6 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
             return
         run = start(arguments)
         test = run.fit()
+        run.accelerator.end_training()  # processes that leave a group open may abort
     except Interrupted as interrupted:
         if run.main:
             print(

@@ -289,6 +289,7 @@ class Run:
                 "minutes": self.seconds / 60,
             }
             write_whole(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
+        self.accelerator.wait_for_everyone()
         return test
 
     def draw(self, logits: Tensor, labels: Tensor, test: Accuracy) -> None:
