@@ -15,6 +15,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from train.__main__ import main
 from train.config import AugmentConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
@@ -109,6 +110,8 @@ def test_a_cut_run_ends_as_an_uncut_one(step: int, whole: Path, tmp_path: Path) 
     torch.manual_seed(random.randrange(1000))  # what the process drew before does not matter
     main(["--resume", str(folder)])
     assert_equal(left(folder), left(whole))
+    events = EventAccumulator(str(folder / "events")).Reload()
+    assert [event.step for event in events.Scalars("train_loss")] == [1, 2, 3, 4]
     sessions = json.loads((folder / "sessions.json").read_text())
     assert [s["from_step"] for s in sessions] == [0, saved]
 

@@ -10,15 +10,17 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 import vision_xformer as vx
@@ -26,15 +28,14 @@ from train import benchmark, demo
 from train.__main__ import main, parse
 from train.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from train.data import CIFAR10, load_data, open_image
+from train.devices import make_accelerator, pick_precision
 from train.evaluation import accuracy, predict
 from train.files import write_whole
-from train.loop import Run, pick_precision
+from train.loop import Run
 from train.measure import bytes_kept
 from train.optim import average, learning_rate, parameter_groups
-from vision_xformer.zoo import parse_name
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 TINY = {"dim": 12, "depth": 1, "heads": 2, "mlp_dim": 14}
 
 
@@ -153,6 +154,18 @@ def test_cifar10_from_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert data.train[3][0].shape == (3, 32, 32)
 
 
+def test_a_label_that_is_no_class_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cifar_batches(tmp_path, monkeypatch)
+    file = tmp_path / CIFAR10.base_folder / "data_batch_3"
+    batch = pickle.loads(file.read_bytes())
+    batch["labels"][7] = 10
+    file.write_bytes(pickle.dumps(batch))
+    with pytest.raises(ValueError, match=r"images of class 10; its 10 classes are 0 to 9"):
+        load_data(DataConfig(name="cifar10", root=str(tmp_path)))
+
+
 def test_half_written_cifar10_is_refused(tmp_path: Path) -> None:
     (tmp_path / CIFAR10.base_folder).mkdir()
     with pytest.raises(ValueError, match=r"no whole cifar10 in .*cifar-10-batches-py"):
@@ -215,6 +228,15 @@ def test_what_is_no_image_file_is_passed_over(tmp_path: Path) -> None:
     (root / "train" / "cat" / "folder.png").mkdir()
     data = load_data(DataConfig(name="imagefolder", root=str(root)))
     assert len(data.train) + len(data.val) == 33
+
+
+def test_tiny_imagenet_classes_have_their_names(tmp_path: Path) -> None:
+    root = tiny_imagenet(tmp_path / "tiny-imagenet-200")
+    (root / "words.txt").write_text(
+        "n02\tcrane\nn09\tox\nn03\tcrane, a bird\nn01\tgoldfish, carp\n"
+    )
+    data = load_data(DataConfig(name="tiny_imagenet", root=str(root), val_fraction=0.2))
+    assert data.classes == ["goldfish", "crane n02", "crane n03"]
 
 
 def test_a_class_listed_twice_is_refused(tmp_path: Path) -> None:
@@ -320,6 +342,10 @@ def test_a_run_leaves_a_folder_that_explains_itself(tmp_path: Path) -> None:
     assert session["from_step"] == 0
     assert not list((tmp_path / "run").glob(".*.part"))
     assert best.config == run.model.config
+    run.accelerator.end_training()
+    events = EventAccumulator(str(tmp_path / "run" / "events")).Reload()
+    shown = [(event.step, event.value) for event in events.Scalars("val_top1")]
+    assert shown == [(int(row["epoch"]), pytest.approx(float(row["val_top1"]))) for row in rows]
 
 
 def test_a_run_is_not_written_over(
@@ -386,33 +412,26 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
 
 
 def test_precision_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert pick_precision("fp32") == "no"
-    assert pick_precision("fp16") == "fp16"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for cpu in (True, False):
+        assert pick_precision("fp32", cpu) == "no"
+        assert pick_precision("fp16", cpu) == "fp16"
     for known, precision in (({}, "no"), ({"avx512_bf16": True}, "bf16"), ({"avx2": True}, "no")):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known, raising=False)
-        assert pick_precision("auto") == precision
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        assert pick_precision("auto", cpu=True) == precision
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
-    assert pick_precision("auto") == "bf16"
+    assert pick_precision("auto", cpu=False) == "bf16"
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
-    assert pick_precision("auto") == "fp16"
+    assert pick_precision("auto", cpu=False) == "fp16"
+
+
+def test_a_launcher_that_cuts_the_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = SimpleNamespace(distributed_type=DistributedType.FSDP)
+    monkeypatch.setattr("train.devices.Accelerator", lambda **options: launched)
+    with pytest.raises(ValueError, match="launched with FSDP: each process keeps the whole model"):
+        make_accelerator(TrainConfig())
 
 
 # configurations and the command line
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}/{p.stem}")
-def test_every_configuration_builds_its_model(path: Path) -> None:
-    config = parse(["--config", str(path)])
-    size = {"cifar10": 32, "tiny_imagenet": 64}[config.data.name]
-    assert path.parent.name == config.data.name
-    assert f"--config configs/{path.parent.name}/{path.name}" in path.read_text()
-    with torch.device("meta"):
-        model = vx.create_model(config.model.name, image_size=size, **config.model.options)
-    dims = model.config.to_dict()
-    if not parse_name(config.model.name).size:
-        assert dims.get("dim", dims.get("dims", [0])[0]) == 128
 
 
 def test_the_command_line_goes_over_the_file() -> None:
@@ -449,11 +468,21 @@ def test_the_command_line_goes_over_the_file() -> None:
         (["--data.name", "cifar11"], "cifar11"),
         (["--data.name", "imagefolder", "--data.root", "/no/where"], "/no/where"),
         (["--config", "missing.yaml"], "missing.yaml"),
+        (["--train.device", "cuda"], "train.device cuda: PyTorch finds no such device"),
+        (
+            ["--train.device", "cpu", "--train.precision", "fp16"],
+            "train.precision fp16 needs a GPU",
+        ),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_sentence_and_exit_code_2(
-    arguments: list[str], word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    word: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as stop:
         main(["--run_dir", str(tmp_path / "run"), *arguments])
     assert stop.value.code == 2

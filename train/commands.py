@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
 import vision_xformer as vx
 
 from .augment import plain
 from .config import RunConfig
 from .data import decode, load_data
+from .devices import make_accelerator
 from .evaluation import accuracy, predict
-from .loop import pick_precision
 from .report import page, table
 
 
@@ -32,7 +31,7 @@ def folder_of(text: str) -> Path:
 
 def evaluate(folder: Path, config: RunConfig, split: str) -> str:
     """Accuracy of a run's best weights on one of its sets."""
-    accelerator = Accelerator(mixed_precision=pick_precision(config.train.precision))
+    accelerator = make_accelerator(config.train)
     data = load_data(config.data, accelerator.device)
     model = vx.load_model(folder / "best.safetensors").to(accelerator.device)
     images = {"test": data.test, "val": data.val}[split]

@@ -92,6 +92,7 @@ class TrainConfig:
         teacher: a model file whose classes are learned beside the labels (hard distillation).
         grad_checkpointing: compute the blocks again in the backward pass: less memory.
         compile: torch.compile the model.
+        device: "auto" is a GPU where there is one; CUDA_VISIBLE_DEVICES says which.
         precision: "auto" is bf16 on a GPU or CPU that computes in it, fp16 on another GPU, else
             fp32.
         save_every: steps after which the state is saved, beside each epoch's end.
@@ -109,6 +110,7 @@ class TrainConfig:
     teacher: str | None = None
     grad_checkpointing: bool = False
     compile: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     save_every: int = 500
 

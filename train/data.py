@@ -140,6 +140,12 @@ def load_data(config: DataConfig, device: torch.device | str = "cpu") -> Splits:
     }
     train, val, test, classes, size = readers[config.name](config)
     digits = config.name == "digits"
+    wrong = {label for _, label in [*train, *val, *test] if not 0 <= label < len(classes)}
+    if wrong:
+        raise ValueError(
+            f"{config.name} in {config.root} has images of class {min(wrong)}; its {len(classes)} "
+            f"classes are 0 to {len(classes) - 1}"
+        )
     if not val:
         train, val = _split(train, config.val_fraction)
     parts = Images(train, size), Images(val, size), Images(test, size)
@@ -281,7 +287,15 @@ def _tiny_imagenet(config: DataConfig) -> Read:
         test.append((path, number[wnid]))
     if not test:
         raise ValueError(f"{root / 'val' / 'val_annotations.txt'} is empty")
-    return train, [], test, wnids, config.image_size or 64
+    words = root / "words.txt"  # wnid, tab, its names
+    lines = words.read_text().splitlines() if words.is_file() else []
+    names = {wnid: name.split(",")[0] for wnid, _, name in (line.partition("\t") for line in lines)}
+    classes = [names.get(wnid, wnid) for wnid in wnids]
+    # two classes may have one name
+    classes = [
+        f"{c} {w}" if classes.count(c) > 1 else c for c, w in zip(classes, wnids, strict=True)
+    ]
+    return train, [], test, classes, config.image_size or 64
 
 
 def _image_folder(config: DataConfig) -> Read:

@@ -23,7 +23,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
-from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -33,6 +32,7 @@ from vision_xformer.backbones.levit import LeViT
 from .augment import augment, draw, mixing
 from .config import ModelConfig, RunConfig
 from .data import Images, Splits, load_data
+from .devices import make_accelerator
 from .evaluation import Accuracy, accuracy, predict
 from .files import read_state, write_state, write_whole
 from .measure import known_peak
@@ -68,17 +68,6 @@ def build_model(config: ModelConfig, data: Splits) -> vx.Backbone:
     )
 
 
-def pick_precision(precision: str) -> str:
-    """Accelerate's word for a precision; "auto" is what the device does well."""
-    if precision != "auto":
-        return {"fp32": "no"}.get(precision, precision)
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    # a function of newer PyTorch only
-    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return "bf16" if known.get("avx512_bf16") or known.get("amx_bf16") else "no"
-
-
 def seed_of(*parts: int) -> int:
     """One seed from several numbers."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
@@ -91,7 +80,7 @@ class Run:
         config.check()
         self.config, c = config, config.train
         self.folder = _new_folder(config) if resume is None else resume
-        self.accelerator = Accelerator(mixed_precision=pick_precision(c.precision))
+        self.accelerator = make_accelerator(c, self.folder)
         self.device = self.accelerator.device
         with self.accelerator.main_process_first():  # one of them downloads and unpacks
             self.data = load_data(config.data, self.device)
@@ -260,6 +249,9 @@ class Run:
             write_whole(self.folder / "config.yaml", self.resolved)
             write_whole(self.folder / "classes.json", json.dumps(self.data.classes) + "\n")
             note_session(self.folder / "sessions.json", self.accelerator, self.step)
+        # epochs that an earlier session began again are dropped
+        purge = {"tensorboard": {"purge_step": len(self.rows) + 1}}
+        self.accelerator.init_trackers("events", init_kwargs=purge)
         own_bar = progress is None
         if progress is None:  # silent where there is no terminal
             quiet = None if self.main else True
@@ -316,6 +308,7 @@ class Run:
             "images_per_second": self.images_per_second,
         }
         self.rows.append(row)
+        self.accelerator.log(row, step=row["epoch"])
         self.loss_sum.zero_()
         if self.main:
             write_whole(self.folder / "metrics.csv", _csv(self.rows))
