@@ -1,6 +1,7 @@
 """Vision classifiers whose stem, backbone and token mixer are chosen apart."""
 
 from .backbones import BACKBONES, Backbone, Config
+from .flops import count_flops
 from .kernels import KERNELS, Kernel
 from .layout import Layout
 from .mixers import (
@@ -59,6 +60,7 @@ __all__ = [
     "ViP",
     "ViT",
     "__version__",
+    "count_flops",
     "create_mixer",
     "create_model",
     "list_mixers",

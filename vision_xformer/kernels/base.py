@@ -54,6 +54,10 @@ class Kernel(nn.Module):
     ) -> Tensor:
         raise NotImplementedError
 
+    def flops(self, q: Tensor, k: Tensor, v: Tensor, q_layout: Layout, k_layout: Layout) -> int:
+        """Operations of :meth:`forward`, see :func:`~vision_xformer.count_flops`."""
+        raise NotImplementedError
+
 
 def widened(*tensors: Tensor) -> tuple[Tensor, ...]:
     """At least float32, and float64 where the tensor is: the type to accumulate in."""

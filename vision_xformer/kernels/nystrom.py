@@ -151,3 +151,13 @@ class Nystrom(Kernel):
         if q_layout != k_layout:
             local = local[:, :, nearest_keys(q_layout, k_layout, v.device)]
         return out + local
+
+    def flops(self, q: Tensor, k: Tensor, v: Tensor, q_layout: Layout, k_layout: Layout) -> int:
+        """2 m (N + M) (K + V) + 2 m^2 (K + V) + 8 m^3 iterations + 2 M V taps for each head."""
+        landmarks = math.prod(self._parts(q_layout, k_layout))
+        keys, value_dim = v.shape[-2:]
+        widths = q.shape[-1] + value_dim
+        outer = 2 * landmarks * (q.shape[-2] + keys) * widths
+        core = 2 * landmarks**2 * widths + 8 * landmarks**3 * self.iterations
+        taps = 0 if self.residual is None else self.residual.shape[1]
+        return q.shape[0] * self.heads * (outer + core + 2 * keys * value_dim * taps)

@@ -210,3 +210,9 @@ class Performer(Kernel):
                 out = _Blocked.apply(*operands, w, self.phi_q, self.phi_k, block)
                 out = out.unflatten(0, q.shape[:2])
         return out.to(v.dtype)
+
+    def flops(self, q: Tensor, k: Tensor, v: Tensor, q_layout: Layout, k_layout: Layout) -> int:
+        """2 m (N + M) (K + V + 1) for each head: features, and their products with the values."""
+        tokens = q.shape[-2] + k.shape[-2]
+        widths = q.shape[-1] + v.shape[-1] + 1
+        return 2 * q.shape[0] * self.heads * self.projection_matrix.shape[0] * tokens * widths

@@ -31,6 +31,12 @@ def attend(
     return F.dropout(logits.softmax(-1), dropout) @ v
 
 
+def attend_flops(q: Tensor, k: Tensor, v: Tensor) -> int:
+    """2 N M (K + V) for each head: the map, and its product with the values."""
+    batch, heads, queries, key_dim = q.shape
+    return 2 * batch * heads * queries * k.shape[-2] * (key_dim + v.shape[-1])
+
+
 class _Softmax(Kernel):
     """
     Args:
@@ -45,6 +51,17 @@ class _Softmax(Kernel):
     @property
     def dropout_now(self) -> float:
         return self.dropout if self.training else 0.0
+
+    def flops(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_layout: Layout,
+        k_layout: Layout,
+        bias: Tensor | None = None,
+    ) -> int:
+        return attend_flops(q, k, v)
 
 
 @KERNELS.register("softmax")

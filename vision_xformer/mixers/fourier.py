@@ -7,6 +7,7 @@ No parameters. "grid" transforms each axis of the picture instead of the row-maj
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import torch
@@ -89,3 +90,8 @@ class Fourier(Mixer):
             y = y.unflatten(1, layout.grid)
         y = _RealFFT.apply(y, self.norm)
         return y.reshape(x.shape).to(x.dtype)
+
+    def flops(self, x: Tensor, layout: Layout, rope: Tensor | None = None) -> int:
+        """2.5 n log2 n for a real FFT of n = N D numbers, as FFTW counts (Frigo, Johnson 2005)."""
+        size = x.shape[1] * x.shape[2]
+        return round(2.5 * x.shape[0] * size * math.log2(size))

@@ -1,0 +1,109 @@
+"""Stated operations against the products of the equations as a counter sees them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import vision_xformer as vx
+from vision_xformer.mixers import takes_heads
+
+BATCH, HEADS, KEY, VALUE = 2, 3, 5, 7
+
+
+def counted(function) -> int:
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def operands(queries: int, keys: int):
+    q = torch.randn(BATCH, HEADS, queries, KEY)
+    return q, torch.randn(BATCH, HEADS, keys, KEY), torch.randn(BATCH, HEADS, keys, VALUE)
+
+
+def newton_schulz(a, iterations):
+    z = a.mT
+    for _ in range(iterations):
+        product = a @ z
+        z = z @ (13 - product @ (15 - product @ (7 - product)))
+    return z
+
+
+def equation(name, kernel, q, k, v, layouts):
+    """Every product of a paper's equation, and nothing else."""
+    if name.startswith("softmax"):
+        return (q @ k.mT) @ v
+    if name == "linformer":  # k and v are those that were compressed
+        return (q @ k.mT) @ v
+    if name == "performer":
+        w = torch.randn(kernel.projection_matrix.shape[0], KEY)
+        context = (k @ w.mT).mT @ F.pad(v, (0, 1))
+        return (q @ w.mT) @ context
+    marks = math.prod(kernel._parts(*layouts))
+    ql, kl = torch.randn(2, BATCH, HEADS, marks, KEY)
+    inner = newton_schulz(ql @ kl.mT, kernel.iterations) @ ((ql @ k.mT) @ v)
+    conv = nn.Conv2d(HEADS, HEADS, (33, 1), padding=(16, 0), groups=HEADS)
+    conv(v)
+    return (q @ kl.mT) @ inner
+
+
+@pytest.mark.parametrize("name", vx.KERNELS.names())
+@pytest.mark.parametrize(("queries", "keys"), [((6, 5), (6, 5)), ((6, 8), (3, 4))])
+def test_kernels_state_the_products_of_their_equation(name, queries, keys):
+    layouts = vx.Layout(queries), vx.Layout(keys)
+    kernel = vx.KERNELS.create(name, HEADS, KEY, layouts[1], options={})
+    length = 9 if name == "linformer" else math.prod(keys)
+    q, k, v = operands(math.prod(queries), length)
+    want = counted(lambda: equation(name, kernel, q, k, v, layouts))
+    assert kernel.flops(q, k, v, *layouts) == want > 0
+
+
+def test_fourier_is_a_real_fft():
+    mixer = vx.create_mixer("fourier", dim=16, layout=vx.Layout((8, 8)))
+    x = torch.randn(2, 64, 16)
+    assert vx.count_flops(mixer, x, vx.Layout((8, 8))) == 2 * 2.5 * 1024 * 10
+    assert counted(lambda: mixer(x, vx.Layout((8, 8)))) == 0  # what a counter sees
+
+
+@pytest.mark.parametrize("name", vx.list_mixers())
+def test_every_mixer_is_counted(name):
+    layout = vx.Layout((8, 8))
+    heads = 4 if takes_heads(name) else None
+    mixer = vx.create_mixer(name, dim=32, heads=heads, layout=layout).train()
+    x = torch.randn(2, 64, 32)
+    total = vx.count_flops(mixer, x, layout)
+    assert total > 0
+    assert mixer.training
+    assert not any(module._forward_hooks for module in mixer.modules())
+    if name in vx.KERNELS:
+        maps = 2 * 2 * 64 * 32 * 32 * 4  # to q, k and v, and from the heads
+        if name == "linformer":  # R rows of keys and values, made from x and the biases' ones
+            maps = 2 * 2 * 32 * (2 * 64 * 32 + 2 * 64 * 32 + 2 * 64 * 64) + 2 * 2 * 64 * 64
+        q = torch.randn(2, 4, 64, 8)
+        k = torch.randn(2, 4, 64, 8)
+        assert total == maps + mixer.kernel.flops(q, k, k, layout, layout)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "classes", "millions", "maps"),
+    [  # multiply-adds in the authors' READMEs; Compact-Transformers' leave the attention maps out
+        ("cct_2_3x2", 32, 10, 33, 2 * 2 * 64**2 * 128),
+        ("cct_6_3x1", 32, 10, 813, 6 * 2 * 256**2 * 256),
+        ("cct_7_3x1", 32, 10, 947, 7 * 2 * 256**2 * 256),
+        ("vit_lite_7_4", 32, 10, 239, 7 * 2 * 65**2 * 256),
+        ("cvt_lite_7_4", 32, 10, 236, 7 * 2 * 64**2 * 256),
+        ("levit_128s", 224, 1000, 305, 0),
+        ("levit_256", 224, 1000, 1120, 0),
+    ],
+)
+def test_models_cost_what_their_authors_say(name, size, classes, millions, maps):
+    with torch.device("meta"):
+        model = vx.create_model(name, image_size=size, num_classes=classes)
+        image = torch.empty(1, 3, size, size)
+    assert vx.count_flops(model, image) / 2 == pytest.approx(millions * 1e6 + maps, rel=0.015)
