@@ -116,6 +116,28 @@ def test_a_cut_run_ends_as_an_uncut_one(step: int, whole: Path, tmp_path: Path) 
     assert [s["from_step"] for s in sessions] == [0, saved]
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_streamed_run_is_that_in_memory(workers: int, whole: Path, tmp_path: Path) -> None:
+    """Cut after 6 of 44 steps, and moved to other data folders and workers: nothing changes."""
+    config = config_for(tmp_path)
+    config.data.in_memory, config.data.workers = False, workers
+    run = Run(config)
+    train_step = run.train_step
+
+    def cut(batches: object) -> None:
+        if run.step == 6:
+            raise CutError
+        train_step(batches)
+
+    run.train_step = cut
+    with pytest.raises(CutError):
+        run.fit()
+    text = (tmp_path / "config.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(text.replace("root: data", "root: elsewhere"))
+    main(["--resume", str(tmp_path)])
+    assert_equal(left(tmp_path), left(whole))
+
+
 def test_another_seed_is_another_run(whole: Path, tmp_path: Path) -> None:
     config = config_for(tmp_path)
     config.seed = 1
@@ -163,6 +185,17 @@ def test_what_cannot_be_resumed_is_refused(
     (folder / "config.yaml").write_text(edited)
     (folder / "state.pt").write_bytes((whole / "state.pt").read_bytes())
     assert "another configuration than its config.yaml now" in refused("--resume", str(folder))
+    for field, sentence in (("data", "with other images or classes"), ("rows", "not a state of")):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        folder = tmp_path / field
+        folder.mkdir()
+        (folder / "config.yaml").write_bytes((whole / "config.yaml").read_bytes())
+        state = read_state(whole / "state.pt")
+        del state[field]
+        if field == "data":
+            state["data"] = "other images"
+        torch.save(state, folder / "state.pt")
+        assert sentence in refused(f"--resume={folder}")
     AcceleratorState._reset_state(reset_partial_state=True)
     folder = tmp_path / "torn"
     folder.mkdir()

@@ -409,6 +409,40 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         run.fit()
     assert not (tmp_path / "state.pt").exists()
+    run.discard()
+    assert not tmp_path.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (
+            ["--train.lr", "1e38", "--data.batch_size", "9999"],
+            "validation loss is nan after step 1",
+        ),
+        (["--train.lr", "1e30", "--train.clip_norm", "0"], "not finite in step 2 at learning rate"),
+    ],
+)
+def test_a_run_that_diverges_leaves_nothing(
+    options: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model.name", "vit", "--model.options", json.dumps(TINY), "--train.precision",
+                 "fp32", "--train.warmup_epochs", "0", "--run_dir",
+                 str(tmp_path / "run")]  # fmt: skip
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, *options])
+    assert stop.value.code == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    first, second = (Run(config_for(tmp_path / "run")) for _ in range(2))
+    first.fit()
+    with pytest.raises(ValueError, match="already holds a run"):
+        second.fit()
+    second.discard()
+    assert (tmp_path / "run" / "result.json").is_file()
 
 
 def test_precision_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -457,6 +491,13 @@ def test_the_command_line_goes_over_the_file() -> None:
         (["--train.epoch", "3"], "did you mean train.epochs?"),
         (["--model.nme", "vit"], "did you mean model.name?"),
         (["--train.lr", "0"], "train.lr 0"),
+        (["--train.lr", ".inf"], "train.lr inf must be above 0 and finite"),
+        (["--train.clip_norm", ".nan"], "train.clip_norm nan must be at least 0 and finite"),
+        (["--run_dir", ""], "run_dir is empty"),
+        (
+            ["--augment.mixup", "1", "--data.batch_size", "4", "--train.accumulate", "4"],
+            "mix images",
+        ),
         (["--train.clip_norm", "-1"], "train.clip_norm -1"),
         (["--train.label_smoothing", "2"], "train.label_smoothing 2"),
         (["--train.weight_decay", "-1"], "train.weight_decay -1"),
@@ -486,8 +527,21 @@ def test_a_mistake_on_the_command_line_is_one_sentence_and_exit_code_2(
     with pytest.raises(SystemExit) as stop:
         main(["--run_dir", str(tmp_path / "run"), *arguments])
     assert stop.value.code == 2
-    assert word in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert word in error
+    assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("text", ["", "- a\n", "train: 3\n", "model: {options: null}\n", "a: [1"])
+def test_a_file_that_is_no_configuration_is_one_sentence(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "odd.yaml").write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        main(["--config", str(tmp_path / "odd.yaml"), "--run_dir", str(tmp_path / "run")])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_the_program_runs_as_a_module(tmp_path: Path) -> None:
@@ -621,6 +675,14 @@ def test_evaluate_and_predict(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         image, _ = load_data(config.data).test[i]
         best = model(image[None].float() / 127.5 - 1).argmax().item()
         assert line.startswith(f"{file}: {['cat', 'dog', 'emu'][best]} ")
+    for name, text, word in (("classes.json", '["a"]', "must have the model's 3 classes, has 1"),
+                             ("classes.json", "[", "classes.json cannot be read")):  # fmt: skip
+        before = (tmp_path / "run" / name).read_text()
+        (tmp_path / "run" / name).write_text(text)
+        with pytest.raises(SystemExit):
+            main(["predict", str(tmp_path / "run"), files[0]])
+        assert word in capsys.readouterr().err
+        (tmp_path / "run" / name).write_text(before)
     main(["report", str(tmp_path), "--out", str(tmp_path / "page.html")])
     assert "run" in capsys.readouterr().out
     assert (tmp_path / "page.html").stat().st_size > 10_000

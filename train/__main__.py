@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from . import commands
 from .config import RunConfig
@@ -31,7 +31,7 @@ class Parser(ArgumentParser):
             if near and word not in known:
                 message += f"; did you mean {near[0]}?"
                 break
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -39,13 +39,20 @@ def parse(arguments: list[str] | None = None) -> RunConfig:
     """The configuration from YAML files and the command line, the later over the earlier."""
     parser = Parser(
         prog="python -m train",
-        description="Train a model, choose on validation, test once.",
+        description="Train a model, choose on validation, test once. Beside this: --resume DIR "
+        "goes on with a run; evaluate, predict and report look at runs that are there.",
         allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="a YAML file of the options below")
     parser.add_class_arguments(RunConfig, as_group=False)
-    namespace = parser.parse_args(arguments)
+    try:
+        namespace = parser.parse_args(arguments)
+    except (TypeError, ValueError) as error:  # a file that is no YAML of options
+        parser.error(str(error))
     namespace.pop("config")
+    for part in ("model", "data", "augment", "train"):
+        if not isinstance(namespace[part], Namespace):
+            parser.error(f"{part}: {namespace[part]} must be options with values")
     return RunConfig(**parser.instantiate(namespace).as_dict())
 
 
@@ -63,8 +70,10 @@ def command(arguments: list[str]) -> str:
 
 def start(arguments: list[str]) -> Run:
     """A new run, or with ``--resume DIR`` one that goes on."""
-    if "--resume" not in arguments:
+    if not any(word.split("=")[0] == "--resume" for word in arguments):
         return Run(parse(arguments))
+    if len(arguments) == 1:
+        arguments = arguments[0].split("=", 1)
     if len(arguments) != 2 or arguments[0] != "--resume":
         raise ValueError("--resume DIR stands alone: a run goes on with its own configuration")
     folder = Path(arguments[1]).expanduser()
@@ -77,6 +86,7 @@ def start(arguments: list[str]) -> Run:
 
 def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
+    run: Run | None = None
     try:
         if arguments and arguments[0] in COMMANDS:
             print(command(arguments))
@@ -85,6 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
         test = run.fit()
         run.accelerator.end_training()  # processes that leave a group open may abort
     except Interrupted as interrupted:
+        assert run is not None
         if run.main:
             print(
                 f"stopped after step {run.step} of {run.steps}; go on with: "
@@ -93,6 +104,8 @@ def main(arguments: list[str] | None = None) -> None:
             )
         raise SystemExit(128 + interrupted.number) from None
     except (ValueError, OSError) as error:
+        if run is not None:
+            run.discard()
         # one that crossed from a worker process brings its traceback along
         sentence = str(error).split("ValueError: ")[-1].strip()
         print(f"error: {sentence}", file=sys.stderr)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -17,6 +17,7 @@ from .config import RunConfig
 from .data import decode, load_data
 from .devices import make_accelerator
 from .evaluation import accuracy, predict
+from .files import read_json
 from .report import page, table
 
 
@@ -33,6 +34,8 @@ def evaluate(folder: Path, config: RunConfig, split: str) -> str:
     """Accuracy of a run's best weights on one of its sets."""
     accelerator = make_accelerator(config.train)
     data = load_data(config.data, accelerator.device)
+    if data.classes != read_json(folder / "classes.json", list):
+        raise ValueError(f"{config.data.root} has other classes now than {folder}/classes.json")
     model = vx.load_model(folder / "best.safetensors").to(accelerator.device)
     images = {"test": data.test, "val": data.val}[split]
     logits, labels = predict(
@@ -48,8 +51,13 @@ def evaluate(folder: Path, config: RunConfig, split: str) -> str:
 @torch.no_grad()
 def classify(folder: Path, files: list[str]) -> list[str]:
     """The five likeliest classes of each image file, surest first."""
-    classes: list[str] = json.loads((folder / "classes.json").read_text())
+    classes: list[str] = read_json(folder / "classes.json", list)
     model = vx.load_model(folder / "best.safetensors")
+    if len(classes) != model.config.num_classes:
+        raise ValueError(
+            f"{folder}/classes.json must have the model's {model.config.num_classes} classes, has "
+            f"{len(classes)}"
+        )
     channels, *shape = model.config.input_shape
     lines = []
     for file in files:
@@ -69,23 +77,35 @@ def read_runs(paths: list[Path]) -> list[dict[str, Any]]:
     found = sorted({file.parent for path in paths for file in path.rglob("metrics.csv")})
     runs = []
     for folder in found:
-        rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
-        result = folder / "result.json"
-        sessions = folder / "sessions.json"
+        result, sessions = folder / "result.json", folder / "sessions.json"
+        try:
+            lines = (folder / "metrics.csv").read_text().splitlines()
+            rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(lines)]
+            max(row["val_top1"] + row["images_per_second"] for row in rows)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{folder / 'metrics.csv'} is not a run's: {error!r}") from error
         runs.append(
             {
                 "folder": folder,
-                "rows": [{k: float(v) for k, v in row.items()} for row in rows],
-                "result": json.loads(result.read_text()) if result.is_file() else {},
-                "sessions": json.loads(sessions.read_text()) if sessions.is_file() else [],
+                "rows": rows,
+                "result": read_json(result, dict) if result.is_file() else {},
+                "sessions": read_json(sessions, list) if sessions.is_file() else [],
             }
         )
     return runs
 
 
+class Parser(argparse.ArgumentParser):
+    """One sentence for a mistake, in place of the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
 def command_line() -> argparse.ArgumentParser:
     """Of the three commands."""
-    parser = argparse.ArgumentParser(prog="python -m train", allow_abbrev=False)
+    parser = Parser(prog="python -m train", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("evaluate", help="accuracy of a run's best weights")
     one.add_argument("run")

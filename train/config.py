@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 
@@ -29,13 +30,14 @@ class DataConfig:
 
     Args:
         name: which reader; "imagefolder" takes root/train/CLASS/* with root/test and root/val like
-            it, or root/CLASS/* alone; what is missing is held out of the rest, a fifth for test.
+            it, or root/CLASS/* alone. Without test, val is the test set; without both, a fifth is
+            held out for it.
         root: where the data lies; CIFAR is downloaded there where it is missing, an archive of
             Tiny ImageNet unpacked there.
         mirror: where CIFAR's archive is downloaded from instead of its authors' page.
         image_size: pixels on each side; images are scaled until they cover that and cut to it. By
             default the data set's own.
-        batch_size: images for each step, over all processes.
+        batch_size: images for each step, over all processes; at most the training set.
         val_fraction: share of the training set held out for choices, stratified.
         in_memory: whether images are decoded once and kept on the device; by default if they take
             less than 2 GiB. Otherwise they are decoded as they are needed.
@@ -63,7 +65,8 @@ class AugmentConfig:
             images share a draw.
         colour: brightness and saturation change by up to this share.
         erasing: share of images with a rectangle erased.
-        mixup, cutmix: alpha of their beta distributions; 0 for none. With both, each batch has one.
+        mixup: alpha of its beta distribution; 0 for none.
+        cutmix: the same for CutMix; with both, each batch has one of them.
     """
 
     crop: bool = True
@@ -134,6 +137,11 @@ class RunConfig:
 
     def check(self) -> None:
         """Raise a ValueError for a value that cannot work; it names the option."""
+        for name in ("options", "mixer_options"):
+            if not isinstance(getattr(self.model, name), dict):
+                raise ValueError(f"model.{name} must be names with values, such as {{depth: 6}}")
+        if self.run_dir == "":
+            raise ValueError("run_dir is empty: name a folder, or leave it out")
         positive = {
             "data.batch_size": self.data.batch_size,
             "train.epochs": self.train.epochs,
@@ -144,8 +152,8 @@ class RunConfig:
         if self.data.image_size is not None:
             positive["data.image_size"] = self.data.image_size
         for name, value in positive.items():
-            if value <= 0:
-                raise ValueError(f"{name} {value} must be above 0")
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} {value} must be above 0 and finite")
         not_negative = {
             "seed": self.seed,
             "data.workers": self.data.workers,
@@ -156,8 +164,8 @@ class RunConfig:
             "augment.cutmix": self.augment.cutmix,
         }
         for name, value in not_negative.items():
-            if value < 0:
-                raise ValueError(f"{name} {value} must be at least 0")
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} {value} must be at least 0 and finite")
         shares = {
             "train.label_smoothing": self.train.label_smoothing,
             "train.ema": self.train.ema,

@@ -6,7 +6,9 @@ made on validation, and the test set is read once, at the end.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
+import signal
 import tarfile
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -79,9 +81,30 @@ class Images(Dataset[tuple[Tensor, int]]):
             batch_sampler=[indices.tolist() for indices in batches],
             num_workers=workers,
             pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # it would draw a number from everybody's
+            worker_init_fn=_leave_signals_to_the_run,
         )
-        for images, labels in loader:
-            yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        try:
+            for images, labels in loader:
+                yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise ValueError(f"one of the {workers} of data.workers is gone: {error}") from error
+
+    def fingerprint(self) -> str:
+        """Of the labels, and of the files' names from their class folders on."""
+        names = ("/".join(i.parts[-2:]) if isinstance(i, Path) else "" for i, _ in self.samples)
+        text = "\n".join(
+            f"{name} {label}" for name, (_, label) in zip(names, self.samples, strict=True)
+        )
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """A scheduler signals the whole group; the run still wants the images of its last step."""
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, signal.SIG_IGN)
 
 
 class Splits(NamedTuple):

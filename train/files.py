@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +12,15 @@ import torch
 
 
 def replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside the file, on the disk, and put it in place in one step."""
+    """Write beside the file, on the disk, and put it in place in one step; else an OSError."""
     part = path.with_name(f".{path.name}.part")
     try:
         write(part)
         with part.open("rb") as file:
             os.fsync(file.fileno())
         part.replace(path)
+    except (OSError, RuntimeError) as error:  # torch.save has the latter for a full disk
+        raise OSError(f"{path} cannot be written: {error}") from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -39,3 +42,14 @@ def read_state(path: Path) -> dict[str, Any]:
     except Exception as error:  # pickle, zip and value errors of torch.load
         raise ValueError(f"{path} cannot be read as a run's state: {error}") from error
     return state
+
+
+def read_json(path: Path, kind: type) -> Any:
+    """What a JSON file holds, a list or a dict; a ValueError names a file that holds none."""
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, kind):
+        raise ValueError(f"{path} must hold a {kind.__name__}, has a {type(value).__name__}")
+    return value

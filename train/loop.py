@@ -13,6 +13,8 @@ import dataclasses
 import io
 import itertools
 import json
+import math
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -79,6 +81,7 @@ class Run:
     def __init__(self, config: RunConfig, resume: Path | None = None) -> None:
         config.check()
         self.config, c = config, config.train
+        self.resumed, self.claimed = resume is not None, False  # the folder, by a new run
         self.folder = _new_folder(config) if resume is None else resume
         self.accelerator = make_accelerator(c, self.folder)
         self.device = self.accelerator.device
@@ -92,6 +95,8 @@ class Run:
                 f" {c.accumulate} times {self.accelerator.num_processes} process(es)"
             )
         self.part_size = self.batch_size // parts
+        if self.part_size == 1 and (config.augment.mixup or config.augment.cutmix):
+            raise ValueError("augment.mixup and augment.cutmix mix images of a part: it has only 1")
         self.steps_per_epoch = len(self.data.train) // self.batch_size
         self.steps = c.epochs * self.steps_per_epoch
         torch.manual_seed(seed_of(config.seed))
@@ -156,10 +161,11 @@ class Run:
                 loss = self.loss(x, labels) / len(draws)
                 self.accelerator.backward(loss)
             total += loss.detach()
+        norm = self.accelerator.clip_grad_norm_(self.net.parameters(), c.clip_norm or math.inf)
+        if self.accelerator.scaler is None:  # which leaves out a step that is not finite
+            total += 0 * norm
         if not total.isfinite():  # before the weights are spoilt
             self._explain(x, rate)
-        if c.clip_norm:
-            self.accelerator.clip_grad_norm_(self.net.parameters(), c.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.ema is not None:
@@ -183,10 +189,10 @@ class Run:
             self.model(x)
         for hook in hooks:
             hook.remove()
-        where = f"first at {culprits[0]}" if culprits else "in the loss alone"
+        where = f"first at {culprits[0]}" if culprits else "in the loss or the gradient alone"
         raise ValueError(
             f"the loss is not finite in step {self.step + 1} at learning rate {rate:.2g}, {where}: "
-            "lower train.lr, or set train.precision to fp32; the last saved state is as it was"
+            "lower train.lr, or set train.precision to fp32"
         )
 
     # All steps
@@ -206,9 +212,9 @@ class Run:
             progress.update()
             self.images_seen += self.batch_size
             self.seconds = before + time.perf_counter() - start
-            if self.signal is not None:
+            if (number := self._asked_to_stop()) is not None:
                 self.save_state()
-                raise Interrupted(self.signal)
+                raise Interrupted(number)
             if self.step % self.config.train.save_every == 0:
                 self.save_state()
             if step % 10 == 0:
@@ -246,6 +252,12 @@ class Run:
         """Train; keep the last weights and those best on validation; test the best once."""
         if self.main:
             self.folder.mkdir(parents=True, exist_ok=True)
+            if not self.resumed:
+                try:  # another run may have begun there since we looked
+                    (self.folder / "config.yaml").touch(exist_ok=False)
+                except FileExistsError as error:
+                    raise ValueError(f"run_dir {self.folder} already holds a run") from error
+                self.claimed = True
             write_whole(self.folder / "config.yaml", self.resolved)
             write_whole(self.folder / "classes.json", json.dumps(self.data.classes) + "\n")
             note_session(self.folder / "sessions.json", self.accelerator, self.step)
@@ -256,15 +268,16 @@ class Run:
         if progress is None:  # silent where there is no terminal
             quiet = None if self.main else True
             progress = tqdm(total=self.steps, initial=self.step, unit="step", disable=quiet)
-        with self._signals():
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._signals())
+            if own_bar:
+                stack.callback(progress.close)
             while len(self.rows) < self.config.train.epochs:
                 if self.step < (len(self.rows) + 1) * self.steps_per_epoch:
                     self.train_epoch(progress)
                 self.end_epoch()
-                if self.signal is not None:
-                    raise Interrupted(self.signal)
-        if own_bar:
-            progress.close()
+                if (number := self._asked_to_stop()) is not None:
+                    raise Interrupted(number)
         self.accelerator.wait_for_everyone()
         vx.load_weights(self.best_model, self.folder / "best.safetensors")
         logits, labels = self.predict(self.data.test)
@@ -298,6 +311,11 @@ class Run:
     def end_epoch(self) -> None:
         """Validate, and write what the epoch left."""
         val = accuracy(*self.predict(self.data.val))
+        if not math.isfinite(val.loss):
+            raise ValueError(
+                f"the validation loss is {val.loss} after step {self.step}: lower train.lr, or set "
+                "train.precision to fp32"
+            )
         loss = self.accelerator.reduce(self.loss_sum.clone(), "mean").item()
         row = {
             "epoch": len(self.rows) + 1,
@@ -339,6 +357,13 @@ class Run:
             for kind, handler in zip(kinds, before, strict=True):
                 signal.signal(kind, handler)
 
+    def _asked_to_stop(self) -> int | None:
+        """The signal that came, to any of the processes: they stop after the same step."""
+        if self.accelerator.num_processes == 1:
+            return self.signal
+        came = torch.tensor([self.signal or 0], device=self.device)
+        return int(self.accelerator.gather(came).max()) or None
+
     # The state
 
     @property
@@ -347,6 +372,22 @@ class Run:
         text: str = yaml.safe_dump(dataclasses.asdict(self.config), sort_keys=False)
         return text
 
+    @property
+    def _data_fingerprint(self) -> str:
+        data = self.data
+        parts = [*data.classes, *(p.fingerprint() for p in (data.train, data.val, data.test))]
+        return "\n".join(parts)
+
+    def discard(self) -> None:
+        """Remove what a new run wrote, if it ends before there is a state to go on from."""
+        if not self.claimed or (self.folder / "state.pt").is_file():
+            return
+        for name in ("config.yaml", "classes.json", "sessions.json"):
+            (self.folder / name).unlink(missing_ok=True)
+        shutil.rmtree(self.folder / "events", ignore_errors=True)
+        with contextlib.suppress(OSError):  # something else is in it
+            self.folder.rmdir()
+
     def save_state(self) -> None:
         """Everything a run needs to go on, in one file, whole or not at all."""
         if not self.main:
@@ -354,6 +395,7 @@ class Run:
         scaler = self.accelerator.scaler
         state = {
             "config": self.resolved,
+            "data": self._data_fingerprint,
             "step": self.step,
             "rows": self.rows,
             "best": self.best,
@@ -373,10 +415,21 @@ class Run:
         if not path.is_file():
             return
         state = read_state(path)
-        if yaml.safe_load(state["config"]) != yaml.safe_load(self.resolved):
+        try:
+            self._take_state(state, path)
+        except (KeyError, TypeError, AttributeError, RuntimeError, yaml.YAMLError) as error:
+            raise ValueError(f"{path} is not a state of this run: {error}") from error
+
+    def _take_state(self, state: dict[str, Any], path: Path) -> None:
+        if _numbers_of(state["config"]) != _numbers_of(self.resolved):
             raise ValueError(
                 f"{path} is of a run with another configuration than its config.yaml now: undo "
                 "what was changed there, or start a new run"
+            )
+        if state["data"] != self._data_fingerprint:
+            raise ValueError(
+                f"{path} is of a run with other images or classes than {self.config.data.name} in "
+                f"{self.config.data.root} has now: bring them back, or start a new run"
             )
         self.step, self.rows, self.best = state["step"], state["rows"], state["best"]
         self.loss_sum.copy_(state["loss_sum"])
@@ -401,6 +454,15 @@ def _teacher(path: str | None, model: vx.Backbone, device: torch.device) -> nn.M
     if isinstance(model, LeViT) and model.config.distilled:
         model.set_distilled_training()
     return teacher
+
+
+def _numbers_of(config: str) -> dict[str, Any]:
+    """A configuration without what changes no number of a run: it may move to another place."""
+    found: dict[str, Any] = yaml.safe_load(config)
+    del found["run_dir"], found["train"]["device"], found["train"]["save_every"]
+    for name in ("root", "mirror", "in_memory", "workers"):
+        del found["data"][name]
+    return found
 
 
 def _csv(rows: list[dict[str, float]]) -> str:

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 
 import vision_xformer as vx
 
-from .files import write_whole
+from .files import read_json, write_whole
 
 _PACKAGES = ("torch", "torchvision", "accelerate", "einops")
 
@@ -61,7 +61,7 @@ def device_name(device: torch.device) -> str:
 
 def note_session(path: Path, accelerator: Accelerator, step: int) -> None:
     """Add how this process was started to the list of those that worked on the run."""
-    sessions = json.loads(path.read_text()) if path.is_file() else []
+    sessions = read_json(path, list) if path.is_file() else []
     sessions.append(
         {
             "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

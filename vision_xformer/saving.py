@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .backbones import Backbone
@@ -29,6 +29,8 @@ def save_model(model: Backbone, path: str | os.PathLike[str]) -> None:
     try:
         save_file(state, part, metadata)
         part.replace(path)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
     finally:
         part.unlink(missing_ok=True)
 
