@@ -353,10 +353,10 @@ def test_a_run_is_not_written_over(
 ) -> None:
     config = config_for(tmp_path / "run")
     Run(config).fit()
-    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
     with pytest.raises(ValueError, match=r"run_dir .*run already holds a run"):
         Run(config)
-    assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
     monkeypatch.chdir(tmp_path)
     config.run_dir = None
     assert Run(config).folder == Path("runs/vit-digits-0")
