@@ -81,6 +81,7 @@ def read_runs(paths: list[Path]) -> list[dict[str, Any]]:
         try:
             lines = (folder / "metrics.csv").read_text().splitlines()
             rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(lines)]
+            # a row at least, and in each what the report shows
             max(row["val_top1"] + row["images_per_second"] for row in rows)
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{folder / 'metrics.csv'} is not a run's: {error!r}") from error

@@ -2,7 +2,8 @@
 
 What happens in a step is a function of the seed and the step alone: the images, their order, their
 augmentation, dropout. So a run that was cut off goes on from its saved state as if nothing had
-happened, and any number of processes, each with its rows of the batch, do the same.
+happened, and any number of processes, each with its rows of the batch, do the same; but dropout,
+policies and mixing draw on each process.
 """
 
 from __future__ import annotations
@@ -87,6 +88,8 @@ class Run:
         self.device = self.accelerator.device
         with self.accelerator.main_process_first():  # one of them downloads and unpacks
             self.data = load_data(config.data, self.device)
+        sets = self.data.train, self.data.val, self.data.test
+        self.fingerprint = [*self.data.classes, *(images.fingerprint() for images in sets)]
         self.batch_size = min(config.data.batch_size, len(self.data.train))
         parts = self.accelerator.num_processes * c.accumulate
         if self.batch_size % parts:
@@ -372,12 +375,6 @@ class Run:
         text: str = yaml.safe_dump(dataclasses.asdict(self.config), sort_keys=False)
         return text
 
-    @property
-    def _data_fingerprint(self) -> str:
-        data = self.data
-        parts = [*data.classes, *(p.fingerprint() for p in (data.train, data.val, data.test))]
-        return "\n".join(parts)
-
     def discard(self) -> None:
         """Remove what a new run wrote, if it ends before there is a state to go on from."""
         if not self.claimed or (self.folder / "state.pt").is_file():
@@ -395,7 +392,7 @@ class Run:
         scaler = self.accelerator.scaler
         state = {
             "config": self.resolved,
-            "data": self._data_fingerprint,
+            "data": self.fingerprint,
             "step": self.step,
             "rows": self.rows,
             "best": self.best,
@@ -426,7 +423,7 @@ class Run:
                 f"{path} is of a run with another configuration than its config.yaml now: undo "
                 "what was changed there, or start a new run"
             )
-        if state["data"] != self._data_fingerprint:
+        if state["data"] != self.fingerprint:
             raise ValueError(
                 f"{path} is of a run with other images or classes than {self.config.data.name} in "
                 f"{self.config.data.root} has now: bring them back, or start a new run"
