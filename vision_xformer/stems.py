@@ -215,7 +215,7 @@ class ConvStem(Stem):
 class Tokenizer(Stem):
     """The convolutional tokenizer of CCT (Hassani et al. 2021, arXiv 2104.05704, section 3.3).
 
-    ``layers`` times convolution without bias, ReLU, max-pool over 3. The patch is what all strides
+    ``layers`` times convolution without bias, max-pool over 3, ReLU. The patch is what all strides
     come to; those of the convolutions share what the pools leave of it, the first ones most.
 
     Args:
@@ -259,7 +259,7 @@ class Tokenizer(Stem):
     def forward(self, x: Tensor) -> Tensor:
         x = channels_last(x)
         for conv in self.convs:
-            x = self.pool(conv(x).relu())
+            x = self.pool(conv(x)).relu()  # the same as before the pool, on fewer pixels
         return x.flatten(2).mT
 
 
