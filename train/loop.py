@@ -9,13 +9,9 @@ policies and mixing draw on each process.
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
-import io
-import itertools
 import json
 import math
-import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -37,7 +33,8 @@ from .config import ModelConfig, RunConfig
 from .data import Images, Splits, load_data
 from .devices import make_accelerator
 from .evaluation import Accuracy, accuracy, predict
-from .files import read_state, write_state, write_whole
+from .files import write_state, write_whole
+from .folder import claim, discard, new_folder, state_of, write_metrics
 from .measure import known_peak
 from .optim import average, learning_rate, make_optimizer
 from .pictures import confusion, curves, mistakes, save
@@ -83,7 +80,7 @@ class Run:
         config.check()
         self.config, c = config, config.train
         self.resumed, self.claimed = resume is not None, False  # the folder, by a new run
-        self.folder = _new_folder(config) if resume is None else resume
+        self.folder = new_folder(config) if resume is None else resume
         self.accelerator = make_accelerator(c, self.folder)
         self.device = self.accelerator.device
         with self.accelerator.main_process_first():  # one of them downloads and unpacks
@@ -256,10 +253,7 @@ class Run:
         if self.main:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not self.resumed:
-                try:  # another run may have begun there since we looked
-                    (self.folder / "config.yaml").touch(exist_ok=False)
-                except FileExistsError as error:
-                    raise ValueError(f"run_dir {self.folder} already holds a run") from error
+                claim(self.folder)
                 self.claimed = True
             write_whole(self.folder / "config.yaml", self.resolved)
             write_whole(self.folder / "classes.json", json.dumps(self.data.classes) + "\n")
@@ -332,7 +326,7 @@ class Run:
         self.accelerator.log(row, step=row["epoch"])
         self.loss_sum.zero_()
         if self.main:
-            write_whole(self.folder / "metrics.csv", _csv(self.rows))
+            write_metrics(self.folder, self.rows)
             vx.save_model(self.best_model, self.folder / "last.safetensors")
             if val.top1 > self.best:
                 vx.save_model(self.best_model, self.folder / "best.safetensors")
@@ -377,13 +371,8 @@ class Run:
 
     def discard(self) -> None:
         """Remove what a new run wrote, if it ends before there is a state to go on from."""
-        if not self.claimed or (self.folder / "state.pt").is_file():
-            return
-        for name in ("config.yaml", "classes.json", "sessions.json"):
-            (self.folder / name).unlink(missing_ok=True)
-        shutil.rmtree(self.folder / "events", ignore_errors=True)
-        with contextlib.suppress(OSError):  # something else is in it
-            self.folder.rmdir()
+        if self.claimed:
+            discard(self.folder)
 
     def save_state(self) -> None:
         """Everything a run needs to go on, in one file, whole or not at all."""
@@ -411,32 +400,19 @@ class Run:
         path = self.folder / "state.pt"
         if not path.is_file():
             return
-        state = read_state(path)
+        state = state_of(self.folder, self.config, self.resolved, self.fingerprint)
         try:
-            self._take_state(state, path)
-        except (KeyError, TypeError, AttributeError, RuntimeError, yaml.YAMLError) as error:
+            self.step, self.rows, self.best = state["step"], state["rows"], state["best"]
+            self.loss_sum.copy_(state["loss_sum"])
+            self.images_seen, self.seconds = state["images_seen"], state["seconds"]
+            self.model.load_state_dict(state["model"])
+            if self.ema is not None:
+                self.ema.load_state_dict(state["ema"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{path} is not a state of this run: {error}") from error
-
-    def _take_state(self, state: dict[str, Any], path: Path) -> None:
-        if _numbers_of(state["config"]) != _numbers_of(self.resolved):
-            raise ValueError(
-                f"{path} is of a run with another configuration than its config.yaml now: undo "
-                "what was changed there, or start a new run"
-            )
-        if state["data"] != self.fingerprint:
-            raise ValueError(
-                f"{path} is of a run with other images or classes than {self.config.data.name} in "
-                f"{self.config.data.root} has now: bring them back, or start a new run"
-            )
-        self.step, self.rows, self.best = state["step"], state["rows"], state["best"]
-        self.loss_sum.copy_(state["loss_sum"])
-        self.images_seen, self.seconds = state["images_seen"], state["seconds"]
-        self.model.load_state_dict(state["model"])
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
 
 
 def _teacher(path: str | None, model: vx.Backbone, device: torch.device) -> nn.Module | None:
@@ -451,36 +427,3 @@ def _teacher(path: str | None, model: vx.Backbone, device: torch.device) -> nn.M
     if isinstance(model, LeViT) and model.config.distilled:
         model.set_distilled_training()
     return teacher
-
-
-def _numbers_of(config: str) -> dict[str, Any]:
-    """A configuration without what changes no number of a run: it may move to another place."""
-    found: dict[str, Any] = yaml.safe_load(config)
-    del found["run_dir"], found["train"]["device"], found["train"]["save_every"]
-    for name in ("root", "mirror", "in_memory", "workers"):
-        del found["data"][name]
-    return found
-
-
-def _csv(rows: list[dict[str, float]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def _new_folder(config: RunConfig) -> Path:
-    """The run's folder: the one asked for, which must not hold a run, or the first free name."""
-    if config.run_dir is not None:
-        folder = Path(config.run_dir).expanduser()
-        if (folder / "config.yaml").exists():
-            raise ValueError(
-                f"run_dir {folder} already holds a run: go on with --resume {folder}, choose "
-                "another, or remove it"
-            )
-        return folder
-    parts = [config.model.name, config.model.mixer or "", config.data.name, str(config.seed)]
-    name = Path("runs") / "-".join(p for p in parts if p).lower()
-    numbered = (name.with_name(f"{name.name}-{i}") for i in itertools.count(2))
-    return next(f for f in itertools.chain([name], numbered) if not f.exists())
