@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from pathlib import Path
 
@@ -11,9 +10,8 @@ from matrix import markdown
 
 import vision_xformer as vx
 from train.__main__ import COMMANDS, parse
-from train.benchmark import summary
 from train.commands import command_line, read_runs
-from train.report import markdown as markdown_of_runs
+from train.report import table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -45,15 +43,9 @@ def test_support_matrix_is_that_of_the_tests() -> None:
     assert between("support matrix") == markdown().strip()
 
 
-def test_benchmark_table_is_that_of_the_results() -> None:
-    lines = (ROOT / "results" / "mixers-cpu.csv").read_text().splitlines()
-    rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
-    assert between("benchmark") == summary(rows)
-
-
 def test_training_table_is_that_of_the_results() -> None:
     runs = read_runs([ROOT / "results"])
-    assert between("training") == markdown_of_runs(runs)
+    assert between("training") == table(runs).markdown()
     for run in runs:
         assert (run["folder"] / "config.yaml").is_file()
         assert run["result"]["test_top1"] > 0

@@ -1,4 +1,4 @@
-"""The programs: readers and their refusals, the loop, configurations, demo and benchmark."""
+"""The programs: readers and their refusals, the loop, configurations, demo."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import vision_xformer as vx
-from train import benchmark, demo
+from train import demo
 from train.__main__ import main, parse
 from train.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from train.data import CIFAR10, load_data, open_image
@@ -568,71 +568,6 @@ def test_bytes_kept_are_those_of_the_operands() -> None:
     assert bytes_kept(two, lambda: two(x)) == 11 * 7 * 4 + 11 * 5 * 4
     with torch.no_grad():
         assert bytes_kept(two, lambda: two(x)) == 0
-
-
-def test_bytes_kept_grow_as_the_paper_says() -> None:
-    def kept(name: str, side: int) -> int:
-        layout = vx.Layout((side, side))
-        options = {"landmarks": 9} if name == "nystrom" else {}
-        heads = None if name == "fourier" else 1
-        mixer = vx.create_mixer(name, dim=16, heads=heads, layout=layout, **options)
-        x = torch.randn(1, side * side, 16)
-        return bytes_kept(mixer, lambda: mixer(x, layout))
-
-    def exponent(name: str) -> float:
-        return math.log(kept(name, 64) / kept(name, 32), 4)
-
-    assert 1.7 < exponent("softmax_eager") < 2.05
-    for name in ("softmax", "linformer", "performer", "nystrom"):
-        assert 0.9 < exponent(name) < 1.1
-    assert kept("fourier", 32) == 0
-
-
-def test_benchmark_of_mixers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "mixers.csv"
-    benchmark.main(
-        ["mixers", "--only", "softmax", "linformer", "linformer-pytorch", "--lengths", "16",
-         "--repeats", "1", "--out", str(out)]
-    )  # fmt: skip
-    assert "| `linformer` |" in capsys.readouterr().out
-    lines = [line for line in out.read_text().splitlines() if not line.startswith("#")]
-    rows = {row["mixer"]: row for row in csv.DictReader(lines)}
-    ratio = float(rows["linformer-pytorch"]["ms"]) / float(rows["linformer"]["ms"])
-    assert float(rows["linformer"]["times_eager_package"]) == pytest.approx(ratio)
-    assert rows["linformer-pytorch"]["parameters"] == rows["linformer"]["parameters"]
-
-
-def test_benchmark_layers_and_packages_compute_the_same() -> None:
-    x, layout = torch.randn(1, 256, benchmark.DIM), benchmark.layout_of(256)
-    for name, (peer, _, _) in benchmark.PAIRS.items():
-        if name != "nystrom":  # the package shares its start among heads
-            ours, theirs = benchmark.build(name, 256), benchmark.build(peer, 256)
-            assert torch.allclose(ours(x, layout), theirs(x, layout), atol=1e-5)
-    assert torch.allclose(
-        benchmark.build("fourier", 256)(x, layout),
-        benchmark.build("fft2", 256)(x, layout),
-        atol=1e-2,
-    )
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--lengths", "200"], "length 200 must be a square"),
-        (["--lengths", "0"], "length 0 must be a square"),
-        (["--lengths", "-4"], "length -4 must be a square"),
-        (["--repeats", "0"], "--repeats 0 must be at least 1"),
-        (["--out", "no/where.csv"], "--out no/where.csv must be a file in a folder that exists"),
-        (["--only", "performr"], "performr"),
-    ],
-)
-def test_benchmark_refuses_before_it_measures(
-    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as stop:
-        benchmark.main(["mixers", *arguments])
-    assert stop.value.code == 2
-    assert words in capsys.readouterr().err
 
 
 def test_demo_table_and_picture(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from .config import RunConfig
 from .data import decode, load_data
 from .devices import make_accelerator
 from .evaluation import accuracy, predict
-from .files import read_json
+from .files import read_json, read_yaml
 from .report import page, table
 
 
@@ -77,7 +77,8 @@ def read_runs(paths: list[Path]) -> list[dict[str, Any]]:
     found = sorted({file.parent for path in paths for file in path.rglob("metrics.csv")})
     runs = []
     for folder in found:
-        result, sessions = folder / "result.json", folder / "sessions.json"
+        names = "config.yaml", "result.json", "sessions.json"
+        config, result, sessions = (folder / name for name in names)
         try:
             lines = (folder / "metrics.csv").read_text().splitlines()
             rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(lines)]
@@ -88,6 +89,7 @@ def read_runs(paths: list[Path]) -> list[dict[str, Any]]:
         runs.append(
             {
                 "folder": folder,
+                "config": read_yaml(config) if config.is_file() else {},
                 "rows": rows,
                 "result": read_json(result, dict) if result.is_file() else {},
                 "sessions": read_json(sessions, list) if sessions.is_file() else [],
@@ -130,4 +132,4 @@ def report(paths: list[Path], out: Path | None) -> str:
         raise ValueError(f"no runs (folders with metrics.csv) in {', '.join(map(str, paths))}")
     target = out or paths[0] / "report.html"
     page(runs, target)
-    return f"{table(runs)}\n\nthe page: {target}"
+    return f"{table(runs).text()}\n\nthe page: {target}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 
 def replace(path: Path, write: Callable[[Path], Any]) -> None:
@@ -52,4 +53,15 @@ def read_json(path: Path, kind: type) -> Any:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(value, kind):
         raise ValueError(f"{path} must hold a {kind.__name__}, has a {type(value).__name__}")
+    return value
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """What a YAML file of options holds; a ValueError names a file that holds none."""
+    try:
+        value = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold options with values")
     return value

@@ -1,9 +1,7 @@
-"""What is measured the same way everywhere: bytes kept for backward, time, memory of a process."""
+"""What is measured the same way everywhere: bytes kept for backward, memory of a process."""
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,26 +28,6 @@ def bytes_kept(module: nn.Module, forward: Callable[[], Tensor]) -> int:
     total = sum(kept.values())
     del output  # alive until here, so that no address was used twice
     return total
-
-
-def synchronize() -> None:
-    """Wait for the device, where there is one to wait for."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def interleaved_seconds(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """Median seconds of each step; one of each in turn, so that a slow minute hits them all."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for repeat in range(repeats + 1):
-        for name, step in steps.items():
-            synchronize()
-            start = time.perf_counter()
-            step()
-            synchronize()
-            if repeat:  # the first is a warm-up
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def reset_peak() -> int:

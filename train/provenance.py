@@ -56,7 +56,8 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     name = known.get("cpu_name") or platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def note_session(path: Path, accelerator: Accelerator, step: int) -> None:

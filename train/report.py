@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import itertools
+import json
+import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +14,8 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .files import write_whole
-from .pictures import STYLE
+from .page import Section, Table, write_page
+from .pictures import GREY, STYLE
 
 Run = dict[str, Any]
 _COLUMNS = [  # heading, key of a run's figures, format
@@ -30,17 +29,7 @@ _COLUMNS = [  # heading, key of a run's figures, format
     ("minutes", "minutes", "{:,.1f}"),
     ("device", "device", "{}"),
 ]
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem;
-       color: #1f2328; }
-table { border-collapse: collapse; font-size: 0.9rem; }
-th, td { padding: 0.35rem 0.8rem; text-align: right; border-bottom: 1px solid #d8dee4;
-         white-space: nowrap; }
-th:first-child, td:first-child, th:last-child, td:last-child { text-align: left; }
-.wide { overflow-x: auto; }
-img { max-width: 100%; height: auto; }
-code { font-size: 0.85rem; overflow-wrap: anywhere; }
-"""
+_COSTS = ("parameters", "peak_mib", "images_per_second", "minutes")
 
 
 def figures(run: Run) -> dict[str, Any]:
@@ -58,30 +47,12 @@ def figures(run: Run) -> dict[str, Any]:
     return {k: v for k, v in found.items() if v is not None}
 
 
-def cells(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows, the best run first; columns that no run has are left out."""
+def table(runs: Sequence[Run]) -> Table:
+    """A row for each run, the best first; columns that no run has are left out."""
     known = sorted(map(figures, runs), key=lambda f: -f.get("test_top1", f["val_top1"]))
     columns = [c for c in _COLUMNS if any(c[1] in f for f in known)]
     rows = [[form.format(f[key]) if key in f else "" for _, key, form in columns] for f in known]
-    return [heading for heading, _, _ in columns], rows
-
-
-def table(runs: Sequence[Run]) -> str:
-    """For a terminal."""
-    headings, rows = cells(runs)
-    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(pairs))
-        for pairs in (list(zip(row, widths, strict=True)) for row in (headings, *rows))
-    ]
-    return "\n".join(lines)
-
-
-def markdown(runs: Sequence[Run]) -> str:
-    """For the README."""
-    headings, rows = cells(runs)
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return Table([heading for heading, _, _ in columns], rows)
 
 
 def curves(runs: Sequence[Run]) -> Figure:
@@ -103,63 +74,98 @@ def curves(runs: Sequence[Run]) -> Figure:
     return figure
 
 
+def data_of(run: Run) -> str:
+    """The data set of a run, by name and folder; "" where the run does not say."""
+    data = run["config"].get("data", {})
+    folder = Path(data.get("root") or "").name
+    return ", ".join(part for part in (data.get("name", ""), folder) if part)
+
+
+def by_seed(runs: Sequence[Run]) -> list[list[Run]]:
+    """Complete runs, those that differ by nothing but the seed together."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        if "test_top1" in run["result"]:
+            config = {k: v for k, v in run["config"].items() if k not in ("seed", "run_dir")}
+            key = json.dumps(config, sort_keys=True) if config else str(run["folder"])
+            groups.setdefault(key, []).append(run)
+    return list(groups.values())
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of what nothing beats in both, cost (first) and accuracy (second), by cost."""
+    best, kept = -math.inf, []
+    for i in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
+        if points[i][1] > best:
+            best = points[i][1]
+            kept.append(i)
+    return kept
+
+
 def costs(runs: Sequence[Run]) -> Figure | None:
-    """Test accuracy against parameters, memory and time; None where no run is complete."""
-    known = [f for f in map(figures, runs) if "test_top1" in f]
-    panels = [c for c in _COLUMNS if c[1] in ("parameters", "peak_mib", "minutes")]
-    panels = [c for c in panels if any(c[1] in f for f in known)]
-    if not known or not panels:
+    """Test accuracy, a bar over the seeds, against each cost; a line joins what nothing beats.
+
+    Of runs on one data set; None where none is complete.
+    """
+    groups = [[figures(run) for run in group] for group in by_seed(runs)]
+    panels = [c for c in _COLUMNS if c[1] in _COSTS]
+    panels = [c for c in panels if all(c[1] in f for group in groups for f in group)]
+    if not groups or not panels:
         return None
+    tops = [[100 * f["test_top1"] for f in group] for group in groups]
+    means = [sum(top) / len(top) for top in tops]
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(4.6 * len(panels), 4.6))
-        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)
-        for axis, (heading, key, _) in zip(axes.flat, panels, strict=True):
-            for f in known:
-                if key in f:
-                    axis.scatter(f[key], 100 * f["test_top1"], s=45)
-                    axis.annotate(
-                        f["name"], (f[key], 100 * f["test_top1"]), xytext=(5, 4),
-                        textcoords="offset points", fontsize=8,
-                    )  # fmt: skip
+        rows = -(-len(panels) // 2)
+        figure = Figure(figsize=(11, 4.4 * rows))
+        axes = figure.subplots(rows, 2, sharey=True, squeeze=False)
+        for axis in axes.flat[len(panels) :]:
+            axis.remove()
+        for axis, (heading, key, _) in zip(axes.flat, panels, strict=False):
+            cost = [sum(f[key] for f in group) / len(group) for group in groups]
+            sign = -1 if key == "images_per_second" else 1  # of which more is better
+            best = front([(sign * x, y) for x, y in zip(cost, means, strict=True)])
+            axis.plot([cost[i] for i in best], [means[i] for i in best], color=GREY, zorder=0)
+            for group, top, mean, x in zip(groups, tops, means, cost, strict=True):
+                bars = [[mean - min(top)], [max(top) - mean]]
+                axis.errorbar(x, mean, bars, fmt="o", markersize=7, capsize=4)
+                axis.annotate(
+                    group[0]["name"], (x, mean), xytext=(6, 5), textcoords="offset points",
+                    fontsize=9,
+                )  # fmt: skip
             axis.set(xlabel=heading)
             axis.xaxis.set_major_locator(MaxNLocator(5))
-            axis.margins(0.15)
-        axes.flat[0].set_ylabel("test accuracy (%)")
+            axis.margins(0.2)
+        for row in axes:
+            row[0].set_ylabel("test accuracy (%)")
         figure.tight_layout()
     return figure
 
 
+def cost_sections(runs: Sequence[Run]) -> list[Section]:
+    """Accuracy and cost, a picture and a table for each data set."""
+    sets: dict[str, list[Run]] = {}
+    for run in runs:
+        sets.setdefault(data_of(run), []).append(run)
+    return [
+        Section(
+            f"Accuracy and cost: {name}" if name else "Accuracy and cost", figure, [table(some)]
+        )
+        for name, some in sets.items()
+        if (figure := costs(some)) is not None
+    ]
+
+
 def page(runs: Sequence[Run], path: Path) -> None:
     """One file that needs no network."""
-    headings, rows = cells(runs)
-    head = "".join(f"<th>{html.escape(h)}</th>" for h in headings)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    pictures = [("Curves", curves(runs)), ("Accuracy and cost", costs(runs))]
-    shown = "".join(
-        f'<h2>{title}</h2><img alt="{title}" src="{_inline(figure)}">'
-        for title, figure in pictures
-        if figure is not None
-    )
-    commands = "".join(
-        f"<p>{html.escape(run['folder'].name)}<br><code>"
-        f"{html.escape(shlex.join(run['sessions'][0]['command']))}</code></p>"
+    commands = [
+        f"{run['folder'].name}: {shlex.join(run['sessions'][0]['command'])}"
         for run in runs
         if run["sessions"]
-    )
-    write_whole(
-        path,
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width"><title>Runs</title>'
-        f"<style>{_STYLE}</style><h1>{len(runs)} runs</h1>"
-        f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>{shown}'
-        f"<h2>Commands</h2>{commands}</html>\n",
-    )
-
-
-def _inline(figure: Figure) -> str:
-    """A figure as the address of an image inside the page."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    ]
+    sections = [
+        Section("All runs", None, [table(runs)]),
+        Section("Curves", curves(runs)),
+        *cost_sections(runs),
+        Section("Commands", notes=commands),
+    ]
+    write_page(path, f"{len(runs)} runs", sections)

@@ -14,6 +14,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..layout import Layout, grid_parts, pool_grid
 from ..registry import check_at_least
@@ -143,7 +144,13 @@ class Nystrom(Kernel):
         with without_autocast(q):  # entries of the inverse are large and cancel
             ql, kl, c = widened(q_marks, k_marks, context)
             core = (ql @ kl.mT * self.key_dim**-0.5).softmax(-1)
-            context = newton_schulz_pinv(core, self.iterations) @ c
+            # Made again in the backward pass: the steps hold five matrices each, with 64 landmarks
+            # more than all else up to 500 tokens.
+            inverse = checkpoint(
+                newton_schulz_pinv, core, self.iterations,
+                use_reentrant=False, preserve_rng_state=False,
+            )  # fmt: skip
+            context = inverse @ c
         out = attend(q, k_marks, context.to(q.dtype))
         if self.residual is None:
             return out

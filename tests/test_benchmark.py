@@ -1,0 +1,471 @@
+"""The benchmark: rows, their processes, what is drawn and said of them."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from test_train import TINY
+
+import vision_xformer as vx
+from train.benchmark import __main__ as program
+from train.benchmark.cases import DIM, PAIRS, Case, build, facts, layout_of, with_weights
+from train.benchmark.controls import CONTROLS
+from train.benchmark.errors import error_of, fields, measure_errors, picture, trained
+from train.benchmark.page import write
+from train.benchmark.pictures import crossing, exponent, series, wins
+from train.benchmark.plan import cases_of, parse_memory, plan
+from train.benchmark.rows import (
+    COLUMNS,
+    KEY,
+    METHOD,
+    column_table,
+    key,
+    machine,
+    package_table,
+    read_rows,
+    write_csv,
+)
+from train.benchmark.worker import Worker
+from train.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from train.loop import Run
+from train.measure import bytes_kept
+from train.report import by_seed, costs, front
+
+
+def row(name: str = "nystrom", size: int = 1024, **values: object) -> dict:
+    found = dict.fromkeys(COLUMNS)
+    found.update(vars(Case("mixer", name, size, 8)), status="ok", spread=0.1, revision="abc")
+    return found | {"step_ms_p50": 10.0, "kept_mib": 4.0, "peak_mib": 6.0} | values
+
+
+def put(path: Path, rows: list[dict], lines: tuple[str, str] = ("device: A", "versions: 1")) -> str:
+    write_csv(path, [*lines, *METHOD, "command: python -m train.benchmark mixers"], COLUMNS, rows)
+    return str(path)
+
+
+# what is measured
+
+
+def test_mixers_and_packages_compute_the_same() -> None:
+    x, layout = torch.randn(1, 256, DIM), layout_of(256)
+    for name, (peer, _, _) in PAIRS.items():
+        if name != "nystrom":  # the package shares its start among heads
+            ours, theirs = with_weights(name, 256), with_weights(peer, 256)
+            assert torch.allclose(ours(x, layout), theirs(x, layout), atol=1e-2)
+    assert with_weights("nystrom", 64).state_dict().keys() >= {"kernel.residual"}
+
+
+def test_controls_are_what_they_say() -> None:
+    x, layout = torch.randn(2, 16, DIM), layout_of(16)
+    made = {name: kind(DIM, None, layout) for name, kind in CONTROLS.items()}
+    assert torch.equal(made["identity"](x, layout), x)
+    wanted = x.new_zeros(x.shape)
+    for i in range(4):
+        for j in range(4):
+            near = [
+                x[:, 4 * a + b] for a in range(4) for b in range(4)
+                if abs(a - i) <= 1 and abs(b - j) <= 1
+            ]  # fmt: skip
+            wanted[:, 4 * i + j] = sum(near) / len(near) - x[:, 4 * i + j]
+    assert torch.allclose(made["pool"](x, layout), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", vx.list_mixers())
+def test_bytes_kept_grow_as_the_papers_say(name: str) -> None:
+    """Few landmarks and features: a constant beside the N would flatten the slope."""
+    known = vx.mixer_options(name)
+    few = {key: 16 for key in ("landmarks", "rank", "features") if key in known}
+
+    def kept(side: int) -> int:
+        layout = vx.Layout((side, side))
+        heads = None if name == "fourier" else 2
+        mixer = vx.create_mixer(name, dim=64, heads=heads, layout=layout, **few)
+        x = torch.randn(1, side * side, 64, requires_grad=True)
+        return bytes_kept(mixer, lambda: mixer(x, layout))
+
+    if name == "fourier":
+        assert kept(64) == 0
+        return
+    low, high = (1.9, 2.05) if name == "softmax_eager" else (0.95, 1.05)
+    assert low <= math.log(kept(64) / kept(32), 4) <= high
+
+
+def test_nystrom_keeps_nothing_of_the_steps_of_its_inverse() -> None:
+    layout, x = vx.Layout((8, 8)), torch.randn(1, 64, 64, requires_grad=True)
+    kept = []
+    for iterations in (1, 12):
+        mixer = vx.create_mixer("nystrom", dim=64, heads=2, layout=layout, iterations=iterations)
+        kept.append(bytes_kept(mixer, lambda mixer=mixer: mixer(x, layout)))
+    assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("name", [*vx.list_mixers(), *CONTROLS])
+def test_facts_of_a_mixer(name: str) -> None:
+    found = facts(Case("mixer", name, 64, 8))
+    assert (found["tokens"], found["width"]) == (64, DIM)
+    mixer = with_weights(name, 64)
+    assert found["parameters"] == sum(p.numel() for p in mixer.parameters())
+    assert found["flops"] == vx.count_flops(mixer, torch.randn(1, 64, DIM), layout_of(64))
+
+
+@pytest.mark.parametrize(
+    ("name", "backbone", "tokens", "width"),
+    [("vin", "vit", 65, 128), ("ccl", "cct", 64, 128), ("levit", "levit", 64, 128),
+     ("cvp", "cvt", 64, 128), ("fnet2d", "fnet2d", 64, 128)],
+)  # fmt: skip
+def test_facts_of_a_model(name: str, backbone: str, tokens: int, width: int) -> None:
+    found = facts(Case("model", name, 8, 8))
+    assert (found["backbone"], found["tokens"], found["width"]) == (backbone, tokens, width)
+
+
+@pytest.mark.parametrize("kind", ["mixer", "model"])
+def test_a_step_is_a_training_step(kind: str) -> None:
+    case = Case(kind, "nystrom" if kind == "mixer" else "vin", 16 if kind == "mixer" else 4, 2)
+    subject = build(case, "cpu")
+    before = [p.detach().clone() for p in subject.module.parameters()]
+    subject.infer()
+    subject.step()
+    moved = [
+        not torch.equal(a, b) for a, b in zip(before, subject.module.parameters(), strict=True)
+    ]
+    assert all(moved) if kind == "model" else not any(moved)
+    assert all(p.grad is None for p in subject.module.parameters())
+    assert bytes_kept(subject.module, subject.forward) > 0
+
+
+# processes
+
+
+def test_mixers_are_measured_and_go_on_where_they_stopped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "a" / "mixers.csv"
+    out.parent.mkdir()
+    words = ["mixers", "--only", "linformer", "linformer-pytorch", "softmax_eager", "--batch", "1",
+             "--out", str(out), "--lengths"]  # fmt: skip
+    program.main([*words, "16"])
+    assert "training step, package / ours" in capsys.readouterr().out
+    comments, first = read_rows(out)
+    assert tuple(comments[:2]) == machine()
+    assert [r["name"] for r in first] == ["linformer", "linformer-pytorch", "softmax_eager"]
+    for r in first:
+        assert r["status"] == "ok"
+        assert 0 < r["infer_ms_p20"] <= r["infer_ms_p50"] <= r["infer_ms_p80"] < r["step_ms_p80"]
+        assert r["images_per_second"] == pytest.approx(1e3 / r["step_ms_p50"], rel=1e-3)
+        assert r["kept_mib"] > 0
+        assert r["parameters"] == facts(Case("mixer", r["name"], 16, 1))["parameters"]
+    # the map of 512 x 512 tokens is larger than any machine's memory: a row, not a gap
+    program.main([*words, "16", "262144", "--only", "softmax_eager"])
+    said = capsys.readouterr()
+    assert "has 1 of 2 rows" in said.err
+    assert "OOM" in said.out
+    comments, both = read_rows(out)
+    assert both[:3] == first
+    assert (both[3]["size"], both[3]["status"]) == (262144, "out of memory")
+    assert sum(line.startswith("command") for line in comments) == 2
+
+
+def test_what_cannot_be_is_a_row_that_says_why() -> None:
+    worker = Worker(Case("model", "levit_128s", 64, 1, mixer="performer-pytorch"), "cpu")
+    found = worker.close()
+    assert "heads" in found["status"]
+    assert "\n" not in found["status"]
+
+
+def test_a_process_that_is_killed_is_a_row_and_none_is_left() -> None:
+    worker = Worker(Case("mixer", "fourier", 16, 1), "cpu")
+    assert worker.alive
+    os.kill(worker.process.pid, signal.SIGKILL)
+    worker.process.join()
+    worker.turn()
+    assert not worker.alive
+    assert "killed" in worker.close()["status"] or "ended with -9" in worker.row["status"]
+
+    class Bar:
+        turns = 0
+
+        def set_postfix_str(self, text: str) -> None:
+            pass
+
+        def update(self) -> None:
+            self.turns += 1
+            if self.turns == 2:
+                raise KeyboardInterrupt
+
+    before = {child.pid for child in torch.multiprocessing.active_children()}
+    with pytest.raises(KeyboardInterrupt):
+        program.measure([Case("mixer", "identity", 16, 1)], Bar())
+    assert {child.pid for child in torch.multiprocessing.active_children()} <= before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["mixers", "--lengths", "200"], "length 200 must be a square"),
+        (["mixers", "--lengths", "0"], "0 must be a whole number of at least 1"),
+        (["mixers", "--batch", "-4"], "-4 must be a whole number of at least 1"),
+        (["mixers", "--out", "no/where.csv"], "--out no/where.csv must be a file in a folder"),
+        (["mixers", "--only", "performr"], "performr"),
+        (["models", "--names", "vig"], "--names vig: no model is called so"),
+        (["plan", "--memory", "much", "--name", "vit"], "--memory much must be a number with"),
+        (["plan", "--memory", "1GB", "--name", "vi?"], "--name vi?: no model is called so, or"),
+        (["compare", "a.csv", "b.csv"], "a.csv is not a file"),
+        (["page", "a.csv"], "a.csv is not a file"),
+        (["errors", "--run", "nowhere"], "nowhere is not a run with weights"),
+    ],
+)
+def test_refusals_before_anything_is_measured(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    before = set(Path.cwd().iterdir())
+    with pytest.raises(SystemExit) as stop:
+        program.main(arguments)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert len(error.strip().splitlines()) == 1
+    assert set(Path.cwd().iterdir()) == before
+
+
+def test_a_file_of_another_machine_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(tmp_path / "a.csv", [row()])
+    with pytest.raises(SystemExit):
+        program.main(["mixers", "--lengths", "16", "--out", str(tmp_path / "a.csv")])
+    assert "is of device: A" in capsys.readouterr().err
+
+
+# rows and what is said of them
+
+
+def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
+    rows = [
+        row(checkpointing=True, step_ms_p50=1.23456, parameters=123456789),
+        row("softmax", status="out of memory"),
+    ]
+    put(tmp_path / "a.csv", rows)
+    comments, again = read_rows(tmp_path / "a.csv")
+    assert comments[0] == "device: A"
+    assert [key(r) for r in again] == [key(r) for r in rows]
+    assert again[0]["step_ms_p50"] == 1.2346
+    assert again[1]["flops"] is None
+    assert again[0]["parameters"] == 123456789
+    assert len(KEY) == 8
+
+
+@pytest.mark.parametrize("text", ["", "no,rows\n1,2\n", "# a\nkind,name\nmixer,b\n", "\xff"])
+def test_files_that_are_none_of_ours(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.csv").write_bytes(text.encode("latin1"))
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "a.csv"))):
+        read_rows(tmp_path / "a.csv")
+
+
+def test_exponents_and_crossings() -> None:
+    quadratic = [(n, 1e-6 * n**2) for n in (64, 1024, 4096)]
+    linear = [(n, 1e-3 * n) for n in (64, 1024, 4096)]
+    assert exponent(quadratic) == pytest.approx(2)
+    assert exponent(linear) == pytest.approx(1)
+    assert exponent(linear[:2]) is None
+    assert crossing(linear, quadratic) == pytest.approx(1000)
+    assert crossing(quadratic, linear) is None
+    assert crossing([(64, 1.0), (128, 1.0)], [(64, 2.0), (128, 2.0)]) == pytest.approx(64)
+    # below, above, below: what counts is from where on it stays
+    assert crossing([(1, 1), (2, 4), (4, 1)], [(1, 2), (2, 2), (4, 2)]) == pytest.approx(8**0.5)
+
+
+def test_tables_say_what_wins_what_is_missing_and_what_is_noisy() -> None:
+    rows = [row("softmax", n, step_ms_p50=n**2 / 1e3, peak_mib=n / 10.0) for n in (256, 1024, 4096)]
+    rows += [row("nystrom", n, step_ms_p50=n * 0.6, peak_mib=n / 5.0) for n in (256, 1024, 4096)]
+    rows += [row("nystrom-attention", n, step_ms_p50=n * 0.9) for n in (256, 1024)]
+    rows += [row("softmax_eager", 4096, status="out of memory", step_ms_p50=None, peak_mib=None)]
+    rows[0]["spread"] = 0.2
+    time = {line[0]: line[1:] for line in column_table(rows, "step_ms_p50", "").rows}
+    assert time["softmax"] == ["65.5~", "1,049", "16,777"]
+    assert time["softmax_eager"] == ["", "", "OOM"]
+    assert package_table(rows).rows[0] == ["nystrom", "1.50", "1.50", ""]
+    won = {line[0]: line[1:] for line in wins(rows).rows}
+    assert won["`softmax`"] == ["2.00", "1.00", "", "", ""]
+    assert won["`nystrom`"] == ["1.00", "1.00", "600", "never", ""]
+    assert series(rows, "peak_mib").keys() == {"softmax", "nystrom", "nystrom-attention"}
+
+
+def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pair = [row("nystrom", step_ms_p50=10.0), row("nystrom-attention", step_ms_p50=20.0)]
+    before = put(tmp_path / "a.csv", pair)
+
+    def code(rows: list[dict], lines: tuple[str, str] = ("device: A", "versions: 1")) -> int:
+        with pytest.raises(SystemExit) as stop:
+            program.main(["compare", before, put(tmp_path / "b.csv", rows, lines)])
+        return int(stop.value.code)
+
+    program.main(["compare", before, before])
+    assert "nothing became worse" in capsys.readouterr().out
+    assert code([pair[0] | {"kept_mib": 5.0}, pair[1]]) == 1
+    assert "nystrom at 1,024 (fp32): kept_mib is 1.25 times what it was" in capsys.readouterr().out
+    assert code([pair[0] | {"status": "out of memory"}, pair[1]]) == 1
+    # another machine, twice as slow: only the ratio to the package counts
+    slow, other = [r | {"step_ms_p50": 2 * r["step_ms_p50"]} for r in pair], ("device: B", "v")
+    program.main(["compare", before, put(tmp_path / "b.csv", slow, other)])
+    capsys.readouterr()
+    slow[0]["step_ms_p50"] = 30.0
+    assert code(slow, other) == 1
+    assert "step over the package's is 1.50 times" in capsys.readouterr().out
+    assert code([row("softmax")]) == 2
+
+
+def test_plan() -> None:
+    assert parse_memory("16GB") == parse_memory("16 gib") == 16 * 2**30
+    assert parse_memory("0.5M") == 2**19
+    for text in ("", "GB", "-1GB", "0", "1XB"):
+        with pytest.raises(ValueError, match="must be a number"):
+            parse_memory(text)
+    cases = cases_of("hybrid_vin", 16, "fp32")
+    assert [c.mixer for c in cases[:4]] == ["", "", "fourier", "fourier"]
+    assert {c.mixer for c in cases} == {"", *vx.list_mixers()} - {"nystrom"}
+
+    def measure(case: Case) -> dict:
+        if case.mixer == "softmax_eager":
+            return {"status": "out of memory"}
+        each = 2000.0 if case.mixer == "softmax" else 100.0
+        return {"status": "ok", "peak_mib": 50.0 + each * case.batch, "parameters": 2**20}
+
+    lines = {line[0]: line[1:] for line in plan(cases, 2**30, measure).rows}
+    # 1024 = 12 for weights and moments + 50 + 9 * 100 + what is left
+    assert lines["its own"] == ["62", "100.0", "9"]
+    assert lines["softmax"][-1] == "does not fit"
+    assert lines["softmax_eager"] == ["", "", "more than this machine has"]
+
+
+@pytest.mark.slow
+def test_plan_foretells_a_larger_batch() -> None:
+    def measure(case: Case) -> dict:
+        return Worker(case, "cpu").close()
+
+    cases = cases_of("hybrid_vit", 32, "fp32")[:2]
+    each = float(plan(cases, 2**30, measure).rows[0][2])
+    large, small = (measure(Case("model", "hybrid_vit", 32, n))["peak_mib"] for n in (16, 2))
+    assert (large - small) / 14 == pytest.approx(each, rel=0.15)
+
+
+@pytest.mark.slow
+def test_ours_are_as_fast_beside_the_packages_as_they_were(tmp_path: Path) -> None:
+    """Ratios to the packages, which no other machine changes much; timings of one are noisy."""
+    out = tmp_path / "mixers.csv"
+    names = [
+        name for pair in PAIRS.items() if pair[0] != "fourier" for name in (pair[0], pair[1][0])
+    ]
+    program.main(["mixers", "--only", *names, "--lengths", "1024", "--out", str(out)])
+    committed = sorted((Path(__file__).parents[1] / "results" / "benchmark").rglob("mixers.csv"))
+    assert committed
+    program.main(["compare", str(committed[0]), str(out), "--threshold", "0.5"])
+
+
+# errors and the page
+
+
+def test_errors_against_exact_attention() -> None:
+    grid = ("", "nystrom", "landmarks", {"segments": "grid", "residual_kernel": 0})
+    strips = ("", "nystrom", "landmarks", {"segments": "sequence", "residual_kernel": 0})
+    given = dict(fields())
+    for name in ("smooth fields, 0.5", "smooth fields, 1"):
+        assert (
+            error_of(grid, 64, given[name]).mean() < error_of(strips, 64, given[name]).mean() / 1.5
+        )
+    # a landmark for each token and a converged inverse are exact attention
+    q, k, v, _ = given["smooth fields, 1"]
+    layout = vx.Layout((6, 6))
+    few = tuple(x[:1, :, :36].clone() for x in (q, k, v))
+    converged = (*grid[:3], grid[3] | {"iterations": 60})
+    assert error_of(converged, 36, (*few, layout)).max() < 1e-6
+    features = ("", "performer", "features", {})
+    few_, many = (error_of(features, m, given["smooth fields, 0.5"]).mean() for m in (16, 1024))
+    assert many < few_ / 4
+
+
+def test_errors_of_a_trained_model_and_the_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = RunConfig(
+        model=ModelConfig(name="vit", options=TINY | {"depth": 2}),
+        data=DataConfig(name="digits", workers=0, batch_size=200),
+        train=TrainConfig(epochs=1, precision="fp32"),
+        run_dir=str(tmp_path / "runs" / "mine"),
+    )
+    Run(config).fit()
+    inputs = list(trained(tmp_path / "runs" / "mine", config))
+    assert [name for name, _ in inputs] == ["mine, attention 1", "mine, attention 2"]
+    q, *_ = inputs[0][1]
+    assert (q.shape, q.dtype) == ((4, 2, 65, 6), torch.float64)
+    program.main(["errors", "--run", str(tmp_path / "runs" / "mine"), "--out",
+                  str(tmp_path / "errors.csv")])  # fmt: skip
+    rows = [row("softmax", n, infer_ms_p50=n / 2.0) for n in (256, 1024, 4096)]
+    rows += [row("nystrom", n, infer_ms_p50=n / 3.0) for n in (256, 1024)]
+    rows += [row("linformer", 4096, status="out of memory", step_ms_p50=None)]
+    rows += [row("linformer", 256, status="rank <is> odd", step_ms_p50=None)]
+    put(tmp_path / "mixers.csv", rows)
+    models = [row("vin", 32, kind="model"), row("vit", 32, kind="model", mode="compiled")]
+    put(tmp_path / "models.csv", models)
+    files = [str(tmp_path / f"{name}.csv") for name in ("errors", "mixers", "models")]
+    program.main(["page", *files, "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "p")])
+    assert "index.html and 5 pictures beside it" in capsys.readouterr().out
+    text = (tmp_path / "p" / "index.html").read_text()
+    assert not re.search(r"(src|href)=\"(?!data:)", text)
+    assert "rank &lt;is&gt; odd" in text
+    assert "<td>OOM</td>" in text
+    assert "vit, compiled" in text
+    images = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
+    assert len(images) == 6  # the last is accuracy against cost
+    for image in images:
+        with Image.open(io.BytesIO(base64.b64decode(image))) as opened:
+            assert opened.width > 800
+
+
+def test_a_page_of_what_is_none_writes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("# device: A\nkind\nmixer\n")
+    with pytest.raises(ValueError, match="has no column"):
+        write([tmp_path / "a.csv"], [], tmp_path / "p")
+    assert not (tmp_path / "p").exists()
+
+
+def test_pictures_of_errors_leave_out_what_was_not_measured() -> None:
+    inputs = [("small", next(fields())[1])]
+    few = tuple(x[:1, :, :64] for x in inputs[0][1][:3])
+
+    class Bar:
+        def update(self) -> None:
+            pass
+
+    rows = measure_errors([("small", (*few, vx.Layout((8, 8))))], Bar())
+    assert {(r["kernel"], r["size"]) for r in rows if "nystrom" in r["kernel"]} == {
+        ("nystrom, grid", 16), ("nystrom, sequence", 16)
+    }  # fmt: skip
+    assert len(picture(rows).axes) == 1
+
+
+def test_accuracy_against_cost_joins_what_nothing_beats() -> None:
+    assert front([(1, 0.5), (2, 0.4), (3, 0.9), (3, 0.8)]) == [0, 2]
+
+    def run(name: str, seed: int, top1: float, **config: object) -> dict:
+        return {
+            "folder": Path(name), "config": {"seed": seed, "run_dir": name, **config},
+            "rows": [{"val_top1": top1, "images_per_second": 5.0}], "sessions": [],
+            "result": {"test_top1": top1, "parameters": 10, "peak_mib": 5.0, "minutes": 1.0},
+        }  # fmt: skip
+
+    runs = [run("a", 0, 0.5, model="x"), run("b", 1, 0.7, model="x"), run("c", 0, 0.6, model="y")]
+    assert [[r["folder"].name for r in group] for group in by_seed(runs)] == [["a", "b"], ["c"]]
+    figure = costs(runs)
+    assert figure is not None
+    assert len(figure.axes) == 4
+    bars = figure.axes[0].containers[0].lines[1]  # the caps of the first group's bar
+    assert sorted(cap.get_ydata()[0] for cap in bars) == pytest.approx([50, 70])

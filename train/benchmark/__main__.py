@@ -1,0 +1,262 @@
+"""``python -m train.benchmark mixers``, ``models``, ``plan``, ``errors``, ``compare``, ``page``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import vision_xformer as vx
+
+from ..__main__ import parse
+from ..commands import Parser, folder_of, read_runs
+from ..report import cost_sections
+from .cases import DTYPES, Case, layout_of
+from .compare import compare
+from .controls import CONTROLS
+from .errors import COLUMNS as ERROR_COLUMNS
+from .errors import METHOD as ERROR_METHOD
+from .errors import fields, measure_errors, trained
+from .page import write
+from .pictures import wins
+from .plan import cases_of as plan_cases
+from .plan import parse_memory, plan
+from .rows import (
+    COLUMNS,
+    METHOD,
+    Row,
+    column_table,
+    key,
+    machine,
+    package_table,
+    read_rows,
+    revision,
+    write_csv,
+)
+from .worker import Worker
+
+TURNS = 6
+RESULTS = Path("results") / "benchmark"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def measure(cases: Sequence[Case], bar: Any) -> list[Row]:
+    """The rows of cases that take turns."""
+    workers: list[Worker] = []
+    try:
+        for case in cases:
+            bar.set_postfix_str(f"{case.name}, {case.size:,}, memory")
+            workers.append(Worker(case, DEVICE))
+            bar.update()
+        for _ in range(TURNS):
+            for worker in workers:
+                bar.set_postfix_str(f"{worker.case.name}, {worker.case.size:,}, time")
+                if worker.wants_turns:
+                    worker.turn()
+                bar.update()
+        return [worker.close() | {"revision": revision()} for worker in workers]
+    finally:
+        for worker in workers:
+            worker.stop()
+
+
+def run(cases: Sequence[Case], out: Path, arguments: Sequence[str]) -> list[Row]:
+    """All rows, in groups of one size; those that a file already has are kept."""
+    rows: list[Row] = []
+    commands = [f"command: python -m train.benchmark {' '.join(arguments)}"]
+    if out.is_file():
+        comments, rows = read_rows(out)
+        if tuple(comments[:2]) != machine():
+            raise ValueError(f"{out} is of {comments[0]}, {comments[1]}: choose another --out")
+        commands = list(dict.fromkeys([c for c in comments if c.startswith("command")] + commands))
+    lines = [*machine(), *METHOD, *commands]
+    known = {key(row) for row in rows}
+    left = [case for case in cases if dataclasses.astuple(case) not in known]
+    if len(left) < len(cases):
+        print(f"{out} has {len(cases) - len(left)} of {len(cases)} rows; to measure them again, "
+              "remove it or choose another --out", file=sys.stderr)  # fmt: skip
+    with tqdm(total=len(left) * (1 + TURNS), unit="turn", disable=None) as bar:
+        for _, group in itertools.groupby(left, lambda case: (case.size, case.batch)):
+            rows += measure(list(group), bar)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_csv(out, lines, COLUMNS, rows)
+    wanted = {dataclasses.astuple(case) for case in cases}
+    return [row for row in rows if key(row) in wanted]
+
+
+def default_out(command: str) -> Path:
+    """A file for this device and PyTorch."""
+    device, _ = machine()
+    name = f"{device.partition(': ')[2]} torch {torch.__version__.partition('+')[0]}"
+    return RESULTS / re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-") / f"{command}.csv"
+
+
+def positive(text: str) -> int:
+    """A number for argparse."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least 1")
+    return int(text)
+
+
+def command_line() -> argparse.ArgumentParser:
+    """Of the six commands."""
+    parser = Parser(prog="python -m train.benchmark", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    known = [*vx.list_mixers(), *CONTROLS]
+    mixers = commands.add_parser("mixers", help="one layer: every mixer at every length")
+    mixers.add_argument("--only", nargs="+", choices=known, default=known, metavar="MIXER",
+                        help=f"of {', '.join(known)}")  # fmt: skip
+    mixers.add_argument("--lengths", nargs="+", type=positive, metavar="N",
+                        default=[64, 256, 1024, 4096, 16384],
+                        help="numbers of tokens, squares (default: 64 to 16384)")  # fmt: skip
+    models = commands.add_parser("models", help="whole models: inference and training step")
+    models.add_argument("--names", nargs="+", default=["vi?", "hybrid_vi?", "cc?"],
+                        help="patterns of list_models (default: vi? hybrid_vi? cc?)")  # fmt: skip
+    models.add_argument("--image-size", nargs="+", type=positive, default=[32], metavar="PIXELS",
+                        help="(default: 32)")  # fmt: skip
+    models.add_argument("--checkpointing", action="store_true", help="also with checkpointing")
+    for one in (mixers, models):
+        one.add_argument("--batch", type=positive, default=8, help="samples of a step (default: 8)")
+        one.add_argument("--compile", action="store_true", help="also under torch.compile")
+    one = planned = commands.add_parser("plan", help="the largest batch that fits into a memory")
+    one.add_argument("--memory", required=True, help="such as 16GB")
+    one.add_argument("--name", required=True, help="of a model")
+    one.add_argument("--image-size", type=positive, default=32, help="(default: 32)")
+    one = errors = commands.add_parser("errors", help="approximations against exact attention")
+    one.add_argument("--run", type=Path, help="a training run, for its model's own attention too")
+    for one in (mixers, models, planned):
+        one.add_argument("--dtype", choices=DTYPES, default="fp32",
+                         help="bf16 and fp16 by autocast (default: fp32)")  # fmt: skip
+    for one in (mixers, models, errors):
+        one.add_argument("--out", type=Path, help="a CSV file (default: one for this device in "
+                         "results/benchmark); rows it has are not measured again")  # fmt: skip
+    one = commands.add_parser("compare", help="what became worse; exit code 1 past a threshold")
+    one.add_argument("before", type=Path)
+    one.add_argument("after", type=Path)
+    one.add_argument("--threshold", type=float, default=0.15, help="(default: 0.15)")
+    one = commands.add_parser("page", help="tables and pictures on one page")
+    one.add_argument("files", nargs="*", type=Path, help="(default: those in results/benchmark)")
+    one.add_argument("--runs", nargs="+", type=Path, default=[Path("results")],
+                     help="folders of training runs, for accuracy (default: results)")  # fmt: skip
+    one.add_argument("--out", type=Path, default=Path("runs") / "benchmark", help="a folder")
+    return parser
+
+
+def cases_of(args: argparse.Namespace) -> list[Case]:
+    """What ``mixers`` and ``models`` ask for, by size; a ValueError says what is wrong."""
+    modes = ["eager", "compiled"] if args.compile else ["eager"]
+    checkpointing = [False]
+    if args.command == "mixers":
+        for tokens in args.lengths:
+            layout_of(tokens)
+        names, sizes = args.only, args.lengths
+    else:
+        for pattern in args.names:
+            if not vx.list_models(pattern):
+                raise ValueError(f"--names {pattern}: no model is called so")
+        names = [name for pattern in args.names for name in vx.list_models(pattern)]
+        sizes = args.image_size
+        checkpointing = [False, True] if args.checkpointing else [False]
+    return [
+        Case(args.command[:-1], name, size, args.batch, args.dtype, mode, checkpoint)
+        for size in sorted(set(sizes))
+        for name in dict.fromkeys(names)
+        for mode in modes
+        for checkpoint in checkpointing
+    ]
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """For the terminal."""
+    found = [
+        column_table(rows, column, caption)
+        for column, caption in (
+            ("step_ms_p50", "training step, ms"), ("infer_ms_p50", "inference, ms"),
+            ("kept_mib", "kept for backward, MiB"), ("peak_mib", "peak of a step, MiB"),
+        )
+    ]  # fmt: skip
+    if rows[0]["kind"] == "mixer":
+        found += [package_table(rows), wins([row for row in rows if row["mode"] == "eager"])]
+    shown = [f"{table.caption}\n{table.text()}" for table in found if table.rows]
+    notes = [
+        f"{row['name']} at {row['size']:,} ({row['mode']}): {row['status']}"
+        for row in rows
+        if row["status"] != "ok"
+    ]
+    return "\n\n".join(shown + notes)
+
+
+def measure_one(bar: Any, case: Case) -> Row:
+    """A row of memory alone."""
+    bar.set_postfix_str(f"{case.mixer}, batch {case.batch}")
+    worker = Worker(case, DEVICE)
+    try:
+        return worker.close()
+    finally:
+        worker.stop()
+        bar.update()
+
+
+def answer(args: argparse.Namespace, arguments: Sequence[str]) -> str:
+    """What a command prints."""
+    if args.command == "compare":
+        worse = compare(args.before, args.after, args.threshold)
+        if worse:
+            print("\n".join(worse))
+            raise SystemExit(1)
+        return "nothing became worse"
+    if args.command == "page":
+        files = args.files or sorted(RESULTS.rglob("*.csv"))
+        if not files:
+            raise ValueError(f"no files: {RESULTS} has none, run mixers or models first")
+        written = write(files, cost_sections(read_runs(args.runs)), args.out)
+        return f"{written[0]} and {len(written) - 1} pictures beside it"
+    if args.command == "plan":
+        memory, cases = (
+            parse_memory(args.memory),
+            plan_cases(args.name, args.image_size, args.dtype),
+        )
+        with tqdm(total=len(cases), unit="step", disable=None) as bar:
+            table = plan(cases, memory, lambda case: measure_one(bar, case))
+        head = f"{args.name} at {args.image_size} pixels in {args.memory}, {args.dtype}"
+        return f"{head}, measured on {machine()[0].partition(': ')[2]}\n{table.text()}"
+    out = args.out or default_out(args.command)
+    if out.is_dir() or (args.out and not out.parent.is_dir()):
+        raise ValueError(f"--out {out} must be a file in a folder that exists")
+    if args.command == "errors":
+        inputs = list(fields())
+        if args.run is not None:
+            folder = folder_of(str(args.run))
+            inputs += trained(folder, parse(["--config", str(folder / "config.yaml")]))
+        with tqdm(unit="kernel", disable=None) as bar:
+            found = measure_errors(inputs, bar)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        command = f"command: python -m train.benchmark {' '.join(arguments)}"
+        write_csv(out, [*machine(), *ERROR_METHOD, command], ERROR_COLUMNS, found)
+        return f"{len(found)} rows in {out}"
+    return f"{tables(run(cases_of(args), out, arguments))}\n\nrows in {out}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    args = command_line().parse_args(arguments)
+    try:
+        print(answer(args, arguments))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("stopped; whole sizes that were measured are in the file", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""What a row measures: a mixer alone or a whole model, for inference and in a training step."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import vision_xformer as vx
+from vision_xformer.mixers import takes_heads
+
+from .controls import CONTROLS
+
+HEADS, HEAD_DIM = 4, 64
+DIM = HEADS * HEAD_DIM
+CLASSES = 10
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# ours, its peer, and the options that make the two compute the same
+PAIRS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "performer": ("performer-pytorch", {"stabilizer": "package"}, {}),
+    "nystrom": ("nystrom-attention", {"segments": "sequence", "landmarks": 64}, {"landmarks": 64}),
+    "linformer": ("linformer-pytorch", {"rank": 64}, {"rank": 64}),
+    "fourier": ("fft2", {}, {}),
+}
+_OPTIONS = {
+    name: options
+    for ours, (peer, own, theirs) in PAIRS.items()
+    for name, options in ((ours, own), (peer, theirs))
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What tells a row from the others.
+
+    Args:
+        kind: "mixer" or "model".
+        name: of it.
+        size: number of tokens of a mixer, a square; pixels on a side of a model's image.
+        batch: samples of a step.
+        dtype: "fp32", or "bf16" and "fp16" by autocast.
+        mode: "eager" or "compiled".
+        checkpointing: whether a model's blocks are computed again in the backward pass.
+        mixer: of a model, another than its name's.
+    """
+
+    kind: str
+    name: str
+    size: int
+    batch: int
+    dtype: str = "fp32"
+    mode: str = "eager"
+    checkpointing: bool = False
+    mixer: str = ""
+
+
+@dataclasses.dataclass
+class Subject:
+    """A case made: its forward pass, the same for inference, a training step."""
+
+    module: nn.Module
+    forward: Callable[[], Tensor]
+    infer: Callable[[], None]
+    step: Callable[[], None]
+
+
+def layout_of(tokens: int) -> vx.Layout:
+    """A square grid of that many tokens."""
+    side = math.isqrt(max(tokens, 0))
+    if side < 1 or side * side != tokens:
+        raise ValueError(f"length {tokens} must be a square: the tokens of a picture")
+    return vx.Layout((side, side))
+
+
+def build_mixer(name: str, tokens: int) -> vx.Mixer:
+    """One layer of ``DIM`` channels."""
+    layout = layout_of(tokens)
+    if name in CONTROLS:
+        return CONTROLS[name](DIM, None, layout)
+    heads = HEADS if takes_heads(name) else None
+    return vx.create_mixer(name, dim=DIM, heads=heads, layout=layout, **_OPTIONS.get(name, {}))
+
+
+def with_weights(name: str, tokens: int) -> vx.Mixer:
+    """:func:`build_mixer`, with the same weights for ours and its peer."""
+    torch.manual_seed(0)
+    mixer = build_mixer(name, tokens)
+    peer = PAIRS[name][0] if name in PAIRS else None
+    if peer is not None and peer not in CONTROLS:
+        vx.load_weights(mixer, with_weights(peer, tokens).state_dict())
+    return mixer
+
+
+def build_model(case: Case) -> vx.Backbone:
+    """For square colour images and ``CLASSES`` classes."""
+    return vx.create_model(
+        case.name, image_size=case.size, num_classes=CLASSES, mixer=case.mixer or None
+    )
+
+
+def facts(case: Case) -> dict[str, Any]:
+    """What is known without running: backbone, parameters, operations of a forward pass of one
+    sample, and the tokens, width and heads of the first mixer."""
+    found: dict[str, Any] = {}
+
+    def look(mixer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if "tokens" not in found:
+            found.update(tokens=inputs[0].shape[1], width=mixer.dim, heads=mixer.heads)
+
+    if case.kind == "mixer":
+        sketch: nn.Module = build_mixer(case.name, case.size)
+        inputs: tuple[Any, ...] = (torch.empty(1, case.size, DIM), layout_of(case.size))
+    else:
+        model = build_model(case)
+        found["backbone"] = model.config.to_dict()["backbone"]
+        sketch, inputs = model, (torch.empty(1, *model.config.input_shape),)
+    sketch.to("meta")  # not made there: performer-pytorch cannot be
+    for part in sketch.modules():
+        if isinstance(part, vx.Mixer):
+            part.register_forward_pre_hook(look)
+    found["flops"] = vx.count_flops(sketch, inputs[0].to("meta"), *inputs[1:])
+    return found | {"parameters": sum(p.numel() for p in sketch.parameters())}
+
+
+def build(case: Case, device: str) -> Subject:
+    """The case on a device. A ValueError says why a case cannot be."""
+    if case.kind == "mixer":
+        layout = layout_of(case.size)
+        module: nn.Module = with_weights(case.name, case.size).to(device)
+        x = torch.randn(case.batch, case.size, DIM, device=device)
+        inputs: tuple[Any, ...] = (x.requires_grad_(), layout)
+    else:
+        torch.manual_seed(0)
+        model = build_model(case)
+        if case.checkpointing:
+            model.set_grad_checkpointing()
+        module = model.to(device)
+        inputs = (torch.randn(case.batch, *model.config.input_shape, device=device),)
+    labels = torch.randint(CLASSES, (case.batch,), device=device)
+    parameters = list(module.parameters())
+    optimizer = torch.optim.AdamW(parameters, fused=True) if case.kind == "model" else None
+    run: Callable[..., Any] = module
+    if case.mode == "compiled":
+        run = torch.compile(module, dynamic=False)
+    autocast = torch.autocast(
+        device, DTYPES[case.dtype], enabled=case.dtype != "fp32", cache_enabled=False
+    )
+
+    def forward() -> Tensor:
+        with autocast:
+            y = run(*inputs)
+            return y if optimizer is None else F.cross_entropy(y, labels)
+
+    direction: Tensor | None = None  # that a mixer's output is pulled in
+
+    def step() -> None:
+        nonlocal direction
+        y = forward()
+        if direction is None:
+            direction = torch.ones_like(y)
+        y.backward(direction)
+        if optimizer is not None:
+            optimizer.step()
+        for tensor in (inputs[0], *parameters):
+            tensor.grad = None
+
+    @torch.no_grad()
+    def infer() -> None:
+        with autocast:
+            run(*inputs)
+
+    return Subject(module, forward, infer, step)

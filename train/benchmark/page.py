@@ -1,0 +1,86 @@
+"""Tables and pictures of what was measured: PNG files and one page that needs no network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..page import Section, write_page
+from ..pictures import save
+from .errors import error_section
+from .pictures import bars, lengths, wins
+from .rows import Row, column_table, package_table, read_csv, read_rows
+
+PANELS = {
+    "Memory": [("kept_mib", "kept for backward, MiB"), ("peak_mib", "peak of a step, MiB")],
+    "Time": [("step_ms_p50", "training step, ms"), ("infer_ms_p50", "inference, ms")],
+}
+_TABLES = {
+    "Memory": {"kept_mib": "kept for backward, MiB", "peak_mib": "peak of a training step, MiB",
+               "reserved_mib": "reserved by the allocator, MiB",
+               "device_mib": "held of the GPU, as its driver says, MiB"},
+    "Time": {"step_ms_p50": "training step, median ms", "infer_ms_p50": "inference, median ms",
+             "images_per_second": "images/s in training"},
+}  # fmt: skip
+LIMITS = (
+    "~ marks a time whose p20 and p80 are more than 15 % of the median apart. A size without a "
+    "figure was not measured. Weights are random: what a mixer costs here does not depend on them."
+)
+
+
+def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows that can be drawn together, under what they have in common."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(f"{row['dtype']}, batch {row['batch']}", []).append(row)
+    return found
+
+
+def sections(file: Path) -> list[Section]:
+    """Those of one file."""
+    comments, found = read_csv(file)
+    if "error" in found[0]:
+        return [error_section(comments, found)]
+    _, rows = read_rows(file)
+    device = comments[0].partition(": ")[2]
+    made = []
+    for shared, some in groups(rows).items():
+        title = f"{some[0]['kind']}s, {shared}, on {device}"
+        eager = [row for row in some if row["mode"] == "eager"]
+        draw = lengths if len({row["size"] for row in some}) > 1 else bars
+        for name, panels in PANELS.items():
+            tables = [column_table(some, *pair) for pair in _TABLES[name].items()]
+            if name == "Time" and some[0]["kind"] == "mixer":
+                tables += [package_table(some), wins(eager)]
+            made.append(
+                Section(
+                    f"{name} of {title}",
+                    draw(eager, panels, title),
+                    [table for table in tables if table.rows],
+                    [*comments, *_refusals(some), LIMITS],
+                )
+            )
+    return made
+
+
+def _refusals(rows: Sequence[Row]) -> list[str]:
+    """Why a row has no figures."""
+    return [
+        f"{row['name']} at {row['size']:,}: {row['status']}"
+        for row in rows
+        if row["status"] not in ("ok", "out of memory")
+    ]
+
+
+def write(files: Sequence[Path], more: Sequence[Section], out: Path) -> list[Path]:
+    """The page and its pictures, in one folder; returns the files."""
+    made = [(file, section) for file in files for section in sections(file)]
+    out.mkdir(parents=True, exist_ok=True)
+    written = [out / "index.html"]
+    for index, (file, section) in enumerate(made):
+        path = out / f"{index:02}-{file.parent.name}-{section.title.split()[0].lower()}.png"
+        if section.figure is not None:
+            save(section.figure, path)
+            written.append(path)
+    write_page(out / "index.html", "What attention costs", [s for _, s in made] + list(more))
+    return written

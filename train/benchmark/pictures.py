@@ -1,0 +1,167 @@
+"""Memory and time against length, with exponents and crossings; models side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from ..page import Table
+from ..pictures import BLUE, STYLE
+from .cases import PAIRS
+from .controls import CONTROLS
+from .rows import Row, label, number
+
+Points = list[tuple[int, float]]
+BASE, EAGER = "softmax", "softmax_eager"  # what the others are to beat; what the papers beat
+FROM = 1024  # tokens from which an exponent is fitted
+_COLOURS = {
+    "softmax": "#1f2328", "softmax_eager": "#9aa5b1", "linformer": "#2da44e",
+    "performer": "#bf8700", "nystrom": "#1f6feb", "fourier": "#cf222e",
+}  # fmt: skip
+_MORE = ("#8250df", "#0a7d8c", "#d4498e", "#6e4c1e")  # for mixers that were added
+_PEERS = {peer: ours for ours, (peer, *_) in PAIRS.items()}
+
+
+def series(rows: Sequence[Row], column: str) -> dict[str, Points]:
+    """(size, figure) of each line, by size; what was not measured is not there."""
+    found: dict[str, Points] = {}
+    for row in rows:
+        if row.get(column):
+            found.setdefault(label(row), []).append((row["size"], float(row[column])))
+    return {name: sorted(points) for name, points in found.items()}
+
+
+def exponent(points: Points) -> float | None:
+    """Slope of log figure over log size from ``FROM`` on, by least squares; None for one point."""
+    logs = [(math.log(n), math.log(y)) for n, y in points if n >= FROM]
+    if len(logs) < 2:
+        return None
+    centre_x, centre_y = (sum(values) / len(logs) for values in zip(*logs, strict=True))
+    spread = sum((x - centre_x) ** 2 for x, _ in logs)
+    return sum((x - centre_x) * (y - centre_y) for x, y in logs) / spread
+
+
+def crossing(points: Points, base: Points) -> float | None:
+    """Size from which on a figure stays below the base's, between sizes on straight log-log lines.
+
+    None where it is not below at the largest size of both; the smallest where it always is.
+    """
+    other = dict(base)
+    gaps = [(math.log(n), math.log(y / other[n])) for n, y in points if n in other]
+    if not gaps or gaps[-1][1] >= 0:
+        return None
+    last = max((i for i, (_, gap) in enumerate(gaps) if gap >= 0), default=None)
+    if last is None:
+        return math.exp(gaps[0][0])
+    (x0, y0), (x1, y1) = gaps[last : last + 2]
+    return math.exp(x0 + (x1 - x0) * y0 / (y0 - y1))
+
+
+def lengths(rows: Sequence[Row], panels: Sequence[tuple[str, str]], title: str) -> Figure:
+    """A panel for each (column, heading): a line for each name, packages dashed, controls dotted.
+
+    A dotted upright marks where a mixer comes to stay below fused softmax. The identity is not
+    drawn: it would press the others together.
+    """
+    more = iter(_MORE * len(rows))
+    colours = dict(_COLOURS)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7 * len(panels), 7.2))
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axis, (column, heading) in zip(axes, panels, strict=True):
+            lines = series(rows, column)
+            lines.pop("identity", None)
+            for name, points in lines.items():
+                ours = _PEERS.get(name, name)
+                if ours not in colours:
+                    colours[ours] = "#c9d1d9" if ours in CONTROLS else next(more)
+                power = exponent(points)
+                style = ":" if name in CONTROLS else "--" if name in _PEERS else "-"
+                axis.plot(
+                    *zip(*points, strict=True), linestyle=style, marker="o", markersize=4,
+                    label=name if power is None else f"{name}  $N^{{{power:.2f}}}$",
+                    color=colours[ours], linewidth=2.8 if name in (BASE, EAGER) else 1.7,
+                )  # fmt: skip
+                place = crossing(points, lines.get(BASE, []))
+                if place is not None and name in PAIRS and place > points[0][0]:
+                    axis.axvline(place, color=colours[ours], linewidth=0.9, linestyle=":")
+                    axis.annotate(
+                        f"{place:,.0f}", (place, 0.01), xycoords=("data", "axes fraction"),
+                        rotation=90, fontsize=9, color=colours[ours], ha="right", va="bottom",
+                    )  # fmt: skip
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
+            sizes = sorted({row["size"] for row in rows})
+            axis.set_xticks(sizes, [f"{n:,}" for n in sizes])
+            axis.xaxis.set_minor_formatter(NullFormatter())
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
+            axis.yaxis.set_minor_formatter(NullFormatter())
+            axis.set_xlabel("tokens N" if rows[0]["kind"] == "mixer" else "pixels on a side")
+            axis.set_title(heading, loc="left", fontsize=13)
+            axis.grid(axis="y", color="#eaeef2")
+            axis.legend(
+                frameon=False, fontsize=10, ncols=3, loc="upper left",
+                bbox_to_anchor=(-0.06, -0.13),
+            )  # fmt: skip
+        figure.suptitle(title, x=0.01, ha="left", weight="bold")
+        figure.tight_layout()
+    return figure
+
+
+def bars(rows: Sequence[Row], panels: Sequence[tuple[str, str]], title: str) -> Figure:
+    """A panel for each (column, heading): a bar for each model of one size."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(6 * len(panels), 1.4 + 0.34 * len(rows)))
+        axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+        for axis, (column, heading) in zip(axes, panels, strict=True):
+            known = [row for row in rows if row.get(column)]
+            drawn = axis.barh([label(r) for r in known], [r[column] for r in known], color=BLUE)
+            axis.bar_label(drawn, fmt=number, padding=3, fontsize=9)
+            axis.margins(x=0.14)
+            axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
+            axis.set_title(heading, loc="left", fontsize=13)
+        axes[0].invert_yaxis()
+        figure.suptitle(title, x=0.01, ha="left", weight="bold")
+        figure.tight_layout()
+    return figure
+
+
+def wins(rows: Sequence[Row]) -> Table:
+    """Of each mixer: exponents of a step's time and peak memory, and from which length on it beats
+    fused softmax in both, and materialised softmax in memory."""
+    time, peak = series(rows, "step_ms_p50"), series(rows, "peak_mib")
+
+    def power(points: Points) -> str:
+        found = exponent(points)
+        return "" if found is None else f"{found:.2f}"
+
+    def since(points: Points, base: Points) -> str:
+        found = crossing(points, base)
+        if not base or points == base:
+            return ""
+        if found is None:
+            return "never"
+        return "always" if found <= points[0][0] * 1.001 else f"{found:,.0f}"
+
+    names = sorted(set(time) & set(peak) - set(CONTROLS), key=list(time).index)
+    lines = [
+        [
+            f"`{name}`", power(time[name]), power(peak[name]),
+            since(time[name], time.get(BASE, [])), since(peak[name], peak.get(BASE, [])),
+            since(peak[name], peak.get(EAGER, [])),
+        ]
+        for name in names
+    ]  # fmt: skip
+    headings = [
+        "mixer", "time grows as N to the", "memory as N to the", "faster than fused softmax from",
+        "less memory than it from", "less than materialised softmax from",
+    ]  # fmt: skip
+    caption = (
+        "what wins, and from how many tokens on: a training step's time and peak memory; exponents "
+        f"from {FROM:,} tokens on; never and always are of the lengths measured"
+    )
+    return Table(headings, lines, caption)

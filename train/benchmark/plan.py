@@ -1,0 +1,65 @@
+"""The largest batch that fits into a memory, for a model with each mixer."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+
+import vision_xformer as vx
+
+from ..page import Table
+from .cases import Case
+from .rows import Row
+
+MIB = 2**20
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_STATE_BYTES = 12  # of a parameter between steps: weight and AdamW's two moments, in float32
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of "16GB", "16 GiB", "800M"; units are powers of 1024, as cards are sold."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?\s*", text.upper())
+    if found is None or float(found[1]) <= 0:
+        raise ValueError(f"--memory {text} must be a number with a unit, such as 16GB")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def cases_of(name: str, size: int, dtype: str) -> list[Case]:
+    """A model with its own and every other mixer, at two batches each."""
+    if len(vx.list_models(name)) != 1:
+        raise ValueError(f"--name {name}: no model is called so, or more than one")
+    own = vx.create_model(name).config.to_dict().get("mixer", "")
+    others = [mixer for mixer in vx.list_mixers() if mixer != own] if own else []
+    model = Case("model", name, size, 1, dtype)
+    return [
+        dataclasses.replace(model, batch=batch, mixer=mixer)
+        for mixer in ("", *others)
+        for batch in (1, 2)
+    ]
+
+
+def plan(cases: list[Case], memory: int, measure: Callable[[Case], Row]) -> Table:
+    """A line for each mixer. A step's peak is measured at two batches; the rest is a straight line.
+
+    What is there between steps (weights and AdamW's moments) is added; what CUDA itself holds
+    (some 0.5 GiB) is not.
+    """
+    lines = []
+    for one, two in zip(cases[::2], cases[1::2], strict=True):
+        first = measure(one)
+        second = measure(two) if first["status"] == "ok" else first
+        mixer = one.mixer or "its own"
+        status = second["status"]
+        if status != "ok":
+            here = "more than this machine has" if status == "out of memory" else status
+            lines.append([mixer, "", "", here])
+            continue
+        each = max(second["peak_mib"] - first["peak_mib"], 0.1)
+        state = first["parameters"] * _STATE_BYTES / MIB
+        fixed = state + max(0.0, first["peak_mib"] - each)
+        batch = int((memory / MIB - fixed) // each)
+        fits = f"{batch:,}" if batch >= 1 else "does not fit"
+        lines.append([mixer, f"{fixed:,.0f}", f"{each:,.1f}", fits])
+    headings = ["mixer", "model, MiB", "each image, MiB", "largest batch"]
+    return Table(headings, lines)

@@ -1,0 +1,168 @@
+"""Rows in a CSV file, under comment lines that say how they came about, and tables of them."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..files import write_whole
+from ..page import Table
+from ..provenance import device_name, git_revision, versions
+from .cases import PAIRS, Case
+
+Row = dict[str, Any]
+KEY = tuple(field.name for field in dataclasses.fields(Case))
+COLUMNS = (
+    *KEY, "status", "backbone", "tokens", "width", "heads", "parameters", "flops",
+    "infer_ms_p20", "infer_ms_p50", "infer_ms_p80", "step_ms_p20", "step_ms_p50", "step_ms_p80",
+    "spread", "images_per_second", "kept_mib", "peak_mib", "reserved_mib", "device_mib", "revision",
+)  # fmt: skip
+METHOD = (
+    "each row in a process of its own; those of one size take turns of half a second",
+    "a step is forward and backward, of a model with AdamW; p20, p50, p80 of all steps",
+    "caches are warm: a step follows one like it; spread is (p80 - p20) / p50 of a step",
+    "kept: what autograd keeps for backward; peak: most of a step above what was held before it",
+    "(a GPU's allocator; on a CPU the process's resident memory); flops: of one sample forward",
+)
+NOISY = 0.15  # spread from which a table marks a time
+_TEXT = {"kind", "name", "dtype", "mode", "mixer", "checkpointing", "status", "backbone"}
+_NUMBERS = set(COLUMNS) - _TEXT - {"revision"}
+
+
+def machine() -> tuple[str, str]:
+    """Device and versions, which all rows of a file share."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    packages = ", ".join(f"{name} {version}" for name, version in versions().items())
+    return f"device: {device_name(device)}", f"versions: {packages}"
+
+
+def revision() -> str:
+    """Of this code, with a + where it was changed since."""
+    git = git_revision()
+    return git.get("revision", "unknown")[:12] + ("+" if git.get("dirty") else "")
+
+
+def write_csv(
+    path: Path, lines: Sequence[str], columns: Sequence[str], rows: Sequence[Row]
+) -> None:
+    """Comment lines, then rows; the whole file or nothing."""
+    text = io.StringIO()
+    text.writelines(f"# {line}\n" for line in lines)
+    writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows({k: _short(v) for k, v in row.items()} for row in rows)
+    write_whole(path, text.getvalue())
+
+
+def _short(value: Any) -> Any:
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def read_csv(path: Path) -> tuple[list[str], list[Row]]:
+    """Comment lines and rows of text; a ValueError for a file without."""
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file")
+    try:
+        lines = path.read_text().splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text file") from error
+    comments = [line[2:] for line in lines if line.startswith("# ")]
+    rows: list[Row] = list(csv.DictReader(line for line in lines if not line.startswith("#")))
+    if not comments or not rows:
+        raise ValueError(f"{path} has no rows of python -m train.benchmark")
+    return comments, rows
+
+
+def read_rows(path: Path) -> tuple[list[str], list[Row]]:
+    """Comment lines and measured rows; a ValueError for a file that is none of ours."""
+    comments, rows = read_csv(path)
+    if missing := set(COLUMNS) - rows[0].keys():
+        raise ValueError(f"{path} has no column {min(missing)}: not a file of measured rows")
+    try:
+        for row in rows:
+            row.update({k: _number(row[k]) for k in _NUMBERS})
+            row["checkpointing"] = row["checkpointing"] == "True"
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read as measured rows: {error}") from error
+    return comments, rows
+
+
+def _number(text: str) -> float | None:
+    return None if not text else int(text) if text.isdigit() else float(text)
+
+
+def key(row: Row) -> tuple[Any, ...]:
+    """What tells a row from the others."""
+    return tuple(row[name] for name in KEY)
+
+
+def label(row: Row) -> str:
+    """What a row is of, sizes apart."""
+    parts = [row["name"], row["mixer"], row["mode"] if row["mode"] != "eager" else ""]
+    return ", ".join(p for p in (*parts, "checkpointing" if row["checkpointing"] else "") if p)
+
+
+def peer(row: Row, rows: Sequence[Row]) -> Row | None:
+    """The public package's row beside one of ours, of the same sizes and mode."""
+    if row["kind"] != "mixer" or row["name"] not in PAIRS:
+        return None
+    wanted = key(row | {"name": PAIRS[row["name"]][0]})
+    return next((other for other in rows if key(other) == wanted), None)
+
+
+def ratio(first: Row | None, second: Row | None, column: str) -> float | None:
+    """first / second of a column; None where one is not known."""
+    if first is None or second is None or not first.get(column) or not second.get(column):
+        return None
+    return float(first[column]) / float(second[column])
+
+
+def number(value: float) -> str:
+    """Three digits, and all before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def by_size(
+    rows: Sequence[Row], figure: Callable[[Row], str | None], heading: str, caption: str = ""
+) -> Table:
+    """A line for each mixer or model, a column for each size; lines without a figure are left out.
+
+    A size that ran out of memory says so.
+    """
+    sizes = sorted({row["size"] for row in rows})
+    lines: dict[str, dict[int, str]] = {}
+    for row in rows:
+        cell = "OOM" if row["status"] == "out of memory" else figure(row)
+        if cell is not None:
+            lines.setdefault(label(row), {})[row["size"]] = cell
+    body = [[name, *(cells.get(size, "") for size in sizes)] for name, cells in lines.items()]
+    return Table([heading, *(f"{size:,}" for size in sizes)], body, caption)
+
+
+def column_table(rows: Sequence[Row], column: str, caption: str) -> Table:
+    """:func:`by_size` of a column; ~ marks a time that varied by more than ``NOISY``."""
+
+    def figure(row: Row) -> str | None:
+        if row.get(column) is None:
+            return None
+        noisy = "_ms_" in column and (row["spread"] or 0) > NOISY
+        return number(row[column]) + ("~" if noisy else "")
+
+    heading = "tokens" if rows[0]["kind"] == "mixer" else "pixels on a side"
+    return by_size(rows, figure, heading, caption)
+
+
+def package_table(rows: Sequence[Row]) -> Table:
+    """Time of a package's step over ours, in the same mode."""
+
+    def figure(row: Row) -> str | None:
+        found = ratio(peer(row, rows), row, "step_ms_p50")
+        return None if found is None else f"{found:.2f}"
+
+    return by_size(rows, figure, "tokens", "training step, package / ours")

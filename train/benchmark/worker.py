@@ -1,0 +1,205 @@
+"""The process of one row: its memory once, then its times, a turn at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+import multiprocessing
+import signal
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..measure import bytes_kept, peak_bytes, reset_peak
+from .cases import Case, Subject, build, facts
+
+MIB = 2**20
+TURN_SECONDS, MOST_STEPS = 0.5, 20  # of a turn
+ENOUGH, LONG_SECONDS = 3, 20.0  # steps, once those took that long
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of mallopt(3)
+
+
+def _malloc(threshold: int) -> None:
+    """From which size glibc maps memory for a tensor and gives it back when it is freed."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_MMAP_THRESHOLD, threshold)
+        libc.mallopt(_TRIM_THRESHOLD, threshold)
+        libc.malloc_trim(0)
+
+
+def _limit_memory() -> None:
+    """Let an allocation fail where it would have another process killed."""
+    with contextlib.suppress(ImportError, OSError, StopIteration):  # not every system has these
+        import resource
+
+        limit = _kilobytes("/proc/self/status", "VmData") + _kilobytes(
+            "/proc/meminfo", "MemAvailable"
+        )
+        resource.setrlimit(resource.RLIMIT_DATA, (limit * 1024, limit * 1024))
+
+
+def _kilobytes(path: str, field: str) -> int:
+    lines = Path(path).read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def _memory(subject: Subject, device: str) -> dict[str, Any]:
+    """MiB of a training step: kept for backward, peak above what was there before, reserved."""
+    kept = bytes_kept(subject.module, subject.forward)
+    subject.step()  # libraries are loaded, the optimiser has its state
+    found: dict[str, Any] = {"kept_mib": kept / MIB}
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    with contextlib.suppress(OSError, RuntimeError):  # not every system says
+        before = reset_peak()
+        subject.step()
+        found["peak_mib"] = (peak_bytes() - before) / MIB
+    if device == "cuda":
+        found["reserved_mib"] = torch.cuda.max_memory_reserved() / MIB
+    return found
+
+
+def _seconds(function: Callable[[], None], repeats: int, device: str) -> list[float]:
+    """Of each call after one that does not count; on a GPU by its own events."""
+    function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+        marks[0].record()
+        for mark in marks[1:]:
+            function()
+            mark.record()
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(marks)]
+    found = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        found.append(time.perf_counter() - start)
+    return found
+
+
+def _device_bytes() -> int | None:
+    """What all processes hold of the GPU, as its driver says; None where that cannot be asked."""
+    try:
+        return torch.cuda.device_memory_used(0)
+    except (ModuleNotFoundError, RuntimeError, AssertionError):  # no nvidia-ml-py, or no GPU
+        return None
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    words = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        word in str(error).lower() for word in words
+    )
+
+
+def work(case: Case, device: str, threads: int, pipe: Connection) -> None:
+    """Send what the case costs in memory, then for each number of repeats received the times."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(threads)
+    try:
+        if device == "cpu":
+            _malloc(2**16)  # so that the process is as large as its tensors
+            _limit_memory()
+        known = facts(case)
+        subject = build(case, device)
+        pipe.send(known | _memory(subject, device) | {"status": "ok"})
+        if device == "cpu":
+            _malloc(2**30)  # so that memory is not mapped anew in each step
+        while repeats := pipe.recv():
+            pipe.send([_seconds(f, repeats, device) for f in (subject.infer, subject.step)])
+            if device == "cuda":
+                torch.cuda.empty_cache()
+            else:
+                _malloc(2**30)
+    except EOFError:  # who asked is gone
+        return
+    except ValueError as error:
+        pipe.send({"status": " ".join(str(error).split())})
+    except (RuntimeError, MemoryError) as error:
+        if not _out_of_memory(error):
+            raise
+        pipe.send({"status": "out of memory"})
+
+
+class Worker:
+    """A case in a process of its own. ``row`` is what is known of it so far."""
+
+    def __init__(self, case: Case, device: str) -> None:
+        self.case, self.row = case, dict(vars(case))
+        self.seconds: tuple[list[float], list[float]] = ([], [])
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        arguments = (case, device, torch.get_num_threads(), theirs)
+        self.process = context.Process(target=work, args=arguments)
+        before = _device_bytes() if device == "cuda" else None
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who asked
+        self.process.start()
+        signal.signal(signal.SIGINT, handler)
+        theirs.close()
+        self.row |= self._receive()
+        after = None if before is None else _device_bytes()
+        if before is not None and after is not None:
+            self.row["device_mib"] = (after - before) / MIB
+
+    @property
+    def alive(self) -> bool:
+        return bool(self.row["status"] == "ok")
+
+    def _receive(self) -> Any:
+        try:
+            return self.pipe.recv()
+        except EOFError:  # the process is gone
+            self.process.join()
+            return {"status": f"the process ended with {self.process.exitcode}"}
+
+    @property
+    def wants_turns(self) -> bool:
+        """Whether more steps would say more: not where a few took long already."""
+        steps = self.seconds[1]
+        return self.alive and (len(steps) < ENOUGH or sum(steps) < LONG_SECONDS)
+
+    def turn(self) -> None:
+        """Time as many steps as about fit into a turn, at least one."""
+        last = self.seconds[1][-1] if self.seconds[1] else TURN_SECONDS
+        try:
+            self.pipe.send(max(1, min(MOST_STEPS, int(TURN_SECONDS / last))))
+        except BrokenPipeError:  # it was killed meanwhile
+            self.row["status"] = "the process was killed"
+            return
+        found = self._receive()
+        if isinstance(found, dict):
+            self.row |= found
+            return
+        for times, more in zip(self.seconds, found, strict=True):
+            times += more
+
+    def close(self) -> dict[str, Any]:
+        """End the process; the whole row."""
+        if self.process.is_alive():
+            with contextlib.suppress(OSError):
+                self.pipe.send(0)
+        self.process.join()
+        if self.alive and self.seconds[1]:
+            for name, times in zip(("infer", "step"), self.seconds, strict=True):
+                cuts = statistics.quantiles(times, n=10) if len(times) > 1 else times * 9
+                for percent in (20, 50, 80):
+                    self.row[f"{name}_ms_p{percent}"] = cuts[percent // 10 - 1] * 1e3
+            p20, p50, p80 = (self.row[f"step_ms_p{p}"] for p in (20, 50, 80))
+            self.row["images_per_second"] = self.case.batch / p50 * 1e3
+            self.row["spread"] = (p80 - p20) / p50
+        return self.row
+
+    def stop(self) -> None:
+        """End the process at once, if it still runs."""
+        self.process.terminate()
+        self.process.join()
