@@ -23,7 +23,7 @@ th, td { padding: 0.35rem 0.8rem; text-align: right; border-bottom: 1px solid #d
          white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 .wide { overflow-x: auto; }
-img { max-width: 100%; height: auto; }
+img { width: 100%; min-width: 44rem; height: auto; }
 code { font-size: 0.85rem; overflow-wrap: anywhere; }
 .notes { font-size: 0.9rem; color: #57606a; }
 """
@@ -55,7 +55,7 @@ class Table:
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
     def html(self) -> str:
-        """For a page; wider than a phone, it scrolls."""
+        """For a page; what is wider than a phone scrolls."""
         head = "".join(f"<th>{html.escape(h)}</th>" for h in self.headings)
         body = "".join(
             "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
@@ -78,7 +78,8 @@ class Section:
         title = html.escape(self.title)
         parts = [f"<h2>{title}</h2>"]
         if self.figure is not None:
-            parts.append(f'<img alt="{title}" src="{_inline(self.figure)}">')
+            image = f'<img alt="{title}" src="{_inline(self.figure)}">'
+            parts.append(f'<div class="wide">{image}</div>')
         parts += [table.html() for table in self.tables]
         if self.notes:
             lines = "<br>".join(html.escape(note) for note in self.notes)

@@ -18,9 +18,10 @@ BLUE, GREY, RED = "#1f6feb", "#9aa5b1", "#cf222e"
 NAMED = 30  # classes up to which their names fit on an axis
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG."""
-    replace(path, lambda part: figure.savefig(part, dpi=130, format="png"))
+def save(figure: Figure, path: Path, source: str = "") -> None:
+    """Write a figure as PNG, which says what it was drawn from."""
+    metadata = {"Source": source} if source else {}
+    replace(path, lambda part: figure.savefig(part, dpi=130, format="png", metadata=metadata))
 
 
 def curves(rows: Sequence[dict[str, float]], title: str) -> Figure:

@@ -214,7 +214,9 @@ def answer(args: argparse.Namespace, arguments: Sequence[str]) -> str:
             raise SystemExit(1)
         return "nothing became worse"
     if args.command == "page":
-        files = args.files or sorted(RESULTS.rglob("*.csv"))
+        files = args.files or sorted(
+            RESULTS.rglob("*.csv"), key=lambda file: (file.parent, file.stem == "errors", file.stem)
+        )
         if not files:
             raise ValueError(f"no files: {RESULTS} has none, run mixers or models first")
         written = write(files, cost_sections(read_runs(args.runs)), args.out)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,14 +38,15 @@ def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return found
 
 
-def sections(file: Path) -> list[Section]:
-    """Those of one file."""
+def sections(file: Path) -> dict[str, Section]:
+    """Those of one file, by a name for the picture."""
     comments, found = read_csv(file)
+    stem = f"{file.absolute().parent.name}-{file.stem}"
     if "error" in found[0]:
-        return [error_section(comments, found)]
+        return {stem: error_section(comments, found)}
     _, rows = read_rows(file)
     device = comments[0].partition(": ")[2]
-    made = []
+    made = {}
     for shared, some in groups(rows).items():
         title = f"{some[0]['kind']}s, {shared}, on {device}"
         eager = [row for row in some if row["mode"] == "eager"]
@@ -52,13 +55,12 @@ def sections(file: Path) -> list[Section]:
             tables = [column_table(some, *pair) for pair in _TABLES[name].items()]
             if name == "Time" and some[0]["kind"] == "mixer":
                 tables += [package_table(some), wins(eager)]
-            made.append(
-                Section(
-                    f"{name} of {title}",
-                    draw(eager, panels, title),
-                    [table for table in tables if table.rows],
-                    [*comments, *_refusals(some), LIMITS],
-                )
+            words = re.findall(r"\w+", f"{stem} {shared} {name}".lower().replace("batch", ""))
+            made["-".join(words)] = Section(
+                f"{name} of {title}",
+                draw(eager, panels, title),
+                [table for table in tables if table.rows],
+                [*comments, *_refusals(some), LIMITS],
             )
     return made
 
@@ -72,15 +74,21 @@ def _refusals(rows: Sequence[Row]) -> list[str]:
     ]
 
 
+def fingerprint(file: Path) -> str:
+    """Of what a picture was drawn from; the picture carries it."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+
+
 def write(files: Sequence[Path], more: Sequence[Section], out: Path) -> list[Path]:
     """The page and its pictures, in one folder; returns the files."""
-    made = [(file, section) for file in files for section in sections(file)]
+    made = {file: sections(file) for file in files}
     out.mkdir(parents=True, exist_ok=True)
     written = [out / "index.html"]
-    for index, (file, section) in enumerate(made):
-        path = out / f"{index:02}-{file.parent.name}-{section.title.split()[0].lower()}.png"
-        if section.figure is not None:
-            save(section.figure, path)
-            written.append(path)
-    write_page(out / "index.html", "What attention costs", [s for _, s in made] + list(more))
+    for file, named in made.items():
+        for name, section in named.items():
+            if section.figure is not None:
+                written.append(out / f"{name}.png")
+                save(section.figure, written[-1], source=fingerprint(file))
+    shown = [section for named in made.values() for section in named.values()]
+    write_page(out / "index.html", "What attention costs", [*shown, *more])
     return written
