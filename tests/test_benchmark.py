@@ -21,7 +21,7 @@ from train.benchmark.cases import DIM, PAIRS, Case, build, facts, layout_of, wit
 from train.benchmark.controls import CONTROLS
 from train.benchmark.errors import error_of, fields, measure_errors, picture, trained
 from train.benchmark.page import write
-from train.benchmark.pictures import crossing, exponent, series, wins
+from train.benchmark.pictures import crossing, exponent, savings, series, wins
 from train.benchmark.plan import cases_of, parse_memory, plan
 from train.benchmark.rows import (
     COLUMNS,
@@ -297,6 +297,18 @@ def test_tables_say_what_wins_what_is_missing_and_what_is_noisy() -> None:
     assert won["`softmax`"] == ["2.00", "1.00", "", "", ""]
     assert won["`nystrom`"] == ["1.00", "1.00", "600", "never", ""]
     assert series(rows, "peak_mib").keys() == {"softmax", "nystrom", "nystrom-attention"}
+    rows.append(row("softmax_eager", 1024, peak_mib=1024.0))
+    saved = savings(rows, "softmax", "softmax_eager", 1024).rows
+    assert saved[:2] == [
+        ["`softmax`", "102", "10.00", "1.00"],
+        ["`nystrom`", "205", "5.00", "0.50"],
+    ]
+
+
+def test_models_with_softmax_are_measured_with_both() -> None:
+    args = program.command_line().parse_args(["models", "--names", "vi[tn]", "vit", "fnet2d"])
+    found = [(case.name, case.mixer) for case in program.cases_of(args)]
+    assert found == [("vin", ""), ("vit", ""), ("vit", "softmax_eager"), ("fnet2d", "")]
 
 
 def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,7 @@ from .pictures import GREY, STYLE
 Run = dict[str, Any]
 _COLUMNS = [  # heading, key of a run's figures, format
     ("run", "name", "{}"),
+    ("data", "data", "{}"),
     ("test top-1", "test_top1", "{:.2%}"),
     ("val top-1", "val_top1", "{:.2%}"),
     ("epochs", "epochs", "{:.0f}"),
@@ -32,12 +33,20 @@ _COLUMNS = [  # heading, key of a run's figures, format
 _COSTS = ("parameters", "peak_mib", "images_per_second", "minutes")
 
 
+def data_of(run: Run) -> str:
+    """The data set of a run, by name and folder; "" where the run does not say."""
+    data = run["config"].get("data", {})
+    folder = Path(data.get("root") or "").name
+    return ", ".join(part for part in (data.get("name", ""), folder) if part)
+
+
 def figures(run: Run) -> dict[str, Any]:
     """What the table shows of a run; what is not known is not there."""
     rows, result = run["rows"], run["result"]
     last = run["sessions"][-1] if run["sessions"] else {}
     found = {
         "name": run["folder"].name,
+        "data": data_of(run) or None,
         "epochs": len(rows),
         "val_top1": max(row["val_top1"] for row in rows),
         "images_per_second": rows[-1]["images_per_second"],
@@ -72,13 +81,6 @@ def curves(runs: Sequence[Run]) -> Figure:
         axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
         figure.tight_layout()
     return figure
-
-
-def data_of(run: Run) -> str:
-    """The data set of a run, by name and folder; "" where the run does not say."""
-    data = run["config"].get("data", {})
-    folder = Path(data.get("root") or "").name
-    return ", ".join(part for part in (data.get("name", ""), folder) if part)
 
 
 def by_seed(runs: Sequence[Run]) -> list[list[Run]]:

@@ -19,7 +19,7 @@ import vision_xformer as vx
 from ..__main__ import parse
 from ..commands import Parser, folder_of, read_runs
 from ..report import cost_sections
-from .cases import DTYPES, Case, layout_of
+from .cases import BASE, DTYPES, EAGER, Case, layout_of, mixer_of
 from .compare import compare
 from .controls import CONTROLS
 from .errors import COLUMNS as ERROR_COLUMNS
@@ -151,24 +151,31 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def cases_of(args: argparse.Namespace) -> list[Case]:
-    """What ``mixers`` and ``models`` ask for, by size; a ValueError says what is wrong."""
+    """What ``mixers`` and ``models`` ask for, by size; a ValueError says what is wrong.
+
+    A model with fused softmax is measured with the materialised one too.
+    """
     modes = ["eager", "compiled"] if args.compile else ["eager"]
     checkpointing = [False]
     if args.command == "mixers":
         for tokens in args.lengths:
             layout_of(tokens)
-        names, sizes = args.only, args.lengths
+        wanted, sizes = [(name, "") for name in args.only], args.lengths
     else:
         for pattern in args.names:
             if not vx.list_models(pattern):
                 raise ValueError(f"--names {pattern}: no model is called so")
         names = [name for pattern in args.names for name in vx.list_models(pattern)]
+        wanted = [
+            (name, mixer) for name in names
+            for mixer in (["", EAGER] if mixer_of(name) == BASE else [""])
+        ]  # fmt: skip
         sizes = args.image_size
         checkpointing = [False, True] if args.checkpointing else [False]
     return [
-        Case(args.command[:-1], name, size, args.batch, args.dtype, mode, checkpoint)
+        Case(args.command[:-1], name, size, args.batch, args.dtype, mode, checkpoint, mixer)
         for size in sorted(set(sizes))
-        for name in dict.fromkeys(names)
+        for name, mixer in dict.fromkeys(wanted)
         for mode in modes
         for checkpoint in checkpointing
     ]

@@ -19,6 +19,7 @@ from .controls import CONTROLS
 HEADS, HEAD_DIM = 4, 64
 DIM = HEADS * HEAD_DIM
 CLASSES = 10
+BASE, EAGER = "softmax", "softmax_eager"  # what the others are to beat; what the papers beat
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # ours, its peer, and the options that make the two compute the same
 PAIRS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -75,6 +76,11 @@ def layout_of(tokens: int) -> vx.Layout:
     if side < 1 or side * side != tokens:
         raise ValueError(f"length {tokens} must be a square: the tokens of a picture")
     return vx.Layout((side, side))
+
+
+def mixer_of(model: str) -> str:
+    """The mixer that a model's name stands for; "" where its backbone has no choice."""
+    return str(vx.create_model(model).config.to_dict().get("mixer", ""))
 
 
 def build_mixer(name: str, tokens: int) -> vx.Mixer:

@@ -11,12 +11,11 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from ..page import Table
 from ..pictures import BLUE, STYLE
-from .cases import PAIRS
+from .cases import BASE, EAGER, PAIRS
 from .controls import CONTROLS
 from .rows import Row, label, number
 
 Points = list[tuple[int, float]]
-BASE, EAGER = "softmax", "softmax_eager"  # what the others are to beat; what the papers beat
 FROM = 1024  # tokens from which an exponent is fitted
 _COLOURS = {
     "softmax": "#1f2328", "softmax_eager": "#9aa5b1", "linformer": "#2da44e",
@@ -165,3 +164,19 @@ def wins(rows: Sequence[Row]) -> Table:
         f"from {FROM:,} tokens on; never and always are of the lengths measured"
     )
     return Table(headings, lines, caption)
+
+
+def savings(rows: Sequence[Row], fused: str, materialised: str, size: int) -> Table:
+    """Peak memory of both softmaxes over that of each line, at one size."""
+    peak = {name: dict(points).get(size) for name, points in series(rows, "peak_mib").items()}
+    lines = [
+        [f"`{name}`", number(mine)]
+        + [
+            "" if (base := peak.get(of)) is None else f"{base / mine:.2f}"
+            for of in (materialised, fused)
+        ]
+        for name, mine in peak.items()
+        if mine is not None and name not in (materialised, *CONTROLS)
+    ]
+    headings = ["", "peak, MiB", f"{materialised} / this", f"{fused} / this"]
+    return Table(headings, lines, f"peak memory of a training step at {size:,}")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import vision_xformer as vx
 
 from ..page import Table
-from .cases import Case
+from .cases import Case, mixer_of
 from .rows import Row
 
 MIB = 2**20
@@ -29,7 +29,7 @@ def cases_of(name: str, size: int, dtype: str) -> list[Case]:
     """A model with its own and every other mixer, at two batches each."""
     if len(vx.list_models(name)) != 1:
         raise ValueError(f"--name {name}: no model is called so, or more than one")
-    own = vx.create_model(name).config.to_dict().get("mixer", "")
+    own = mixer_of(name)
     others = [mixer for mixer in vx.list_mixers() if mixer != own] if own else []
     model = Case("model", name, size, 1, dtype)
     return [

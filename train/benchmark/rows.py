@@ -25,10 +25,10 @@ COLUMNS = (
 )  # fmt: skip
 METHOD = (
     "each row in a process of its own; those of one size take turns of half a second",
-    "a step is forward and backward, of a model with AdamW; p20, p50, p80 of all steps",
-    "caches are warm: a step follows one like it; spread is (p80 - p20) / p50 of a step",
-    "kept: what autograd keeps for backward; peak: most of a step above what was held before it",
-    "(a GPU's allocator; on a CPU the process's resident memory); flops: of one sample forward",
+    "a step is forward and backward, of a model with AdamW; p20, p50, p80 of all steps; spread is",
+    "(p80 - p20) / p50 of a step; caches are warm: a step follows one like it, in memory that the",
+    "process keeps; kept: what autograd keeps for backward; peak: most of a step above what was",
+    "held before it (a GPU's allocator; on a CPU resident memory); flops: of one sample forward",
 )
 NOISY = 0.15  # spread from which a table marks a time
 _TEXT = {"kind", "name", "dtype", "mode", "mixer", "checkpointing", "status", "backbone"}

@@ -24,13 +24,14 @@ MIB = 2**20
 TURN_SECONDS, MOST_STEPS = 0.5, 20  # of a turn
 ENOUGH, LONG_SECONDS = 3, 20.0  # steps, once those took that long
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of mallopt(3)
+_MOST = 2**25  # that older versions take
 
 
 def _malloc(threshold: int) -> None:
     """From which size glibc maps memory for a tensor and gives it back when it is freed."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(_MMAP_THRESHOLD, threshold)
+        libc.mallopt(_MMAP_THRESHOLD, threshold) or libc.mallopt(_MMAP_THRESHOLD, _MOST)
         libc.mallopt(_TRIM_THRESHOLD, threshold)
         libc.malloc_trim(0)
 
