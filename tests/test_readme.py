@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 from matrix import markdown
+from PIL import Image
 
 import vision_xformer as vx
 from train.__main__ import COMMANDS, parse
+from train.benchmark.__main__ import command_line as benchmark_line
+from train.benchmark.page import fingerprint
+from train.benchmark.pictures import savings, wins
+from train.benchmark.rows import package_table, read_rows
 from train.commands import command_line, read_runs
 from train.report import table
 
@@ -43,6 +49,31 @@ def test_support_matrix_is_that_of_the_tests() -> None:
     assert between("support matrix") == markdown().strip()
 
 
+def benchmark_blocks() -> dict[str, str]:
+    """What the README shows of the results, by its marks."""
+    folder = next((ROOT / "results" / "benchmark").rglob("mixers.csv")).parent
+    mixers, models = (read_rows(folder / f"{name}.csv")[1] for name in ("mixers", "models"))
+    layers = [row for row in mixers if row["mode"] == "eager"]
+    vix = [row for row in models if row["name"].startswith("vi") and row["mode"] == "eager"]
+    return {
+        "wins": wins(layers).markdown(),
+        "ratios": package_table(mixers).markdown(),
+        "savings": savings(layers, "softmax", "softmax_eager", 1024).markdown(),
+        "models": savings(vix, "vit", "vit, softmax_eager", 32).markdown(),
+    }
+
+
+def test_benchmark_tables_and_pictures_are_those_of_the_results() -> None:
+    for name, text in benchmark_blocks().items():
+        assert between(name) == text
+    drawn = {fingerprint(file) for file in (ROOT / "results" / "benchmark").rglob("*.csv")}
+    pictures = re.findall(r"!\[.*?\]\((docs/benchmark/.*?)\)", README)
+    assert len(pictures) >= 2
+    for path in pictures:
+        with Image.open(ROOT / path) as image:
+            assert image.text["Source"] in drawn
+
+
 def test_training_table_is_that_of_the_results() -> None:
     runs = read_runs([ROOT / "results"])
     assert between("training") == table(runs).markdown()
@@ -62,6 +93,14 @@ def test_commands_are_there() -> None:
             command_line().parse_args(words)
         elif words[0] != "--resume":
             parse([str(ROOT / w) if w.startswith("configs/") else w for w in words])
+
+
+def test_benchmark_commands_are_there() -> None:
+    found = re.findall(r"^python -m train.benchmark (.*)$", README, re.MULTILINE)
+    commands = [benchmark_line().parse_args(shlex.split(line, comments=True)) for line in found]
+    assert {c.command for c in commands} == {
+        "mixers", "models", "plan", "errors", "compare", "page"
+    }  # fmt: skip
 
 
 def test_pictures_are_there() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -37,6 +38,7 @@ from .rows import (
     key,
     machine,
     package_table,
+    read_csv,
     read_rows,
     revision,
     write_csv,
@@ -44,6 +46,7 @@ from .rows import (
 from .worker import Worker
 
 TURNS = 6
+AT_ONCE = 16  # processes that take turns: each has a context of its own on a GPU
 RESULTS = Path("results") / "benchmark"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -55,6 +58,7 @@ def measure(cases: Sequence[Case], bar: Any) -> list[Row]:
         for case in cases:
             bar.set_postfix_str(f"{case.name}, {case.size:,}, memory")
             workers.append(Worker(case, DEVICE))
+            workers[-1].prepare()
             bar.update()
         for _ in range(TURNS):
             for worker in workers:
@@ -62,18 +66,20 @@ def measure(cases: Sequence[Case], bar: Any) -> list[Row]:
                 if worker.wants_turns:
                     worker.turn()
                 bar.update()
-        return [worker.close() | {"revision": revision()} for worker in workers]
+        return [worker.close() for worker in workers]
     finally:
         for worker in workers:
             worker.stop()
 
 
 def run(cases: Sequence[Case], out: Path, arguments: Sequence[str]) -> list[Row]:
-    """All rows, in groups of one size; those that a file already has are kept."""
+    """All rows, in groups of one size; those that a file has figures of are kept."""
     rows: list[Row] = []
+    code = {"revision": revision()}
     commands = [f"command: python -m train.benchmark {' '.join(arguments)}"]
     if out.is_file():
-        comments, rows = read_rows(out)
+        comments, found = read_rows(out)
+        rows = [row for row in found if row["status"] == "ok"]
         if tuple(comments[:2]) != machine():
             raise ValueError(f"{out} is of {comments[0]}, {comments[1]}: choose another --out")
         commands = list(dict.fromkeys([c for c in comments if c.startswith("command")] + commands))
@@ -84,8 +90,9 @@ def run(cases: Sequence[Case], out: Path, arguments: Sequence[str]) -> list[Row]
         print(f"{out} has {len(cases) - len(left)} of {len(cases)} rows; to measure them again, "
               "remove it or choose another --out", file=sys.stderr)  # fmt: skip
     with tqdm(total=len(left) * (1 + TURNS), unit="turn", disable=None) as bar:
-        for _, group in itertools.groupby(left, lambda case: (case.size, case.batch)):
-            rows += measure(list(group), bar)
+        for _, group in itertools.groupby(left, lambda case: case.size):
+            while some := list(itertools.islice(group, AT_ONCE)):
+                rows += [row | code for row in measure(some, bar)]
             out.parent.mkdir(parents=True, exist_ok=True)
             write_csv(out, lines, COLUMNS, rows)
     wanted = {dataclasses.astuple(case) for case in cases}
@@ -104,6 +111,16 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least 1")
     return int(text)
+
+
+def share(text: str) -> float:
+    """A share for argparse."""
+    try:
+        if 0 <= (value := float(text)) < math.inf:
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text} must be a number of at least 0, such as 0.15")
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -136,15 +153,16 @@ def command_line() -> argparse.ArgumentParser:
         one.add_argument("--dtype", choices=DTYPES, default="fp32",
                          help="bf16 and fp16 by autocast (default: fp32)")  # fmt: skip
     for one in (mixers, models, errors):
+        again = "" if one is errors else "; rows it has figures of are not measured again"
         one.add_argument("--out", type=Path, help="a CSV file (default: one for this device in "
-                         "results/benchmark); rows it has are not measured again")  # fmt: skip
+                         f"results/benchmark){again}")  # fmt: skip
     one = commands.add_parser("compare", help="what became worse; exit code 1 past a threshold")
     one.add_argument("before", type=Path)
     one.add_argument("after", type=Path)
-    one.add_argument("--threshold", type=float, default=0.15, help="(default: 0.15)")
+    one.add_argument("--threshold", type=share, default=0.15, help="(default: 0.15)")
     one = commands.add_parser("page", help="tables and pictures on one page")
     one.add_argument("files", nargs="*", type=Path, help="(default: those in results/benchmark)")
-    one.add_argument("--runs", nargs="+", type=Path, default=[Path("results")],
+    one.add_argument("--runs", nargs="+", type=Path, default=[],
                      help="folders of training runs, for accuracy (default: results)")  # fmt: skip
     one.add_argument("--out", type=Path, default=Path("runs") / "benchmark", help="a folder")
     return parser
@@ -206,6 +224,7 @@ def measure_one(bar: Any, case: Case) -> Row:
     bar.set_postfix_str(f"{case.mixer}, batch {case.batch}")
     worker = Worker(case, DEVICE)
     try:
+        worker.prepare()
         return worker.close()
     finally:
         worker.stop()
@@ -226,7 +245,11 @@ def answer(args: argparse.Namespace, arguments: Sequence[str]) -> str:
         )
         if not files:
             raise ValueError(f"no files: {RESULTS} has none, run mixers or models first")
-        written = write(files, cost_sections(read_runs(args.runs)), args.out)
+        for folder in args.runs:
+            if not folder.is_dir():
+                raise ValueError(f"--runs {folder} is not a folder")
+        runs = read_runs(args.runs or [Path("results")])
+        written = write(files, cost_sections(runs), args.out)
         return f"{written[0]} and {len(written) - 1} pictures beside it"
     if args.command == "plan":
         memory, cases = (
@@ -241,6 +264,8 @@ def answer(args: argparse.Namespace, arguments: Sequence[str]) -> str:
     if out.is_dir() or (args.out and not out.parent.is_dir()):
         raise ValueError(f"--out {out} must be a file in a folder that exists")
     if args.command == "errors":
+        if out.is_file() and "error" not in read_csv(out)[1][0]:
+            raise ValueError(f"--out {out} holds something else: choose another file")
         inputs = list(fields())
         if args.run is not None:
             folder = folder_of(str(args.run))
@@ -263,7 +288,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("stopped; whole sizes that were measured are in the file", file=sys.stderr)
+        print("stopped; sizes that were measured to their end are kept", file=sys.stderr)
         raise SystemExit(130) from None
 
 

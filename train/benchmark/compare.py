@@ -2,39 +2,50 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from .rows import key, label, peer, ratio, read_rows
+
+_NOISE = {"kept_mib": 1.0, "peak_mib": 1.0, "step_ms_p50": 5.0, "infer_ms_p50": 5.0}
+
+
+def grown(before: float | None, after: float | None, noise: float) -> float:
+    """after / before, where neither is missing and they are above the noise; else 1."""
+    if before is None or after is None or max(before, after) < noise:
+        return 1.0
+    return after / before if before else math.inf
 
 
 def compare(before: Path, after: Path, threshold: float) -> list[str]:
     """A sentence for each figure that grew by more than the threshold, as a share.
 
-    Memory as it is; time against the public package's in the same file, so that another machine or
-    a slow day does not count, and as it is where both files are of one device and versions.
+    Kept memory as it is; time against the public package's in the same file, so that another
+    machine or a slow day does not count. Where both files are of one device and versions, peaks and
+    times as they are too. Less than 1 MiB or 5 ms is noise.
     """
     (old_lines, old_rows), (new_lines, new_rows) = read_rows(before), read_rows(after)
     old, new = ({key(row): row for row in rows} for rows in (old_rows, new_rows))
     shared = [k for k in old if k in new]
     if not shared:
         raise ValueError(f"{before} and {after} have no row in common")
-    columns = ["kept_mib", "peak_mib"]
+    columns = ["kept_mib"]
     if old_lines[:2] == new_lines[:2]:
-        columns += ["step_ms_p50", "infer_ms_p50"]
+        columns += ["peak_mib", "step_ms_p50", "infer_ms_p50"]
     worse = []
     for k in shared:
         was, now = old[k], new[k]
         what = f"{was['kind']} {label(was)} at {was['size']:,} ({was['dtype']})"
         if was["status"] == "ok" and now["status"] != "ok":
             worse.append(f"{what}: {now['status']}")
-        growth = {column: ratio(now, was, column) for column in columns}
+        growth = {column: grown(was[column], now[column], _NOISE[column]) for column in columns}
         first = ratio(was, peer(was, old_rows), "step_ms_p50")
         second = ratio(now, peer(now, new_rows), "step_ms_p50")
         if first and second:
             growth["step over the package's"] = second / first
         worse += [
-            f"{what}: {column} is {grown:.2f} times what it was"
-            for column, grown in growth.items()
-            if grown is not None and grown > 1 + threshold
+            f"{what}: {column} is {times:.2f} times what it was"
+            for column, times in growth.items()
+            if times > 1 + threshold
         ]
     return worse

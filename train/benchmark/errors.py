@@ -5,6 +5,7 @@ On fields of queries and keys over a 32 x 32 grid, and on those of a trained mod
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 
 import vision_xformer as vx
 from vision_xformer.kernels.base import KERNELS
-from vision_xformer.kernels.softmax import Softmax
+from vision_xformer.kernels.softmax import Softmax, SoftmaxEager
 
 from ..augment import plain
 from ..config import RunConfig
@@ -71,24 +72,31 @@ def fields() -> Iterator[tuple[str, Operands]]:
 
 
 def trained(folder: Path, config: RunConfig) -> Iterator[tuple[str, Operands]]:
-    """What each softmax attention of a run's model computes with, on test images."""
+    """What each softmax attention of a run's model computes with, on test images.
+
+    Those with a position bias (LeViT), which no approximation can have, and those whose keys lie on
+    another grid (CvT) are left out; a ValueError where none is left.
+    """
     model = vx.load_model(folder / "best.safetensors").double().eval()
     found: list[Operands] = []
 
     def look(kernel: Any, inputs: tuple[Any, ...]) -> None:
-        q, k, v, q_layout, k_layout = inputs[:5]
-        if q_layout == k_layout:  # one landmark stands for queries and keys
+        q, k, v, q_layout, k_layout, *bias = inputs
+        if q_layout == k_layout and bias in ([], [None]):
             found.append((q, k, v, q_layout))
 
-    kernels = [part for part in model.modules() if isinstance(part, Softmax)]
-    if not kernels:
-        raise ValueError(f"--run {folder}: {config.model.name} has no softmax attention")
-    for kernel in kernels:
-        kernel.register_forward_pre_hook(look)
+    for part in model.modules():
+        if isinstance(part, (Softmax, SoftmaxEager)):
+            part.register_forward_pre_hook(look)
     images = load_data(config.data, torch.device("cpu")).test
     batch = torch.stack([images[i][0] for i in range(min(_IMAGES, len(images)))])
     with torch.no_grad():
         model(plain(batch).double())
+    if not found:
+        raise ValueError(
+            f"--run {folder}: {config.model.name} has no softmax attention without position bias "
+            "whose queries and keys lie on one grid"
+        )
     for index, operands in enumerate(found, start=1):
         yield f"{folder.name}, attention {index}", operands
 
@@ -161,7 +169,13 @@ def picture(rows: Sequence[Row]) -> Figure:
 
 
 def error_section(comments: Sequence[str], rows: Sequence[Row]) -> Section:
-    """Picture and table of a file's rows."""
+    """Picture and table of a file's rows; a ValueError where they are none."""
+    try:
+        if any(not 0 < float(r["error"]) < math.inf or int(r["size"]) not in SIZES for r in rows):
+            raise ValueError("a figure that cannot be")
+        dict.fromkeys((r["input"], r["kernel"]) for r in rows)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"not a file of errors: {error}") from error
     at = {(r["input"], r["kernel"], int(r["size"])): float(r["error"]) for r in rows}
     names = dict.fromkeys((r["input"], r["kernel"]) for r in rows)
     body = [

@@ -19,7 +19,7 @@ PANELS = {
 }
 _TABLES = {
     "Memory": {"kept_mib": "kept for backward, MiB", "peak_mib": "peak of a training step, MiB",
-               "reserved_mib": "reserved by the allocator, MiB",
+               "reserved_mib": "reserved by the allocator in all, MiB",
                "device_mib": "held of the GPU, as its driver says, MiB"},
     "Time": {"step_ms_p50": "training step, median ms", "infer_ms_p50": "inference, median ms",
              "images_per_second": "images/s in training"},
@@ -34,7 +34,8 @@ def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Rows that can be drawn together, under what they have in common."""
     found: dict[str, list[Row]] = {}
     for row in rows:
-        found.setdefault(f"{row['dtype']}, batch {row['batch']}", []).append(row)
+        shared = f"{row['kind']}s, {row['dtype']}, batch {row['batch']}"
+        found.setdefault(shared, []).append(row)
     return found
 
 
@@ -43,22 +44,27 @@ def sections(file: Path) -> dict[str, Section]:
     comments, found = read_csv(file)
     stem = f"{file.absolute().parent.name}-{file.stem}"
     if "error" in found[0]:
-        return {stem: error_section(comments, found)}
+        try:
+            return {stem: error_section(comments, found)}
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
     _, rows = read_rows(file)
     device = comments[0].partition(": ")[2]
     made = {}
     for shared, some in groups(rows).items():
-        title = f"{some[0]['kind']}s, {shared}, on {device}"
+        title = f"{shared}, on {device}"
         eager = [row for row in some if row["mode"] == "eager"]
-        draw = lengths if len({row["size"] for row in some}) > 1 else bars
-        for name, panels in PANELS.items():
+        measured = [row for row in eager or some if row["status"] == "ok"]
+        draw = lengths if len({row["size"] for row in measured}) > 1 else bars
+        for name, columns in PANELS.items():
+            panels = [c for c in columns if any(row[c[0]] for row in measured)]
             tables = [column_table(some, *pair) for pair in _TABLES[name].items()]
             if name == "Time" and some[0]["kind"] == "mixer":
                 tables += [package_table(some), wins(eager)]
-            words = re.findall(r"\w+", f"{stem} {shared} {name}".lower().replace("batch", ""))
+            words = re.findall(r"\w+", f"{stem} {shared} {name}".lower())
             made["-".join(words)] = Section(
                 f"{name} of {title}",
-                draw(eager, panels, title),
+                draw(measured, panels, title) if panels else None,
                 [table for table in tables if table.rows],
                 [*comments, *_refusals(some), LIMITS],
             )

@@ -26,17 +26,18 @@ _PEERS = {peer: ours for ours, (peer, *_) in PAIRS.items()}
 
 
 def series(rows: Sequence[Row], column: str) -> dict[str, Points]:
-    """(size, figure) of each line, by size; what was not measured is not there."""
+    """(size, figure) of each line, by size; out of memory is infinite, what is unknown left out."""
     found: dict[str, Points] = {}
     for row in rows:
-        if row.get(column):
-            found.setdefault(label(row), []).append((row["size"], float(row[column])))
+        figure = math.inf if row["status"] == "out of memory" else row.get(column)
+        if figure:
+            found.setdefault(label(row), []).append((row["size"], float(figure)))
     return {name: sorted(points) for name, points in found.items()}
 
 
 def exponent(points: Points) -> float | None:
     """Slope of log figure over log size from ``FROM`` on, by least squares; None for one point."""
-    logs = [(math.log(n), math.log(y)) for n, y in points if n >= FROM]
+    logs = [(math.log(n), math.log(y)) for n, y in points if n >= FROM and y < math.inf]
     if len(logs) < 2:
         return None
     centre_x, centre_y = (sum(values) / len(logs) for values in zip(*logs, strict=True))
@@ -47,17 +48,23 @@ def exponent(points: Points) -> float | None:
 def crossing(points: Points, base: Points) -> float | None:
     """Size from which on a figure stays below the base's, between sizes on straight log-log lines.
 
-    None where it is not below at the largest size of both; the smallest where it always is.
+    The smallest size of both where it always is; infinity where it is not at the largest; None
+    where there is nothing to compare. Out of memory is an infinite figure.
     """
     other = dict(base)
-    gaps = [(math.log(n), math.log(y / other[n])) for n, y in points if n in other]
-    if not gaps or gaps[-1][1] >= 0:
+    shared = [(n, y, other[n]) for n, y in points if n in other]
+    ratios = [(n, 0.0 if math.isinf(z) else y / z) for n, y, z in shared if min(y, z) < math.inf]
+    if not ratios:
         return None
-    last = max((i for i, (_, gap) in enumerate(gaps) if gap >= 0), default=None)
+    if ratios[-1][1] >= 1:
+        return math.inf
+    last = max((i for i, (_, ratio) in enumerate(ratios) if ratio >= 1), default=None)
     if last is None:
-        return math.exp(gaps[0][0])
-    (x0, y0), (x1, y1) = gaps[last : last + 2]
-    return math.exp(x0 + (x1 - x0) * y0 / (y0 - y1))
+        return ratios[0][0]
+    (n0, r0), (n1, r1) = ratios[last : last + 2]
+    if math.isinf(r0) or r1 == 0:
+        return n1
+    return n0 * math.exp(math.log(n1 / n0) * math.log(r0) / math.log(r0 / r1))
 
 
 def lengths(rows: Sequence[Row], panels: Sequence[tuple[str, str]], title: str) -> Figure:
@@ -78,6 +85,9 @@ def lengths(rows: Sequence[Row], panels: Sequence[tuple[str, str]], title: str) 
                 ours = _PEERS.get(name, name)
                 if ours not in colours:
                     colours[ours] = "#c9d1d9" if ours in CONTROLS else next(more)
+                points = [(n, y) for n, y in points if y < math.inf]
+                if not points:
+                    continue
                 power = exponent(points)
                 style = ":" if name in CONTROLS else "--" if name in _PEERS else "-"
                 axis.plot(
@@ -86,7 +96,7 @@ def lengths(rows: Sequence[Row], panels: Sequence[tuple[str, str]], title: str) 
                     color=colours[ours], linewidth=2.8 if name in (BASE, EAGER) else 1.7,
                 )  # fmt: skip
                 place = crossing(points, lines.get(BASE, []))
-                if place is not None and name in PAIRS and place > points[0][0]:
+                if place is not None and name in PAIRS and points[0][0] < place < math.inf:
                     axis.axvline(place, color=colours[ours], linewidth=0.9, linestyle=":")
                     axis.annotate(
                         f"{place:,.0f}", (place, 0.01), xycoords=("data", "axes fraction"),
@@ -140,16 +150,17 @@ def wins(rows: Sequence[Row]) -> Table:
 
     def since(points: Points, base: Points) -> str:
         found = crossing(points, base)
-        if not base or points == base:
+        if found is None or points == base:
             return ""
-        if found is None:
+        if math.isinf(found):
             return "never"
-        return "always" if found <= points[0][0] * 1.001 else f"{found:,.0f}"
+        first = min(n for n, _ in points if n in dict(base))
+        return "always" if found == first else f"{found:,.0f}"
 
     names = sorted(set(time) & set(peak) - set(CONTROLS), key=list(time).index)
     lines = [
         [
-            f"`{name}`", power(time[name]), power(peak[name]),
+            name, power(time[name]), power(peak[name]),
             since(time[name], time.get(BASE, [])), since(peak[name], peak.get(BASE, [])),
             since(peak[name], peak.get(EAGER, [])),
         ]
@@ -170,13 +181,14 @@ def savings(rows: Sequence[Row], fused: str, materialised: str, size: int) -> Ta
     """Peak memory of both softmaxes over that of each line, at one size."""
     peak = {name: dict(points).get(size) for name, points in series(rows, "peak_mib").items()}
     lines = [
-        [f"`{name}`", number(mine)]
-        + [
-            "" if (base := peak.get(of)) is None else f"{base / mine:.2f}"
-            for of in (materialised, fused)
-        ]
+        [name, number(mine)]
+        + [_times(peak.get(softmax), mine) for softmax in (materialised, fused)]
         for name, mine in peak.items()
-        if mine is not None and name not in (materialised, *CONTROLS)
+        if mine is not None and mine < math.inf and name not in (materialised, *CONTROLS)
     ]
     headings = ["", "peak, MiB", f"{materialised} / this", f"{fused} / this"]
     return Table(headings, lines, f"peak memory of a training step at {size:,}")
+
+
+def _times(figure: float | None, other: float) -> str:
+    return "" if figure is None else "OOM" if math.isinf(figure) else f"{figure / other:.2f}"

@@ -14,7 +14,8 @@ from .rows import Row
 
 MIB = 2**20
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_STATE_BYTES = 12  # of a parameter between steps: weight and AdamW's two moments, in float32
+_STATE_BYTES = 16  # of a parameter: weight, gradient and AdamW's two moments, in float32
+_BATCHES = 2, 4  # not 1: batch norm of one value has no training
 
 
 def parse_memory(text: str) -> int:
@@ -27,23 +28,22 @@ def parse_memory(text: str) -> int:
 
 def cases_of(name: str, size: int, dtype: str) -> list[Case]:
     """A model with its own and every other mixer, at two batches each."""
-    if len(vx.list_models(name)) != 1:
-        raise ValueError(f"--name {name}: no model is called so, or more than one")
     own = mixer_of(name)
     others = [mixer for mixer in vx.list_mixers() if mixer != own] if own else []
     model = Case("model", name, size, 1, dtype)
     return [
         dataclasses.replace(model, batch=batch, mixer=mixer)
         for mixer in ("", *others)
-        for batch in (1, 2)
+        for batch in _BATCHES
     ]
 
 
 def plan(cases: list[Case], memory: int, measure: Callable[[Case], Row]) -> Table:
-    """A line for each mixer. A step's peak is measured at two batches; the rest is a straight line.
+    """A line for each mixer. A step is measured at two batches; the rest is a straight line.
 
-    What is there between steps (weights and AdamW's moments) is added; what CUDA itself holds
-    (some 0.5 GiB) is not.
+    An image takes what the peak grows by, and no less than what is kept for backward: where the
+    gradients are most of a small batch's peak, that does not grow. To it come weights, gradients
+    and AdamW's moments; what CUDA itself holds (some 0.5 GiB) does not.
     """
     lines = []
     for one, two in zip(cases[::2], cases[1::2], strict=True):
@@ -51,13 +51,13 @@ def plan(cases: list[Case], memory: int, measure: Callable[[Case], Row]) -> Tabl
         second = measure(two) if first["status"] == "ok" else first
         mixer = one.mixer or "its own"
         status = second["status"]
-        if status != "ok":
+        if status != "ok" or "peak_mib" not in first:
             here = "more than this machine has" if status == "out of memory" else status
             lines.append([mixer, "", "", here])
             continue
-        each = max(second["peak_mib"] - first["peak_mib"], 0.1)
-        state = first["parameters"] * _STATE_BYTES / MIB
-        fixed = state + max(0.0, first["peak_mib"] - each)
+        more = two.batch - one.batch
+        each = max((second[c] - first[c]) / more for c in ("peak_mib", "kept_mib"))
+        fixed = first["parameters"] * _STATE_BYTES / MIB
         batch = int((memory / MIB - fixed) // each)
         fits = f"{batch:,}" if batch >= 1 else "does not fit"
         lines.append([mixer, f"{fixed:,.0f}", f"{each:,.1f}", fits])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ COLUMNS = (
     "spread", "images_per_second", "kept_mib", "peak_mib", "reserved_mib", "device_mib", "revision",
 )  # fmt: skip
 METHOD = (
-    "each row in a process of its own; those of one size take turns of half a second",
+    "each row in a process of its own; those of one size take turns (half a second or 20 steps)",
     "a step is forward and backward, of a model with AdamW; p20, p50, p80 of all steps; spread is",
     "(p80 - p20) / p50 of a step; caches are warm: a step follows one like it, in memory that the",
     "process keeps; kept: what autograd keeps for backward; peak: most of a step above what was",
@@ -38,7 +39,8 @@ _NUMBERS = set(COLUMNS) - _TEXT - {"revision"}
 def machine() -> tuple[str, str]:
     """Device and versions, which all rows of a file share."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    packages = ", ".join(f"{name} {version}" for name, version in versions().items())
+    known = versions()
+    packages = ", ".join(f"{name} {known[name]}" for name in ("vision_xformer", "python", "torch"))
     return f"device: {device_name(device)}", f"versions: {packages}"
 
 
@@ -74,8 +76,10 @@ def read_csv(path: Path) -> tuple[list[str], list[Row]]:
         raise ValueError(f"{path} is not a text file") from error
     comments = [line[2:] for line in lines if line.startswith("# ")]
     rows: list[Row] = list(csv.DictReader(line for line in lines if not line.startswith("#")))
-    if not comments or not rows:
+    if len(comments) < 2 or not rows:
         raise ValueError(f"{path} has no rows of python -m train.benchmark")
+    if torn := [row for row in rows if None in row or None in row.values()]:
+        raise ValueError(f"{path} has a torn row: {', '.join(map(str, torn[0].values()))}")
     return comments, rows
 
 
@@ -88,13 +92,20 @@ def read_rows(path: Path) -> tuple[list[str], list[Row]]:
         for row in rows:
             row.update({k: _number(row[k]) for k in _NUMBERS})
             row["checkpointing"] = row["checkpointing"] == "True"
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} cannot be read as measured rows: {error}") from error
+    if len({key(row) for row in rows}) < len(rows) or not all(row["size"] for row in rows):
+        raise ValueError(f"{path} has a row twice, or one without a size")
     return comments, rows
 
 
 def _number(text: str) -> float | None:
-    return None if not text else int(text) if text.isdigit() else float(text)
+    if not text:
+        return None
+    value = int(text) if text.isdigit() else float(text)
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{text} is not a figure")
+    return value
 
 
 def key(row: Row) -> tuple[Any, ...]:

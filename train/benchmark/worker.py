@@ -69,8 +69,9 @@ def _memory(subject: Subject, device: str) -> dict[str, Any]:
 
 
 def _seconds(function: Callable[[], None], repeats: int, device: str) -> list[float]:
-    """Of each call after one that does not count; on a GPU by its own events."""
-    function()
+    """Of each call; on a GPU by its own events. Short ones begin with one that does not count."""
+    if repeats > 1 or (repeats and device == "cuda"):
+        function()
     if device == "cuda":
         torch.cuda.synchronize()
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
@@ -92,12 +93,14 @@ def _device_bytes() -> int | None:
     """What all processes hold of the GPU, as its driver says; None where that cannot be asked."""
     try:
         return torch.cuda.device_memory_used(0)
-    except (ModuleNotFoundError, RuntimeError, AssertionError):  # no nvidia-ml-py, or no GPU
+    except Exception:  # no nvidia-ml-py, or what it raises where it may not ask
         return None
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    words = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc")
+    words = (
+        "out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "alloc_failed",
+    )  # fmt: skip
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
         word in str(error).lower() for word in words
     )
@@ -114,22 +117,18 @@ def work(case: Case, device: str, threads: int, pipe: Connection) -> None:
         known = facts(case)
         subject = build(case, device)
         pipe.send(known | _memory(subject, device) | {"status": "ok"})
-        if device == "cpu":
-            _malloc(2**30)  # so that memory is not mapped anew in each step
-        while repeats := pipe.recv():
-            pipe.send([_seconds(f, repeats, device) for f in (subject.infer, subject.step)])
+        while (repeats := pipe.recv()) is not None:
+            times = [_seconds(f, repeats, device) for f in (subject.infer, subject.step)]
             if device == "cuda":
-                torch.cuda.empty_cache()
+                torch.cuda.empty_cache()  # for the others
             else:
-                _malloc(2**30)
-    except EOFError:  # who asked is gone
+                _malloc(2**30)  # so that memory is not mapped anew in each step
+            pipe.send(times)
+    except (EOFError, ConnectionError):  # who asked is gone
         return
-    except ValueError as error:
-        pipe.send({"status": " ".join(str(error).split())})
-    except (RuntimeError, MemoryError) as error:
-        if not _out_of_memory(error):
-            raise
-        pipe.send({"status": "out of memory"})
+    except Exception as error:  # whatever a mixer may raise is a row that says so
+        out = _out_of_memory(error)
+        pipe.send({"status": "out of memory" if out else str(error).strip().split("\n")[0]})
 
 
 class Worker:
@@ -142,15 +141,22 @@ class Worker:
         self.pipe, theirs = context.Pipe()
         arguments = (case, device, torch.get_num_threads(), theirs)
         self.process = context.Process(target=work, args=arguments)
-        before = _device_bytes() if device == "cuda" else None
+        self.held = _device_bytes() if device == "cuda" else None
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who asked
         self.process.start()
         signal.signal(signal.SIGINT, handler)
         theirs.close()
+
+    def prepare(self) -> None:
+        """Wait for what the case costs in memory; then it may give back what it does not need."""
         self.row |= self._receive()
-        after = None if before is None else _device_bytes()
-        if before is not None and after is not None:
-            self.row["device_mib"] = (after - before) / MIB
+        if not self.alive:
+            self.process.join()
+            return
+        after = None if self.held is None else _device_bytes()
+        if self.held is not None and after is not None:
+            self.row["device_mib"] = (after - self.held) / MIB
+        self._ask(0)
 
     @property
     def alive(self) -> bool:
@@ -159,9 +165,20 @@ class Worker:
     def _receive(self) -> Any:
         try:
             return self.pipe.recv()
-        except EOFError:  # the process is gone
+        except (EOFError, ConnectionError):  # the process is gone
             self.process.join()
             return {"status": f"the process ended with {self.process.exitcode}"}
+
+    def _ask(self, repeats: int) -> None:
+        """Have steps timed."""
+        with contextlib.suppress(ConnectionError):  # what became of it is in what it sent
+            self.pipe.send(repeats)
+        found = self._receive()
+        if isinstance(found, dict):
+            self.row |= found
+            return
+        for times, more in zip(self.seconds, found, strict=True):
+            times += more
 
     @property
     def wants_turns(self) -> bool:
@@ -172,27 +189,19 @@ class Worker:
     def turn(self) -> None:
         """Time as many steps as about fit into a turn, at least one."""
         last = self.seconds[1][-1] if self.seconds[1] else TURN_SECONDS
-        try:
-            self.pipe.send(max(1, min(MOST_STEPS, int(TURN_SECONDS / last))))
-        except BrokenPipeError:  # it was killed meanwhile
-            self.row["status"] = "the process was killed"
-            return
-        found = self._receive()
-        if isinstance(found, dict):
-            self.row |= found
-            return
-        for times, more in zip(self.seconds, found, strict=True):
-            times += more
+        self._ask(max(1, min(MOST_STEPS, int(TURN_SECONDS / last))))
 
     def close(self) -> dict[str, Any]:
         """End the process; the whole row."""
         if self.process.is_alive():
-            with contextlib.suppress(OSError):
-                self.pipe.send(0)
+            with contextlib.suppress(ConnectionError):
+                self.pipe.send(None)
         self.process.join()
         if self.alive and self.seconds[1]:
             for name, times in zip(("infer", "step"), self.seconds, strict=True):
-                cuts = statistics.quantiles(times, n=10) if len(times) > 1 else times * 9
+                cuts = times * 9
+                if len(times) > 1:
+                    cuts = statistics.quantiles(times, n=10, method="inclusive")
                 for percent in (20, 50, 80):
                     self.row[f"{name}_ms_p{percent}"] = cuts[percent // 10 - 1] * 1e3
             p20, p50, p80 = (self.row[f"step_ms_p{p}"] for p in (20, 50, 80))
