@@ -18,7 +18,7 @@ from train.augment import augment, draw, plain
 from train.commands import read_runs
 from train.config import AugmentConfig
 from train.data import unpack
-from train.report import cells, page, table
+from train.report import page, table
 
 OFF = AugmentConfig(crop=False, flip=False)
 
@@ -193,12 +193,12 @@ def test_the_report_shows_every_run_and_needs_no_network(tmp_path: Path) -> None
     run_folder(tmp_path / "a" / "second & co", [0.3, 0.6, 0.5])
     run_folder(tmp_path / "a" / "cut", [0.1], done=False)
     runs = read_runs([tmp_path / "a"])
-    headings, rows = cells(runs)
+    headings, rows = table(runs).headings, table(runs).rows
     assert headings[:2] == ["run", "test top-1"]
     assert [row[0] for row in rows] == ["second & co", "first", "cut"]
     assert rows[0][1:4] == ["25.00%", "60.00%", "3"]
     assert rows[2][1] == ""
-    assert table(runs).splitlines()[1].startswith("second & co")
+    assert table(runs).text().splitlines()[1].startswith("second & co")
     page(runs, tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
     assert text.count("data:image/png;base64,") == 2

@@ -127,8 +127,8 @@ def work(case: Case, device: str, threads: int, pipe: Connection) -> None:
     except (EOFError, ConnectionError):  # who asked is gone
         return
     except Exception as error:  # whatever a mixer may raise is a row that says so
-        out = _out_of_memory(error)
-        pipe.send({"status": "out of memory" if out else str(error).strip().split("\n")[0]})
+        first = str(error).strip().split("\n")[0] or type(error).__name__
+        pipe.send({"status": "out of memory" if _out_of_memory(error) else first})
 
 
 class Worker:
