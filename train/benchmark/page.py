@@ -61,8 +61,8 @@ def sections(file: Path) -> dict[str, Section]:
             tables = [column_table(some, *pair) for pair in _TABLES[name].items()]
             if name == "Time" and some[0]["kind"] == "mixer":
                 tables += [package_table(some), wins(eager)]
-            words = re.findall(r"\w+", f"{stem} {shared} {name}".lower())
-            made["-".join(words)] = Section(
+            words = f"{stem} {shared.removeprefix(file.stem)} {name}".lower()
+            made["-".join(re.findall(r"[\w.]+", words))] = Section(
                 f"{name} of {title}",
                 draw(measured, panels, title) if panels else None,
                 [table for table in tables if table.rows],

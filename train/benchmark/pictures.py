@@ -113,8 +113,8 @@ def lengths(rows: Sequence[Row], panels: Sequence[tuple[str, str]], title: str) 
             axis.set_title(heading, loc="left", fontsize=13)
             axis.grid(axis="y", color="#eaeef2")
             axis.legend(
-                frameon=False, fontsize=10, ncols=3, loc="upper left",
-                bbox_to_anchor=(-0.06, -0.13),
+                frameon=False, fontsize=9, ncols=3, loc="upper center", columnspacing=1.2,
+                handlelength=2.4, bbox_to_anchor=(0.5, -0.13),
             )  # fmt: skip
         figure.suptitle(title, x=0.01, ha="left", weight="bold")
         figure.tight_layout()
