@@ -172,6 +172,8 @@ def test_mixers_are_measured_and_go_on_where_they_stopped(
     assert both[:3] == first
     assert (both[3]["size"], both[3]["status"]) == (262144, "out of memory")
     assert sum(line.startswith("command") for line in comments) == 2
+    program.main([*words, "16"])  # which does not ask for that row: it stays
+    assert read_rows(out)[1] == both
 
 
 def test_what_cannot_be_is_a_row_that_says_why() -> None:

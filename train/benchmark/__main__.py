@@ -75,11 +75,12 @@ def measure(cases: Sequence[Case], bar: Any) -> list[Row]:
 def run(cases: Sequence[Case], out: Path, arguments: Sequence[str]) -> list[Row]:
     """All rows, in groups of one size; those that a file has figures of are kept."""
     rows: list[Row] = []
+    wanted = {dataclasses.astuple(case) for case in cases}
     code = {"revision": revision()}
     commands = [f"command: python -m train.benchmark {' '.join(arguments)}"]
     if out.is_file():
         comments, found = read_rows(out)
-        rows = [row for row in found if row["status"] == "ok"]
+        rows = [row for row in found if row["status"] == "ok" or key(row) not in wanted]
         if tuple(comments[:2]) != machine():
             raise ValueError(f"{out} is of {comments[0]}, {comments[1]}: choose another --out")
         commands = list(dict.fromkeys([c for c in comments if c.startswith("command")] + commands))
@@ -95,7 +96,6 @@ def run(cases: Sequence[Case], out: Path, arguments: Sequence[str]) -> list[Row]
                 rows += [row | code for row in measure(some, bar)]
             out.parent.mkdir(parents=True, exist_ok=True)
             write_csv(out, lines, COLUMNS, rows)
-    wanted = {dataclasses.astuple(case) for case in cases}
     return [row for row in rows if key(row) in wanted]
 
 

@@ -51,7 +51,9 @@ def plan(cases: list[Case], memory: int, measure: Callable[[Case], Row]) -> Tabl
         second = measure(two) if first["status"] == "ok" else first
         mixer = one.mixer or "its own"
         status = second["status"]
-        if status != "ok" or "peak_mib" not in first:
+        if status == "ok" and "peak_mib" not in first:
+            raise ValueError("this system does not say how much memory a process holds")
+        if status != "ok":
             here = "more than this machine has" if status == "out of memory" else status
             lines.append([mixer, "", "", here])
             continue
