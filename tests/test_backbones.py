@@ -17,6 +17,7 @@ from torchvision.ops import StochasticDepth
 
 import vision_xformer as vx
 from vision_xformer import Layout
+from vision_xformer.layers import ConvNorm
 from vision_xformer.mixers import takes_heads
 from vision_xformer.zoo import parse_name
 
@@ -675,3 +676,19 @@ def test_gradients_of_single_samples() -> None:
         want = torch.func.grad(loss)(parameters, x[i])
         for name, gradient in want.items():
             torch.testing.assert_close(each[name][i], gradient)
+
+
+def test_strided_depthwise_convolutions_train_in_float32_on_a_cpu() -> None:
+    """Where a CPU's half precision is slow; elsewhere autocast decides."""
+    x = torch.randn(2, 8, 6, 6)
+
+    def error(stride: int, groups: int, train: bool) -> float:
+        torch.manual_seed(0)
+        layer = ConvNorm(2, 8, 8, 3, stride, groups=groups).eval()
+        with torch.autocast("cpu", torch.bfloat16):
+            found = layer(x.clone().requires_grad_(train)).detach().double()
+        wanted = layer.double()(x.double()).detach()
+        return float((found - wanted).norm() / wanted.norm())
+
+    assert error(2, 8, True) < 1e-6
+    assert min(error(2, 8, False), error(1, 8, True), error(2, 1, True)) > 1e-4

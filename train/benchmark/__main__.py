@@ -143,12 +143,14 @@ def command_line() -> argparse.ArgumentParser:
     for one in (mixers, models):
         one.add_argument("--batch", type=positive, default=8, help="samples of a step (default: 8)")
         one.add_argument("--compile", action="store_true", help="also under torch.compile")
-    one = planned = commands.add_parser("plan", help="the largest batch that fits into a memory")
-    one.add_argument("--memory", required=True, help="such as 16GB")
-    one.add_argument("--name", required=True, help="of a model")
-    one.add_argument("--image-size", type=positive, default=32, help="(default: 32)")
-    one = errors = commands.add_parser("errors", help="approximations against exact attention")
-    one.add_argument("--run", type=Path, help="a training run, for its model's own attention too")
+    planned = commands.add_parser("plan", help="the largest batch that fits into a memory")
+    planned.add_argument("--memory", required=True, help="such as 16GB")
+    planned.add_argument("--name", required=True, help="of a model")
+    planned.add_argument("--image-size", type=positive, default=32, help="(default: 32)")
+    errors = commands.add_parser("errors", help="approximations against exact attention")
+    errors.add_argument(
+        "--run", type=Path, help="a training run, for its model's own attention too"
+    )
     for one in (mixers, models, planned):
         one.add_argument("--dtype", choices=DTYPES, default="fp32",
                          help="bf16 and fp16 by autocast (default: fp32)")  # fmt: skip
@@ -252,10 +254,8 @@ def answer(args: argparse.Namespace, arguments: Sequence[str]) -> str:
         written = write(files, cost_sections(runs), args.out)
         return f"{written[0]} and {len(written) - 1} pictures beside it"
     if args.command == "plan":
-        memory, cases = (
-            parse_memory(args.memory),
-            plan_cases(args.name, args.image_size, args.dtype),
-        )
+        memory = parse_memory(args.memory)
+        cases = plan_cases(args.name, args.image_size, args.dtype)
         with tqdm(total=len(cases), unit="step", disable=None) as bar:
             table = plan(cases, memory, lambda case: measure_one(bar, case))
         head = f"{args.name} at {args.image_size} pixels in {args.memory}, {args.dtype}"

@@ -72,8 +72,8 @@ class Subject:
 
 def layout_of(tokens: int) -> vx.Layout:
     """A square grid of that many tokens."""
-    side = math.isqrt(max(tokens, 0))
-    if side < 1 or side * side != tokens:
+    side = math.isqrt(tokens)
+    if side * side != tokens:
         raise ValueError(f"length {tokens} must be a square: the tokens of a picture")
     return vx.Layout((side, side))
 
@@ -102,11 +102,19 @@ def with_weights(name: str, tokens: int) -> vx.Mixer:
     return mixer
 
 
-def build_model(case: Case) -> vx.Backbone:
-    """For square colour images and ``CLASSES`` classes."""
-    return vx.create_model(
+def make(case: Case, batch: int) -> tuple[nn.Module, Tensor, tuple[vx.Layout, ...]]:
+    """The module, a batch of its input, and what else it is called with.
+
+    A model is for square colour images and ``CLASSES`` classes.
+    """
+    if case.kind == "mixer":
+        mixer = with_weights(case.name, case.size)
+        return mixer, torch.randn(batch, case.size, DIM), (layout_of(case.size),)
+    torch.manual_seed(0)
+    model = vx.create_model(
         case.name, image_size=case.size, num_classes=CLASSES, mixer=case.mixer or None
     )
+    return model, torch.randn(batch, *model.config.input_shape), ()
 
 
 def facts(case: Case) -> dict[str, Any]:
@@ -118,35 +126,23 @@ def facts(case: Case) -> dict[str, Any]:
         if "tokens" not in found:
             found.update(tokens=inputs[0].shape[1], width=mixer.dim, heads=mixer.heads)
 
-    if case.kind == "mixer":
-        sketch: nn.Module = build_mixer(case.name, case.size)
-        inputs: tuple[Any, ...] = (torch.empty(1, case.size, DIM), layout_of(case.size))
-    else:
-        model = build_model(case)
-        found["backbone"] = model.config.to_dict()["backbone"]
-        sketch, inputs = model, (torch.empty(1, *model.config.input_shape),)
+    sketch, x, rest = make(case, 1)
+    if isinstance(sketch, vx.Backbone):
+        found["backbone"] = sketch.config.to_dict()["backbone"]
     sketch.to("meta")  # not made there: performer-pytorch cannot be
     for part in sketch.modules():
         if isinstance(part, vx.Mixer):
             part.register_forward_pre_hook(look)
-    found["flops"] = vx.count_flops(sketch, inputs[0].to("meta"), *inputs[1:])
+    found["flops"] = vx.count_flops(sketch, x.to("meta"), *rest)
     return found | {"parameters": sum(p.numel() for p in sketch.parameters())}
 
 
 def build(case: Case, device: str) -> Subject:
     """The case on a device. A ValueError says why a case cannot be."""
-    if case.kind == "mixer":
-        layout = layout_of(case.size)
-        module: nn.Module = with_weights(case.name, case.size).to(device)
-        x = torch.randn(case.batch, case.size, DIM, device=device)
-        inputs: tuple[Any, ...] = (x.requires_grad_(), layout)
-    else:
-        torch.manual_seed(0)
-        model = build_model(case)
-        if case.checkpointing:
-            model.set_grad_checkpointing()
-        module = model.to(device)
-        inputs = (torch.randn(case.batch, *model.config.input_shape, device=device),)
+    module, x, rest = make(case, case.batch)
+    if case.checkpointing and isinstance(module, vx.Backbone):
+        module.set_grad_checkpointing()
+    module, x = module.to(device), x.to(device).requires_grad_(case.kind == "mixer")
     labels = torch.randint(CLASSES, (case.batch,), device=device)
     parameters = list(module.parameters())
     optimizer = torch.optim.AdamW(parameters, fused=True) if case.kind == "model" else None
@@ -159,7 +155,7 @@ def build(case: Case, device: str) -> Subject:
 
     def forward() -> Tensor:
         with autocast:
-            y = run(*inputs)
+            y = run(x, *rest)
             return y if optimizer is None else F.cross_entropy(y, labels)
 
     direction: Tensor | None = None  # that a mixer's output is pulled in
@@ -172,12 +168,12 @@ def build(case: Case, device: str) -> Subject:
         y.backward(direction)
         if optimizer is not None:
             optimizer.step()
-        for tensor in (inputs[0], *parameters):
+        for tensor in (x, *parameters):
             tensor.grad = None
 
     @torch.no_grad()
     def infer() -> None:
         with autocast:
-            run(*inputs)
+            run(x, *rest)
 
     return Subject(module, forward, infer, step)

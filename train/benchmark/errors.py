@@ -173,10 +173,9 @@ def error_section(comments: Sequence[str], rows: Sequence[Row]) -> Section:
     try:
         if any(not 0 < float(r["error"]) < math.inf or int(r["size"]) not in SIZES for r in rows):
             raise ValueError("a figure that cannot be")
-        dict.fromkeys((r["input"], r["kernel"]) for r in rows)
+        at = {(r["input"], r["kernel"], int(r["size"])): float(r["error"]) for r in rows}
     except (KeyError, ValueError) as error:
         raise ValueError(f"not a file of errors: {error}") from error
-    at = {(r["input"], r["kernel"], int(r["size"])): float(r["error"]) for r in rows}
     names = dict.fromkeys((r["input"], r["kernel"]) for r in rows)
     body = [
         [f"{given}: {kernel}"]
