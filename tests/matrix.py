@@ -29,15 +29,20 @@ CAPABILITIES = {
 # fmt: off
 _TABLE = """
 mixer              rope bias length batch 1-D 2-D 3-D prefix float64 bfloat16 float16 auto-bf16 auto-fp16 compile export
+conv                –    –     ✓      ✓    ✓   ✓   ✓    –       ✓       ✓        ✓        ✓         ✓        ✓      ✓
+external            –    –     ✓      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
 fourier             –    –     ✓      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
+gmlp                –    –     –      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
 linformer           ✓    –     –      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
 linformer-pytorch   –    –     –      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
+mlp                 –    –     –      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
 nystrom             ✓    –     ✓      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
 nystrom-attention   –    –     ✓      –    ✓   ✓   ✓    ✓       ✓       –        –        ✓         ✓        ✓      ✓
 performer           ✓    –     ✓      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
 performer-pytorch   –    –     ✓      ✓    ✓   ✓   ✓    ✓       ✓       ✓        –        ✓         –        ✓      ✓
 softmax             ✓    ✓     ✓      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
 softmax_eager       ✓    ✓     ✓      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
+talking_heads       ✓    –     ✓      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
 """  # noqa: E501
 # fmt: on
 

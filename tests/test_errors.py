@@ -196,7 +196,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     ),
     "no blocks": ("vit_test", dict(depth=0), ["depth 0", "at least 1"]),
     "no width": ("vit_test", dict(dim=0), ["dim 0", "at least 1"]),
-    "no mlp": ("vit_test", dict(mlp_dim=0), ["mlp_dim 0", "at least 1"]),
+    "negative mlp": ("vit_test", dict(mlp_dim=-1), ["mlp_dim -1", "at least 0"]),
     "negative registers": ("vit_test", dict(registers=-1), ["registers -1", "at least 0"]),
     "fnet2d, no width": ("fnet2d_test", dict(dim=1), ["dim 1", "at least 2"]),
     "fnet2d, no blocks": ("fnet2d_test", dict(depth=0), ["depth 0", "at least 1"]),

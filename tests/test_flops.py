@@ -39,6 +39,11 @@ def equation(name, kernel, q, k, v, layouts):
     """Every product of a paper's equation, and nothing else."""
     if name.startswith("softmax"):
         return (q @ k.mT) @ v
+    if name == "talking_heads":
+        maps = q @ k.mT
+        for weight in torch.randn(2, HEADS, HEADS):
+            maps = (weight @ maps.flatten(2)).view_as(maps)
+        return maps @ v
     if name == "linformer":  # k and v are those that were compressed
         return (q @ k.mT) @ v
     if name == "performer":

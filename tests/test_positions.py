@@ -225,14 +225,14 @@ def test_unknown_kinds_are_refused_with_the_nearest():
 @pytest.mark.parametrize("dim", [6, 11, 24])
 @every_layout
 def test_sincos_is_its_formula(layout, dim):
-    """Of each axis: the sines of all frequencies, then the cosines; the rest is zero."""
+    """Of each axis, the last first: the sines of all frequencies, then the cosines."""
     axes = len(layout.grid)
     pairs = dim // (2 * axes)
     table = torch.zeros(layout.length, dim, dtype=torch.float64)
     for n, place in enumerate(itertools.product(*map(range, layout.grid)), layout.prefix):
-        for axis, coordinate in enumerate(place):
+        for axis, coordinate in enumerate(reversed(place)):
             for i in range(pairs):
-                angle = coordinate * 10000 ** (-i / pairs)
+                angle = coordinate * 10000 ** (-i / max(1, pairs - 1))
                 table[n, 2 * pairs * axis + i] = math.sin(angle)
                 table[n, 2 * pairs * axis + pairs + i] = math.cos(angle)
     module = SinCosPosition(layout, dim)

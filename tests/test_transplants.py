@@ -1,8 +1,8 @@
 """Weights of other libraries' models give their logits in ours, in whole or in part.
 
-The oracles are written independently of us: timm (LeViT, ViT), transformers (CvT) and vit-pytorch
-(CCT; CVT and ViT-Lite composed of its parts). Their weights are far from fresh ones, so that no
-tensor may stay behind unseen.
+The oracles are written independently of us: timm (LeViT, ViT, CaiT, CrossViT, Swin, ConvMixer,
+MLP-Mixer, gMLP), transformers (CvT) and vit-pytorch (CCT; CVT and ViT-Lite composed of its parts).
+Their weights are far from fresh ones, so that no tensor may stay behind unseen.
 """
 
 from __future__ import annotations
@@ -21,8 +21,14 @@ import timm
 import torch
 from reference import relative_error
 from safetensors.torch import save_file
+from timm.layers import GatedMlp
+from timm.models.cait import Cait
+from timm.models.convmixer import ConvMixer
+from timm.models.crossvit import CrossVit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.levit import Attention, AttentionDownsample, Levit, LevitDistilled
+from timm.models.mlp_mixer import MlpMixer, SpatialGatingBlock
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from transformers import CvtConfig, CvtForImageClassification
@@ -112,6 +118,10 @@ OUR_VIT: dict[str, Any] = dict(
     channels=2, num_classes=7, patch=(2, 3), mlp_dim=36, norm_eps=1e-6,
     mixer_options={"qkv_bias": True},
 )  # fmt: skip
+MIXER: dict[str, Any] = dict(
+    in_chans=2, num_classes=7, patch_size=(2, 3), embed_dim=24, num_blocks=2
+)
+OUR_MIXER: dict[str, Any] = dict(channels=2, num_classes=7, patch=(2, 3), norm_eps=1e-6)
 # Both round a table of sines to float32, each on its own way.
 SINE = dict(oracle=dict(positional_embedding="sine"), ours=dict(position="raster_sincos"))
 
@@ -225,10 +235,73 @@ SMALL = {
         ),
         ((14, 15), (10, 24)),
     ),
+    "cait": Case(
+        "cait_test",
+        {**OUR_VIT, "class_heads": 3, "class_depth": 2, "layer_scale": 0.1,
+         "class_options": {"qkv_bias": True}},
+        lambda size: Cait(
+            img_size=size, init_values=0.1, depth_token_only=2, mlp_ratio_token_only=1.5, **VIT
+        ),
+        ((14, 15), (10, 24)),
+    ),
+    "crossvit": Case(
+        "crossvit_test",
+        dict(channels=2, num_classes=7, cross_heads=(3, 2), scales=(1.0, 0.75),
+             mixer_options={"qkv_bias": True}, cross_options={"qkv_bias": True}),
+        lambda size: CrossVit(
+            img_size=size, img_scale=(1.0, 0.75), patch_size=(2, 3), in_chans=2, num_classes=7,
+            embed_dim=(12, 20), depth=((1, 2, 0), (1, 2, 0)), num_heads=(3, 2),
+            mlp_ratio=(2.0, 2.0, 1.0),
+        ),
+        ((24, 20), (12, 32)),
+    ),
+    # 12 x 12 and 6 x 6 tokens; 18 x 6 and 9 x 3, where one window is as high as the grid
+    "swin": Case(
+        "swin_test",
+        dict(channels=2, num_classes=7, dims=(12, 24), heads=(2, 3),
+             mixer_options={"qkv_bias": True}),
+        lambda size: SwinTransformer(
+            img_size=size, patch_size=2, in_chans=2, num_classes=7, embed_dim=12, depths=(2, 2),
+            num_heads=(2, 3), window_size=3, mlp_ratio=2.0, drop_path_rate=0.0,
+        ),
+        ((24, 24), (36, 12)),
+    ),
+    "convmixer": Case(
+        "convmixer_test",
+        dict(channels=2, num_classes=7, patch=2),
+        lambda size: ConvMixer(
+            dim=12, depth=2, kernel_size=3, patch_size=2, in_chans=2, num_classes=7
+        ),
+        ((14, 10), (22, 8)),
+    ),
+    "convmixer, relu": Case(
+        "convmixer_test",
+        dict(channels=2, num_classes=7, patch=2, activation="relu"),
+        lambda size: ConvMixer(
+            dim=12, depth=2, kernel_size=3, patch_size=2, in_chans=2, num_classes=7,
+            act_layer=nn.ReLU,
+        ),
+        ((14, 10), (22, 8)),
+    ),
+    "mixer": Case(
+        "mixer_test",
+        {**OUR_MIXER, "mlp_dim": 36},
+        lambda size: MlpMixer(img_size=size, mlp_ratio=(0.5, 1.5), **MIXER),
+        ((14, 15), (10, 24)),
+    ),
+    "gmlp": Case(
+        "gmlp_test",
+        OUR_MIXER,
+        lambda size: MlpMixer(
+            img_size=size, mlp_ratio=6, block_layer=SpatialGatingBlock, mlp_layer=GatedMlp, **MIXER
+        ),
+        ((14, 15), (10, 24)),
+    ),
 }  # fmt: skip
 each_small = pytest.mark.parametrize("case", SMALL.values(), ids=SMALL)
 ONE_OF_EACH = ["levit, distilled", "cvt", "cct", "cvt_lite", "vit_lite",
-               "vit, registers and scales"]  # fmt: skip
+               "vit, registers and scales", "cait", "crossvit", "swin", "convmixer", "mixer",
+               "gmlp"]  # fmt: skip
 one_of_each = pytest.mark.parametrize("case", [SMALL[n] for n in ONE_OF_EACH], ids=ONE_OF_EACH)
 
 
@@ -388,6 +461,11 @@ def published_timm(ours: str, name: str, second: Size) -> Case:
     return Case(ours, {}, lambda size: timm.create_model(name, img_size=size), ((224, 224), second))
 
 
+def published_conv(size: str, name: str) -> Case:
+    """It takes no image size."""
+    return Case(f"convmixer_{size}", {}, lambda _: timm.create_model(name), ((112, 112), (56, 84)))
+
+
 def published_cvt(name: str, depth: tuple[int, ...]) -> Case:
     return Case(
         name,
@@ -412,6 +490,32 @@ PUBLISHED = {
             published_timm(f"vit_{s}", f"vit_{s}_patch16_224", (80, 112))
             for s in ("tiny", "small", "base")
         ),
+        *(
+            published_timm(f"cait_{s}", f"cait_{s}_224", (80, 112))
+            for s in ("xxs24", "xxs36", "s24")
+        ),
+        *(
+            Case(
+                f"crossvit_{s}",
+                {},
+                lambda size, s=s: timm.create_model(f"crossvit_{s}_240", img_size=size),
+                ((240, 240), (360, 240)),
+            )
+            for s in ("tiny", "small", "9", "15")
+        ),
+        *(
+            published_timm(f"swin_{s}", f"swin_{s}_patch4_window7_224", (448, 224))
+            for s in ("tiny", "small")
+        ),
+        *(
+            published_conv(s, name)
+            for s, name in (
+                ("768_32", "convmixer_768_32"),
+                ("1024_20", "convmixer_1024_20_ks9_p14"),
+            )
+        ),
+        *(published_timm(f"mixer_{s}", f"mixer_{s}_224", (64, 96)) for s in ("s32", "s16", "b16")),
+        *(published_timm(f"gmlp_{s}", f"gmlp_{s}_224", (80, 112)) for s in ("ti16", "s16")),
         published_cvt("cvt_13", (1, 2, 10)),
         published_cvt("cvt_21", (1, 4, 16)),
         *(published_cct(f"cct_{size}", *numbers) for size, numbers in _CCT.items()),
@@ -428,7 +532,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("case", PUBLISHED.values(), ids=PUBLISHED)
 @pytest.mark.parametrize("which", [0, 1], ids=["size 1", "size 2"])
 def test_the_logits_of_published_sizes(case: Case, which: int) -> None:
-    large = case.model in ("vit_base", "levit_384") and which == 0
+    large = case.model in ("vit_base", "levit_384", "cait_s24", "mixer_b16") and which == 0
     dtypes = (torch.float32,) if large else (torch.float32, torch.float64)
     assert_same_logits(case, case.sizes[which], dtypes)
 
@@ -900,9 +1004,12 @@ def test_models_of_other_libraries_are_not_filled(case: Case, wrapped: bool) -> 
     for weights in (case.ours(size).state_dict(), randomised(case.oracle(size)).state_dict()):
         for options in ({}, {"strict": False}, {"resize": True}):
             message = assert_refused(target, weights, "does not fill modules of", **options)
-    library = {"l": "timm LeViT", "v": "timm ViT", "c": "CvT"}[case.model[0]]
-    if isinstance(theirs, CCT | nn.Sequential):
-        library = "Compact-Transformers"
+    libraries = {
+        "levit": "timm LeViT", "vit": "timm ViT", "cvt": "transformers CvT", "cait": "timm CaiT",
+        "crossvit": "timm CrossViT", "swin": "timm Swin", "convmixer": "timm ConvMixer",
+        "mixer": "timm MLP-Mixer", "gmlp": "timm gMLP",
+    }  # fmt: skip
+    library = libraries.get(case.model.removesuffix("_test"), "Compact-Transformers")
     assert library in message
     # ours of the same name are filled
     assert vx.load_weights(case.ours(size), theirs.state_dict()).used

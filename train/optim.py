@@ -24,13 +24,11 @@ def learning_rate(step: int, steps: int, warmup: int, highest: float) -> float:
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay for the weights of linear maps and convolutions alone."""
-    weights = {
-        id(m.weight)
-        for m in model.modules()
-        if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
-    }
-    decayed = [p for p in model.parameters() if id(p) in weights]
-    rest = [p for p in model.parameters() if id(p) not in weights]
+    decayed: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():  # the weights of norms have one axis
+        is_map = name.endswith("weight") and parameter.ndim > 1
+        (decayed if is_map else rest).append(parameter)
     return [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": rest, "weight_decay": 0.0},

@@ -6,10 +6,12 @@ from .kernels import KERNELS, Kernel
 from .layout import Layout
 from .mixers import (
     MIXERS,
+    ClassSlot,
     ConvSlot,
     Mixer,
     NormSlot,
     Slot,
+    WindowSlot,
     create_mixer,
     list_mixers,
     mixer_options,
@@ -39,6 +41,7 @@ __all__ = [
     "MIXERS",
     "STEMS",
     "Backbone",
+    "ClassSlot",
     "Config",
     "ConvSlot",
     "FNet",
@@ -59,6 +62,7 @@ __all__ = [
     "ViN",
     "ViP",
     "ViT",
+    "WindowSlot",
     "__version__",
     "count_flops",
     "create_mixer",

@@ -15,6 +15,7 @@ from .layout import Layout
 # by number of axes
 CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 BATCH_NORM: dict[int, Any] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+ACTIVATION: dict[str, Any] = {"gelu": nn.GELU, "relu": nn.ReLU}
 MAX_POOL: dict[int, Any] = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
 
 
@@ -58,6 +59,13 @@ def _filled(module: nn.Module, weight: Tensor, bias: Tensor, like: nn.Module) ->
     module.weight = nn.Parameter(weight.detach(), learns)
     module.bias = nn.Parameter(bias.detach(), learns)
     return module.train(like.training)
+
+
+class TokenBatchNorm(nn.BatchNorm1d):
+    """Batch norm over samples and tokens alike: (B, N, D) -> same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(0, 1)).view_as(x)
 
 
 class ConvNorm(nn.Module):
@@ -116,12 +124,12 @@ class LinearNorm(nn.Module):
     def __init__(self, dim: int, out_dim: int, norm_weight: float = 1.0) -> None:
         super().__init__()
         self.linear = nn.Linear(dim, out_dim, bias=False)
-        self.norm = nn.BatchNorm1d(out_dim)
+        self.norm = TokenBatchNorm(out_dim)
         nn.init.constant_(self.norm.weight, norm_weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.linear(x)
-        return self.norm(y.flatten(0, 1)).view_as(y)
+        y: Tensor = self.norm(self.linear(x))
+        return y
 
     def fused(self) -> nn.Module:
         """One linear map that does what both do in evaluation."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -46,9 +47,10 @@ class FixedTable(nn.Module):
 
 
 class SinCosPosition(FixedTable):
-    """Fixed sines and cosines of each coordinate (Vaswani et al. 2017, 3.5): () -> (N, D).
+    """Fixed sines and cosines of each coordinate (Beyer et al. 2022, arXiv 2205.01580): -> (N, D).
 
-    The width is shared equally by the axes; what does not divide, and the prefix, is zero.
+    The width is shared equally by the axes, the last one first: its sines, then its cosines, of
+    frequencies from 1 to 1/10000. What does not divide, and the prefix, is zero.
     """
 
     def __init__(self, layout: Layout, dim: int) -> None:
@@ -64,10 +66,11 @@ class SinCosPosition(FixedTable):
     def _make(self, device: torch.device) -> Tensor:
         layout, dim, pairs = self.layout, self.dim, self.pairs
         with torch.device(device):
-            frequency = 10000.0 ** (-torch.arange(pairs, dtype=torch.float32) / pairs)
+            powers = torch.arange(pairs, dtype=torch.float32) / max(1, pairs - 1)
+            frequency = 1 / 10000.0**powers
             table = torch.zeros(layout.length, dim, dtype=torch.float32)
             coordinates = torch.meshgrid(*(torch.arange(g) for g in layout.grid), indexing="ij")
-        for axis, coordinate in enumerate(coordinates):
+        for axis, coordinate in enumerate(reversed(coordinates)):
             angle = coordinate.flatten()[:, None] * frequency
             start = axis * 2 * pairs
             table[layout.prefix :, start : start + 2 * pairs] = torch.cat(
@@ -90,11 +93,14 @@ class RasterSinCosPosition(SinCosPosition):
 
 
 class _Offsets(FixedTable):
-    """Row-major index of the distance of each query to each key: () -> (N * M,)."""
+    """Row-major index of the place of each query as seen from each key: () -> (N * M,).
 
-    def __init__(self, layout: Layout, stride: int) -> None:
+    That is the distance on each axis, 0 to g - 1, or with ``signed`` 1 - g to g - 1, from 0 on.
+    """
+
+    def __init__(self, layout: Layout, stride: int = 1, signed: bool = False) -> None:
         super().__init__()
-        self.layout, self.stride = layout, stride
+        self.layout, self.stride, self.signed = layout, stride, signed
         self.register_buffer("table", self._make(torch.get_default_device()), persistent=False)
 
     def _make(self, device: torch.device) -> Tensor:
@@ -103,7 +109,11 @@ class _Offsets(FixedTable):
         queries = torch.cartesian_prod(*(p[:: self.stride] for p in places)).view(-1, len(places))
         keys = torch.cartesian_prod(*places).view(-1, len(places))
         for axis, size in enumerate(self.layout.grid):
-            index = index * size + (queries[:, None, axis] - keys[:, axis]).abs()
+            offset = queries[:, None, axis] - keys[:, axis]
+            if self.signed:
+                index = index * (2 * size - 1) + offset + size - 1
+            else:
+                index = index * size + offset.abs()
         return index.flatten().int()
 
 
@@ -130,6 +140,57 @@ class PositionBias(TokenTable):
     def forward(self) -> Tensor:
         rows = self.grid.flatten(0, -2).mT
         return rows.index_select(1, self.offsets()).unflatten(1, self.shape)
+
+
+class RelativeBias(nn.Module):
+    """A learned number for each head and offset (Swin, Liu et al. 2021, eq. 4): -> (H, N, N).
+
+    Offsets are signed. Starts as zero.
+
+    Args:
+        grid: of the N tokens.
+        heads: number of heads H.
+    """
+
+    def __init__(self, grid: tuple[int, ...], heads: int) -> None:
+        super().__init__()
+        self.table = TokenTable(Layout(tuple(2 * g - 1 for g in grid)), heads, std=0.0)
+        self.offsets = _Offsets(Layout(grid), signed=True)
+
+    def forward(self) -> Tensor:
+        return _bias_map(self.table(), self.offsets())
+
+
+class DynamicBias(nn.Module):
+    """A number for each head and offset, of a small network (CrossFormer, Wang et al. 2021, section
+    3.3): () -> (H, N, N).
+
+    Args:
+        grid: of the N tokens.
+        heads: number of heads H.
+        hidden_dim: width of the network.
+    """
+
+    def __init__(self, grid: tuple[int, ...], heads: int, hidden_dim: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Linear(len(grid), hidden_dim)]
+        for width in (hidden_dim, hidden_dim, heads):
+            layers += [nn.LayerNorm(hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, width)]
+        self.layers = nn.Sequential(*layers)
+        self.grid = grid
+        self.offsets = _Offsets(Layout(grid), signed=True)
+
+    def forward(self) -> Tensor:
+        like = next(self.parameters())
+        places = [torch.arange(1 - g, g, device=like.device, dtype=like.dtype) for g in self.grid]
+        rows = self.layers(torch.cartesian_prod(*places).view(-1, len(places)))
+        return _bias_map(rows, self.offsets())
+
+
+def _bias_map(rows: Tensor, offsets: Tensor) -> Tensor:
+    """A row of H numbers for each offset, (P, H), as (H, N, N)."""
+    size = math.isqrt(offsets.shape[0])
+    return rows.mT.index_select(1, offsets).unflatten(1, (size, size))
 
 
 class RotaryPosition(FixedTable):

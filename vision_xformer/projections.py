@@ -88,6 +88,16 @@ class LinearProjection(Projection):
         return q, k, v[0] if v else k
 
 
+class ClassProjection(LinearProjection):
+    """The query of the first token alone, keys and values of all (CaiT, Touvron et al. 2021)."""
+
+    def forward(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+        return self.forward_each(self.inputs(x, layout))
+
+    def inputs(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+        return x[:, :1], x, x
+
+
 class ConvProjection(LinearProjection):
     """A depth-wise convolution with batch norm before each of q, k and v (CvT, Wu et al. 2021).
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import importlib
 import inspect
+import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from types import UnionType
 from typing import Any, Generic, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -27,6 +29,12 @@ def options_of(cls: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """The options of a class: its keyword-only constructor arguments."""
     parameters = inspect.signature(cls).parameters
     return {n: p for n, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def import_all(package: str, path: Iterable[str]) -> None:
+    """Import the modules of a package, so that what each of them registers is known."""
+    for module in pkgutil.iter_modules(path):
+        importlib.import_module(f"{package}.{module.name}")
 
 
 class Registry(Generic[T]):

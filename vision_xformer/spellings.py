@@ -51,6 +51,7 @@ _PACKAGES: Spellings = [
     (r"(^|\.)fast_attention\.", r"\1kernel."),
     (r"(^|mixer\.)(proj_[kv])$", r"\1kernel.\2"),
 ]
+_TABLE = r"(?:.*\.)?(?:position|kernel\.proj_[kv]|position_bias(?:\.table)?)"
 # (pattern, our spelling, which part of it this is)
 _PARTS = [
     (r"(^|\.)to_q\.", r"\1projection.qkv.", 0),
@@ -59,8 +60,8 @@ _PARTS = [
     (r"(^|\.)projection_query\.", r"\1projection.qkv.", 0),
     (r"(^|\.)projection_key\.", r"\1projection.qkv.", 1),
     (r"(^|\.)projection_value\.", r"\1projection.qkv.", 2),
-    (r"^(position|(?:.*\.)?(?:kernel\.proj_[kv]|position_bias))\.prefix$", r"\1", 0),
-    (r"^(position|(?:.*\.)?(?:kernel\.proj_[kv]|position_bias))\.grid$", r"\1", 1),
+    (rf"^({_TABLE})\.prefix$", r"\1", 0),
+    (rf"^({_TABLE})\.grid$", r"\1", 1),
 ]
 
 
@@ -86,7 +87,15 @@ def _patches(key: str, tensor: Tensor, state: Mapping[str, Tensor]) -> Tensor:
 
 
 def _timm_vit(key: str, tensor: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-    return _patches(key, tensor, state) if key == "patch_embed.proj.weight" else tensor
+    is_patch = re.fullmatch(r"(stem\.(proj|0)|patch_embed\.(\d\.)?proj)\.weight", key)
+    return _patches(key, tensor, state) if is_patch else tensor
+
+
+def _timm_swin(key: str, tensor: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+    """Of four merged tokens, theirs are column by column, ours row by row."""
+    if ".downsample." not in key:
+        return tensor
+    return tensor.unflatten(-1, (2, 2, -1)).transpose(-3, -2).flatten(-3)
 
 
 def _compact_patches(key: str, tensor: Tensor, state: Mapping[str, Tensor]) -> Tensor:
@@ -114,6 +123,11 @@ def _timm_levit(key: str, tensor: Tensor, state: Mapping[str, Tensor]) -> Tensor
     return tensor[torch.cat(ours)]
 
 
+def _crossvit_token(found: re.Match[str]) -> str:
+    kind = "position" if found[0].startswith("pos") else "cls_token"
+    return f"branches.{found[1]}.{kind}"
+
+
 _LEVIT: Spellings = [
     (r"^stem\.conv(\d+)\.", lambda m: f"stem.convs.{int(m[1]) - 1}."),
     (r"^(stem\.convs\.\d+)\.linear\.", r"\1.conv."),
@@ -126,6 +140,12 @@ _LEVIT: Spellings = [
     (r"\.mlp\.ln1\.", ".mlp.0."),
     (r"\.mlp\.ln2\.", ".mlp.2."),
     (r"\.bn\.", ".norm."),
+]
+_VIT: Spellings = [
+    (r"^pos_embed$", "position"),
+    (r"^patch_embed\.", "stem."),
+    (r"\.attn\.qkv\.", ".mixer.projection.qkv."),
+    (r"\.attn\.", ".mixer."),
 ]
 _COMPACT: Spellings = [
     (r"^tokenizer\.conv_layers\.(\d+)\.0\.", r"stem.convs.\1."),
@@ -151,16 +171,84 @@ _FAMILIES = [
     ),
     Family("timm LeViT", r"\.attention_biases$", _LEVIT, _timm_levit),
     Family(
+        "timm CaiT",
+        r"^blocks_token_only\.",
+        [
+            (r"^blocks_token_only\.(\d+)\.attn\.([qkv])\.", r"class_blocks.\1.mixer.to_\2."),
+            (r"^blocks_token_only\.", "class_blocks."),
+            (r"\.attn\.proj_l\.", ".mixer.kernel.before."),
+            (r"\.attn\.proj_w\.", ".mixer.kernel.after."),
+            (r"\.gamma_([12])$", r".scale\1.gamma"),
+            *_VIT,
+        ],
+        _timm_vit,
+    ),
+    Family(
+        "timm CrossViT",
+        r"^cls_token_0$",
+        [
+            (r"^(?:pos_embed|cls_token)_(\d)$", _crossvit_token),
+            (r"^patch_embed\.(\d)\.", r"branches.\1.stem."),
+            (r"^norm\.(\d)\.", r"norms.\1."),
+            (r"^head\.(\d)\.", r"head.heads.\1."),
+            (r"^blocks\.(\d+)\.blocks\.", r"stages.\1.branches."),
+            (r"^blocks\.(\d+)\.projs\.(\d)\.", r"stages.\1.exchanges.\2.there."),
+            (r"^blocks\.(\d+)\.revert_projs\.(\d)\.", r"stages.\1.exchanges.\2.back."),
+            (r"^blocks\.(\d+)\.fusion\.(\d)\.", r"stages.\1.exchanges.\2.block."),
+            (r"\.attn\.w([qkv])\.", r".mixer.to_\1."),
+            *_VIT,
+        ],
+        _timm_vit,
+    ),
+    Family(
+        "timm Swin",
+        r"\.relative_position_bias_table$",
+        [
+            (r"^patch_embed\.proj\.", "stem."),
+            (r"^patch_embed\.norm\.", "stem_norm."),
+            (r"^layers\.(\d+)\.downsample\.", lambda m: f"merges.{int(m[1]) - 1}."),
+            (r"^(merges\.\d+)\.reduction\.", r"\1.linear."),
+            (r"^layers\.(\d+)\.blocks\.", r"stages.\1."),
+            (r"\.attn\.relative_position_bias_table$", ".mixer.position_bias.table"),
+            (r"^head\.fc\.", "head."),
+            *_VIT,
+        ],
+        _timm_swin,
+    ),
+    Family(
+        "timm ConvMixer",
+        r"^blocks\.\d+\.0\.fn\.0\.",
+        [
+            (r"^stem\.0\.", "stem.proj."),
+            (r"^stem\.2\.", "stem_norm."),
+            (r"^(blocks\.\d+)\.0\.fn\.0\.", r"\1.mixers.0.conv."),
+            (r"^(blocks\.\d+)\.0\.fn\.2\.", r"\1.mixer_norms.0."),
+            (r"^(blocks\.\d+)\.1\.", r"\1.linear."),
+            (r"^(blocks\.\d+)\.3\.", r"\1.norm."),
+        ],
+        _timm_vit,
+    ),
+    Family(
+        "timm MLP-Mixer",
+        r"\.mlp_tokens\.",
+        [(r"\.mlp_tokens\.", ".mixer."), (r"\.mlp_channels\.", ".mlp.")],
+        _timm_vit,
+    ),
+    Family(
+        "timm gMLP",
+        r"\.mlp_channels\.gate\.",
+        [
+            (r"\.mlp_channels\.gate\.norm\.", ".mixer.norm."),
+            (r"\.mlp_channels\.gate\.proj\.", ".mixer.gate."),
+            (r"\.mlp_channels\.", ".mixer."),
+            (r"^(blocks\.\d+)\.norm\.", r"\1.norm1."),
+        ],
+        _timm_vit,
+    ),
+    Family(
         "timm ViT",
         r"^patch_embed\.proj\.weight$",
-        [
-            (r"^pos_embed$", "position"),
-            (r"^patch_embed\.", "stem."),
-            (r"\.attn\.qkv\.", ".mixer.projection.qkv."),
-            (r"\.attn\.proj\.", ".mixer.proj."),
-            (r"\.ls([12])\.", r".scale\1."),
-            (r"^fc_norm\.", "norm."),
-        ],
+        [(r"\.ls([12])\.", r".scale\1."), (r"^fc_norm\.", "norm."), *_VIT],
         _timm_vit,
     ),
     Family(

@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .layers import BATCH_NORM, CONV, MAX_POOL, ConvNorm, channels_last
+from .kernels.base import widened, without_autocast
+from .layers import ACTIVATION, BATCH_NORM, CONV, MAX_POOL, ConvNorm, channels_last
+from .layout import Layout
+from .positions import SinCosPosition
 from .registry import Registry, check_at_least, check_odd, unknown
 
 _PATCHES = {
@@ -17,7 +21,6 @@ _PATCHES = {
     2: "b c (h p0) (w p1) -> b (h w) (p0 p1 c)",
     3: "b c (t p0) (h p1) (w p2) -> b (t h w) (p0 p1 p2 c)",
 }
-_ACTIVATION = {"gelu": nn.GELU, "relu": nn.ReLU}
 
 
 def check_input_shape(input_shape: tuple[int, ...]) -> None:
@@ -104,8 +107,10 @@ class Stem(nn.Module):
 
     Attributes:
         grid: number of tokens on each axis.
+        prefix: tokens in front of those, without a place there.
     """
 
+    prefix: int = 0
     ragged: ClassVar[bool] = False  # whether patches overlap, so that any size will do
 
     def __init__(
@@ -162,6 +167,40 @@ class PublishedStem(PatchStem):
         return y
 
 
+@STEMS.register("fft")
+class FourierStem(PublishedStem):
+    """Patches of the picture, and in front of them patches of its Fourier transform.
+
+    Real and imaginary parts are channels; both kinds of patches are normed before and after their
+    map, and those of the transform bring sines for positions with them. (The SimpleViT with FFT of
+    vit-pytorch.)
+
+    Args:
+        freq_patch: frequencies for each token, on each axis; by default as the patch.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        patch: int | tuple[int, ...],
+        dim: int,
+        *,
+        freq_patch: int | None = None,
+    ) -> None:
+        super().__init__(input_shape, patch, dim)
+        channels, *shape = input_shape
+        self.freq = PublishedStem((2 * channels, *shape), freq_patch or self.patch, dim)
+        self.freq_position = SinCosPosition(Layout(self.freq.grid), dim)
+        self.prefix = math.prod(self.freq.grid)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with without_autocast(x):
+            waves = torch.fft.fftn(*widened(x), dim=tuple(range(2, x.ndim)))
+            parts = torch.cat((waves.real, waves.imag), 1).to(x.dtype)
+        freq = self.freq(parts) + self.freq_position()
+        return torch.cat((freq, super().forward(x)), 1)
+
+
 @STEMS.register("conv")
 class ConvStem(Stem):
     """The hybrid stem (Jeevan & Sethi 2022, section 3): 3x3 convolutions, the last one to D.
@@ -188,8 +227,8 @@ class ConvStem(Stem):
         super().__init__(input_shape, patch, dim)
         if norm not in (None, "batch"):
             raise ValueError(f"norm {norm!r} of stem 'conv' must be 'batch' or None")
-        if activation is not None and activation not in _ACTIVATION:
-            raise unknown("activation of stem 'conv'", activation, _ACTIVATION)
+        if activation is not None and activation not in ACTIVATION:
+            raise unknown("activation of stem 'conv'", activation, ACTIVATION)
         if min(channels, default=1) < 1:
             raise ValueError(f"channels {list(channels)} of stem 'conv' must be at least 1")
         axes = len(self.grid)
@@ -200,7 +239,7 @@ class ConvStem(Stem):
             if norm is not None:
                 layers.append(BATCH_NORM[axes](out))
             if activation is not None:
-                layers.append(_ACTIVATION[activation]())
+                layers.append(ACTIVATION[activation]())
             width = out
         kernel = tuple(p + 2 for p in self.patch)
         layers.append(conv(width, dim, kernel, stride=self.patch, padding=1))

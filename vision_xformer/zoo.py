@@ -1,9 +1,10 @@
 """The names of models: one grammar that parses and prints them.
 
 A name is ``[hybrid_]`` + a backbone's name whose T is replaced by the letter of the mixer +
-``[_size]`` + ``[_rope]``: T full attention, L Linformer, P Performer, N Nystromformer, F Fourier.
-Case, ``-`` and ``_`` do not matter: HybridViN-RoPE is hybrid_vin_rope. Without a size it is of the
-size class of the paper (Jeevan & Sethi 2022) for CIFAR: width 128, depth 4, heads 4, MLP 256.
+``[_size]`` + ``[_rope]``: T full attention, L Linformer, P Performer, N Nystromformer, F Fourier,
+E external attention. A backbone without a T has its own mixer, and others by ``mixer=``. Case,
+``-`` and ``_`` do not matter: HybridViN-RoPE is hybrid_vin_rope. Without a size it is of the size
+class of the paper (Jeevan & Sethi 2022) for CIFAR: width 128, depth 4, heads 4, MLP 256.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import os
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -22,12 +24,16 @@ from .backbones import BACKBONES, Backbone, Config
 from .registry import check_options, check_types, unknown
 from .weights import load_weights
 
-LETTERS = {"t": "softmax", "l": "linformer", "p": "performer", "n": "nystrom", "f": "fourier"}
-_ALIASES = {"fnet": "vif"}
+LETTERS = {
+    "t": "softmax", "l": "linformer", "p": "performer", "n": "nystrom", "f": "fourier",
+    "e": "external",
+}  # fmt: skip
+_ALIASES = {"fnet": "vif", "eanet": "vie"}
+_T = re.compile(r"t(?=_|$)")  # of a backbone's name: that of vit, vit_lite, simple_vit
 
 
 class Name(NamedTuple):
-    """A parsed name; ``str`` prints it. ``letter`` is None for a backbone without mixer slot."""
+    """A parsed name; ``str`` prints it. ``letter`` is None for a backbone without them."""
 
     backbone: str
     letter: str | None = None
@@ -36,10 +42,9 @@ class Name(NamedTuple):
     rope: bool = False
 
     def __str__(self) -> str:
-        family, *rest = self.backbone.split("_")  # vit_lite: the T is the first part's
+        family = self.backbone
         if self.letter:
-            family = family[:-1] + self.letter
-        family = "_".join((family, *rest))
+            family = re.sub(_T, self.letter, family, count=1)
         parts = ["hybrid" * self.hybrid, family, self.size, "rope" * self.rope]
         return "_".join(p for p in parts if p)
 
@@ -48,16 +53,30 @@ def _field_names(backbone: str) -> set[str]:
     return {f.name for f in dataclasses.fields(BACKBONES[backbone].config_class)}
 
 
+def has_letters(backbone: str) -> bool:
+    """Whether names say its mixer by a letter: it has a T, and a slot."""
+    return _T.search(backbone) is not None and "mixer" in _field_names(backbone)
+
+
+def mixer_of(backbone: str, letter: str) -> str:
+    """The mixer of a letter; T is the backbone's own full attention."""
+    if letter != "t":
+        return LETTERS[letter]
+    fields = dataclasses.fields(BACKBONES[backbone].config_class)
+    return next(str(field.default) for field in fields if field.name == "mixer")
+
+
 def _all_names() -> list[Name]:
     """Every supported name: what a backbone has no slot for, or a mixer cannot do, is not one."""
     names = []
     for backbone in BACKBONES.names():
         fields = _field_names(backbone)
         for size in BACKBONES[backbone].presets:
-            if "mixer" not in fields:
+            if not has_letters(backbone):
                 names.append(Name(backbone, size=size))
                 continue
-            for letter, mixer in LETTERS.items():
+            for letter in LETTERS:
+                mixer = mixer_of(backbone, letter)
                 for hybrid in (False, True) if BACKBONES[backbone].hybrid else (False,):
                     names.append(Name(backbone, letter, size, hybrid))
                     if "rope" in fields and mixers.takes_rope(mixer):
@@ -102,12 +121,13 @@ def name_to_config(name: str, mixer: str | None = None) -> Config:
     parsed = parse_name(name)
     cls = BACKBONES[parsed.backbone]
     fields = dict(cls.presets[parsed.size])
-    if parsed.letter:
+    if parsed.letter and mixer is None:
+        mixer = mixer_of(parsed.backbone, parsed.letter)
+    if mixer is not None and "mixer" in _field_names(parsed.backbone):
         options = dict(fields.get("mixer_options", {}))
         if _is_paper(parsed):
             options |= _paper_options(parsed)
-        known = _field_names(parsed.backbone)
-        fields |= _with_mixer(known, mixer or LETTERS[parsed.letter], options)
+        fields |= _with_mixer(_field_names(parsed.backbone), mixer, options)
     if parsed.hybrid:
         fields["stem"] = "conv"
     elif _is_paper(parsed):

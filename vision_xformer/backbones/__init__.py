@@ -1,6 +1,8 @@
 """Configuration, presets and class of each backbone."""
 
-from . import cct, cvt, fnet2d, levit, vit
+from ..registry import import_all
 from .base import BACKBONES, Backbone, Config
 
-__all__ = ["BACKBONES", "Backbone", "Config", "cct", "cvt", "fnet2d", "levit", "vit"]
+__all__ = ["BACKBONES", "Backbone", "Config"]
+
+import_all(__name__, __path__)

@@ -192,7 +192,7 @@ class Block(nn.Module):
 
     Args:
         mixer: of width D.
-        mlp_dim: hidden width of the MLP.
+        mlp_dim: hidden width of the MLP; 0 for a block without.
         dropout: in the MLP. drop_path: probability with which a sample skips a branch.
         layer_scale: first value of LayerScale, or None for none.
         norm_eps: epsilon of the layer norms.
@@ -212,15 +212,18 @@ class Block(nn.Module):
         dim = mixer.dim
         self.norm1 = nn.LayerNorm(dim, norm_eps)
         self.mixer = mixer
-        self.norm2 = nn.LayerNorm(dim, norm_eps)
-        self.mlp = Mlp(dim, mlp_dim, dropout)
-        self.scale1, self.scale2 = (
-            nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale) for _ in range(2)
-        )
+        self.scale1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
+        self.mlp: Mlp | None = None
+        if mlp_dim:
+            self.norm2 = nn.LayerNorm(dim, norm_eps)
+            self.mlp = Mlp(dim, mlp_dim, dropout)
+            self.scale2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.drop_path = make_drop_path(drop_path)
 
     def forward(self, x: Tensor, layout: Layout, rope: Tensor | None) -> Tensor:
         x = x + self.drop_path(self.scale1(self.mixer(self.norm1(x), layout, rope)))
+        if self.mlp is None:
+            return x
         return x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
 
 
@@ -242,6 +245,14 @@ def make_rope(kind: str | None, mixer: Mixer, name: str) -> RotaryPosition | Non
             f"mixer {name!r} has no queries and keys to rotate: rope must be None, not {kind!r}"
         )
     return RotaryPosition(mixer.layout, mixer.head_dim, kind)
+
+
+def check_prefix(blocks: nn.Module, name: str, instead: str) -> None:
+    """Raise a ValueError where class and register tokens would be passed by."""
+    if not all(part.reaches_prefix for part in blocks.modules() if isinstance(part, Mixer)):
+        raise ValueError(
+            f"mixer {name!r} passes class and register tokens by, they learn nothing: {instead}"
+        )
 
 
 def init_linears(module: nn.Module) -> None:

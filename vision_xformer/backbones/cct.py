@@ -53,6 +53,8 @@ class CCTBlock(Block):
 
     def forward(self, x: Tensor, layout: Layout, rope: Tensor | None) -> Tensor:
         x = x + self.drop_path(self.scale1(self.mixer(self.norm1(x), layout, rope)))
+        if self.mlp is None:
+            return x
         x = self.norm2(x)
         return x + self.drop_path(self.scale2(self.mlp(x)))
 

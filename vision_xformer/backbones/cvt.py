@@ -23,6 +23,7 @@ from .base import (
     Backbone,
     Block,
     Config,
+    check_prefix,
     check_stages,
     drop_paths,
     init_linears,
@@ -143,6 +144,8 @@ class CvTStage(nn.Module):
             )
             for mixer, rate in zip(mixers, rates, strict=True)
         )
+        if has_token:
+            check_prefix(self.blocks, c.mixer, "class_token must be False")
         self.rope = make_rope(c.rope, mixers[0], c.mixer)
 
     def forward(self, x: Tensor, run: Callable[..., Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..layers import Mlp
+from ..layers import Mlp, TokenBatchNorm
 from ..layout import Layout
 from ..mixers.fourier import Fourier
 from ..registry import check_at_least
@@ -44,13 +44,12 @@ class Block(nn.Module):
     def __init__(self, config: FNet2DConfig, layout: Layout) -> None:
         super().__init__()
         self.mixer = Fourier(config.dim, None, layout, axes="grid")
-        self.norm = nn.BatchNorm1d(config.dim)
+        self.norm = TokenBatchNorm(config.dim)
         self.mlp = Mlp(config.dim, config.mlp_dim, config.dropout)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        y = self.mixer(x, layout).flatten(0, 1)  # batch norm over samples and places alike
-        y = self.mlp(self.norm(y))
-        return x + y.view_as(x)
+        y: Tensor = x + self.mlp(self.norm(self.mixer(x, layout)))
+        return y
 
 
 @BACKBONES.register("fnet2d")

@@ -1,11 +1,13 @@
 """Vision Transformer (Dosovitskiy et al. 2020, arXiv 2010.11929) with any mixer and stem.
 
 Pixels -> stem -> class and register tokens -> positions -> depth x block -> norm -> pool -> head.
+SimpleViT, MLP-Mixer and gMLP are that with other parts, and stand at the end.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, ClassVar
 
 import torch
@@ -13,11 +15,21 @@ from torch import Tensor, nn
 
 from ..layers import SequencePool
 from ..layout import Layout
-from ..mixers import create_mixer
-from ..positions import make_position
+from ..mixers import Mixer, create_mixer
+from ..mixers.along import space_time
+from ..positions import RotaryPosition, make_position
 from ..registry import check_at_least, check_share, unknown
 from ..stems import STEMS
-from .base import BACKBONES, Backbone, Block, Config, drop_paths, init_linears, make_rope
+from .base import (
+    BACKBONES,
+    Backbone,
+    Block,
+    Config,
+    check_prefix,
+    drop_paths,
+    init_linears,
+    make_rope,
+)
 
 _IMAGENET = dict(  # what the sizes of Touvron et al. 2020 (DeiT) share
     input_shape=(3, 224, 224), num_classes=1000, patch=16, depth=12, norm_eps=1e-6,
@@ -27,30 +39,28 @@ POOLS = ("cls", "mean", "seq")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ViTConfig(Config):
-    """
+class IsotropicConfig(Config):
+    """Of models that keep one grid and one width throughout.
+
     Args:
         patch: pixels for each token, one size or one for each axis.
         dim, depth, heads, mlp_dim: width D, number of blocks, heads, hidden width of the MLP;
-            heads is None for a mixer without heads.
+            heads is None for a mixer without heads, mlp_dim 0 for blocks without MLP.
         mixer, mixer_options: token mixer by name and its options.
+        factorised: of frames, height and width, whether a mixer for each frame is followed by one
+            over time (Arnab et al. 2021, model 3) in place of one over all.
         stem, stem_options: "patch", "conv" (hybrid), "tokenizer" (CCT) or "levit", and its options.
         position: "learned", "sincos" (of each axis), "raster_sincos" (of the place in the
             sequence) or "none", added to the tokens.
         position_std: standard deviation of learned positions at first. Small patches need large
             ones: a token of few pixels says little, and a faint position is lost beside it.
         rope: rotary positions, "axial" or "raster", or None.
-        pool: "cls" (class token), "mean", or "seq" (learned weighted mean).
-        class_token: whether there is one; by default with pool "cls" only. Where there is one and
-            pool is "mean" or "seq" it is pooled too, as in the published models; registers never.
-        registers: number of register tokens (Darcet et al. 2023).
         dropout: in the MLP. emb_dropout: after the positions. drop_path: stochastic depth of the
             last block, rising linearly from 0 at the first. A mixer's dropout is its option.
         layer_scale: first value of LayerScale, or None for none.
         norm_eps: epsilon of the layer norms.
     """
 
-    backbone: ClassVar[str] = "vit"
     patch: int | tuple[int, ...] = 1
     dim: int = 128
     depth: int = 4
@@ -58,14 +68,12 @@ class ViTConfig(Config):
     mlp_dim: int = 256
     mixer: str = "softmax"
     mixer_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    factorised: bool = False
     stem: str = "patch"
     stem_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     position: str = "learned"
     position_std: float = 0.02
     rope: str | None = None
-    pool: str = "cls"
-    class_token: bool | None = None
-    registers: int = 0
     dropout: float = 0.0
     emb_dropout: float = 0.0
     drop_path: float = 0.0
@@ -74,10 +82,6 @@ class ViTConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.pool not in POOLS:
-            raise unknown("pool", self.pool, POOLS)
-        if self.pool == "cls" and self.class_token is False:
-            raise ValueError("pool='cls' needs a class token: class_token must not be False")
         for name in ("dropout", "emb_dropout", "drop_path"):
             check_share(name, getattr(self, name))
         if self.norm_eps <= 0 or self.position_std < 0:
@@ -85,12 +89,73 @@ class ViTConfig(Config):
                 f"norm_eps {self.norm_eps} must be above 0 and position_std {self.position_std} "
                 "at least 0"
             )
-        for name, least in (("dim", 1), ("depth", 1), ("mlp_dim", 1), ("registers", 0)):
+        for name, least in (("dim", 1), ("depth", 1), ("mlp_dim", 0)):
             check_at_least(name, getattr(self, name), least)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ViTConfig(IsotropicConfig):
+    """As :class:`IsotropicConfig`, and:
+
+    Args:
+        pool: "cls" (class token), "mean", or "seq" (learned weighted mean).
+        class_token: whether there is one; by default with pool "cls" only. Where there is one and
+            pool is "mean" or "seq" it is pooled too, as in the published models; registers never.
+        registers: number of register tokens (Darcet et al. 2023).
+        fc_norm: whether the norm follows the pool; by default with pool "mean" only.
+    """
+
+    backbone: ClassVar[str] = "vit"
+    pool: str = "cls"
+    class_token: bool | None = None
+    registers: int = 0
+    fc_norm: bool | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pool not in POOLS:
+            raise unknown("pool", self.pool, POOLS)
+        if self.pool == "cls" and self.class_token is False:
+            raise ValueError("pool='cls' needs a class token: class_token must not be False")
+        check_at_least("registers", self.registers, 0)
 
     @property
     def has_class_token(self) -> bool:
         return self.pool == "cls" if self.class_token is None else self.class_token
+
+    @property
+    def has_fc_norm(self) -> bool:
+        return self.pool == "mean" if self.fc_norm is None else self.fc_norm
+
+
+def make_blocks(
+    config: IsotropicConfig, layout: Layout, block_class: type[Block] = Block
+) -> tuple[nn.ModuleList, RotaryPosition | None]:
+    """The blocks of a configuration, and the positions that they rotate by."""
+    c = config
+    make = functools.partial(create_mixer, c.mixer, dim=c.dim, heads=c.heads, **c.mixer_options)
+    blocks = []
+    for drop_path in drop_paths(c.drop_path, c.depth):
+
+        def block(mixer: Mixer, mlp_dim: int, drop_path: float = drop_path) -> Block:
+            return block_class(
+                mixer,
+                mlp_dim,
+                dropout=c.dropout,
+                drop_path=drop_path,
+                layer_scale=c.layer_scale,
+                norm_eps=c.norm_eps,
+            )
+
+        if c.factorised:
+            *first, last = space_time(lambda part: make(layout=part), layout)
+            blocks += [block(mixer, 0) for mixer in first]
+        else:
+            last = make(layout=layout)
+        blocks.append(block(last, c.mlp_dim))
+    made = nn.ModuleList(blocks)
+    init_linears(made)
+    return made, make_rope(c.rope, blocks[0].mixer, c.mixer)
 
 
 @BACKBONES.register("vit")
@@ -103,7 +168,7 @@ class VisionTransformer(Backbone):
         ValueError: for values that do not fit together; it names the argument and the value.
     """
 
-    config_class = ViTConfig
+    config_class: ClassVar[type[Config]] = ViTConfig
     block_class: ClassVar[type[Block]] = Block
     hybrid = True
     config: ViTConfig
@@ -125,32 +190,18 @@ class VisionTransformer(Backbone):
         self.num_features = c.dim
         self.stem = STEMS.create(c.stem, c.input_shape, c.patch, c.dim, options=c.stem_options)
         class_tokens = int(c.has_class_token)
-        layout = self.layout = Layout(self.stem.grid, class_tokens + c.registers)
+        prefix = class_tokens + c.registers + self.stem.prefix
+        layout = self.layout = Layout(self.stem.grid, prefix)
         for name, count in (("cls_token", class_tokens), ("reg_token", c.registers)):
             token = nn.Parameter(torch.randn(1, count, c.dim) * 0.02) if count else None
             self.register_parameter(name, token)
         self.position: nn.Module | None = make_position(c.position, layout, c.dim, c.position_std)
         self.emb_drop = nn.Dropout(c.emb_dropout)
-        mixers = [
-            create_mixer(c.mixer, dim=c.dim, heads=c.heads, layout=layout, **c.mixer_options)
-            for _ in range(c.depth)
-        ]
-        self.blocks = nn.ModuleList(
-            self.block_class(
-                mixer,
-                c.mlp_dim,
-                dropout=c.dropout,
-                drop_path=drop_path,
-                layer_scale=c.layer_scale,
-                norm_eps=c.norm_eps,
-            )
-            for mixer, drop_path in zip(mixers, drop_paths(c.drop_path, c.depth), strict=True)
-        )
-        init_linears(self.blocks)
-        self.rope = make_rope(c.rope, mixers[0], c.mixer)
-        # A mean is normalised after pooling, as timm and the published models do.
-        self.norm = nn.Identity() if c.pool == "mean" else nn.LayerNorm(c.dim, c.norm_eps)
-        self.fc_norm = nn.LayerNorm(c.dim, c.norm_eps) if c.pool == "mean" else nn.Identity()
+        self.blocks, self.rope = make_blocks(c, layout, self.block_class)
+        if c.pool == "cls" or c.registers:
+            check_prefix(self.blocks, c.mixer, "take pool='mean' and registers=0")
+        norms = [nn.LayerNorm(c.dim, c.norm_eps), nn.Identity()]
+        self.norm, self.fc_norm = reversed(norms) if c.has_fc_norm else norms
         self.pool = SequencePool(c.dim) if c.pool == "seq" else None
         self.head = self.make_head(c.num_classes)
 
@@ -174,10 +225,98 @@ class VisionTransformer(Backbone):
         if self.config.pool == "cls":
             x = x[:, 0]
         else:
-            if self.reg_token is not None:
-                classes = int(self.config.has_class_token)
+            classes = int(self.config.has_class_token)
+            if self.layout.prefix > classes:
                 x = torch.cat((x[:, :classes], x[:, self.layout.prefix :]), 1)
             x = x.mean(1) if self.pool is None else self.pool(x)
         x = self.fc_norm(x)
         y: Tensor = x if pre_logits else self.head(x)
         return y
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SimpleViTConfig(ViTConfig):
+    """ViT as in "Better plain ViT baselines" (Beyer et al. 2022, arXiv 2205.01580)."""
+
+    backbone: ClassVar[str] = "simple_vit"
+    position: str = "sincos"
+    pool: str = "mean"
+    fc_norm: bool | None = False
+
+
+@BACKBONES.register("simple_vit")
+class SimpleViT(VisionTransformer):
+    """Sines for positions, the mean of the normed tokens in place of a class token.
+
+    Args:
+        config: see :class:`SimpleViTConfig`.
+    """
+
+    config_class = SimpleViTConfig
+    hybrid = False
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        size: fields for size, fields in VisionTransformer.presets.items() if size
+    }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MlpMixerConfig(ViTConfig):
+    """MLP-Mixer (Tolstikhin et al. 2021, arXiv 2105.01601)."""
+
+    backbone: ClassVar[str] = "mixer"
+    mixer: str = "mlp"
+    heads: int | None = None
+    position: str = "none"
+    pool: str = "mean"
+    fc_norm: bool | None = False
+
+
+_TEST = dict(input_shape=(3, 14, 10), num_classes=5, patch=2, dim=24, depth=2)
+_PATCH16 = dict(input_shape=(3, 224, 224), num_classes=1000, patch=16, norm_eps=1e-6)
+
+
+@BACKBONES.register("mixer")
+class MlpMixer(VisionTransformer):
+    """ViT whose tokens are mixed by an MLP along the length.
+
+    Args:
+        config: see :class:`MlpMixerConfig`.
+    """
+
+    config_class: ClassVar[type[Config]] = MlpMixerConfig
+    hybrid = False
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "test": dict(mlp_dim=38, **_TEST),
+        "s32": {**_PATCH16, "patch": 32, "dim": 512, "depth": 8, "mlp_dim": 2048},
+        "s16": dict(dim=512, depth=8, mlp_dim=2048, **_PATCH16),
+        "b32": {**_PATCH16, "patch": 32, "dim": 768, "depth": 12, "mlp_dim": 3072},
+        "b16": dict(dim=768, depth=12, mlp_dim=3072, **_PATCH16),
+        "l16": dict(dim=1024, depth=24, mlp_dim=4096, **_PATCH16),
+    }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GatedMlpConfig(MlpMixerConfig):
+    """gMLP (Liu et al. 2021, arXiv 2105.08050)."""
+
+    backbone: ClassVar[str] = "gmlp"
+    mixer: str = "gmlp"
+    mlp_dim: int = 0
+
+
+@BACKBONES.register("gmlp")
+class GatedMlpNetwork(MlpMixer):
+    """MLP-Mixer whose blocks are one gated MLP each.
+
+    Args:
+        config: see :class:`GatedMlpConfig`.
+    """
+
+    config_class = GatedMlpConfig
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "test": _TEST,
+        **{
+            f"{size}16": dict(dim=dim, depth=30, **_PATCH16)
+            for size, dim in (("ti", 128), ("s", 256), ("b", 512))
+        },
+    }

@@ -29,6 +29,8 @@ class Kernel(nn.Module):
         takes_rope: whether rotating q and k before the kernel means anything.
         takes_bias: whether :meth:`forward` takes ``bias`` (H, N, M), added to the logits: only a
             kernel that forms them can.
+        takes_one_query: whether one query alone, that of a class token, gets what it would among
+            others: not where queries are pooled.
         compresses: whether :meth:`compress` shortens keys and values. It is linear along the
             length, so it may be applied before the projection; it fixes the layout.
         kv_heads: number of key and value heads G: ``heads``, or 1 where all heads share them.
@@ -37,6 +39,7 @@ class Kernel(nn.Module):
 
     takes_rope: ClassVar[bool] = True
     takes_bias: ClassVar[bool] = False
+    takes_one_query: ClassVar[bool] = True
     compresses: ClassVar[bool] = False
 
     def __init__(self, heads: int, key_dim: int, layout: Layout) -> None:

@@ -96,6 +96,8 @@ class Nystrom(Kernel):
             by at most one row, and nothing is padded. Prefix tokens are never in a landmark.
     """
 
+    takes_one_query = False
+
     def __init__(
         self,
         heads: int,

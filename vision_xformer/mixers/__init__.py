@@ -8,29 +8,38 @@ from typing import Any
 
 from ..kernels import KERNELS
 from ..layout import Layout
-from ..registry import check_at_least, check_options, check_types, options_of, unknown
-from . import fourier, packages
+from ..registry import (
+    check_at_least,
+    check_options,
+    check_types,
+    import_all,
+    options_of,
+    unknown,
+)
 from .attention import Attention
 from .base import MIXERS, Mixer
-from .slots import ConvSlot, NormSlot, Slot
+from .slots import ClassSlot, ConvSlot, NormSlot, Slot
+from .windows import WindowSlot
 
 __all__ = [
     "MIXERS",
     "Attention",
+    "ClassSlot",
     "ConvSlot",
     "Mixer",
     "NormSlot",
     "Slot",
+    "WindowSlot",
     "create_mixer",
-    "fourier",
     "list_mixers",
     "mixer_options",
-    "packages",
     "takes_bias",
     "takes_heads",
     "takes_rope",
 ]
 
+
+import_all(__name__, __path__)
 
 VIT_SLOT = Slot()
 
@@ -85,8 +94,9 @@ def create_mixer(
         dim: token width D.
         heads: number of heads, for mixers that have heads.
         layout: where the N tokens lie.
-        slot: how a backbone wires it: :class:`Slot` (ViT), :class:`ConvSlot` (CvT) or
-            :class:`NormSlot` (LeViT), which may change the grid and the width.
+        slot: how a backbone wires it: :class:`Slot` (ViT), :class:`ConvSlot` (CvT),
+            :class:`NormSlot` (LeViT), which may change the grid and the width,
+            :class:`ClassSlot` (CaiT) or :class:`WindowSlot` (Swin, CrossFormer).
         options: of that mixer, see :func:`mixer_options`.
 
     Raises:

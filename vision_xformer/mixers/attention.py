@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..kernels import KERNELS
 from ..layout import Layout, take_strided
-from ..positions import rotate
+from ..positions import PositionBias, rotate
 from ..registry import check_at_least
 from .base import Mixer
 from .slots import Slot
@@ -55,47 +55,44 @@ class Attention(Mixer):
     ) -> None:
         super().__init__(dim, heads, layout)
         self.heads, self.head_dim = head_width(dim, heads, head_dim)
-        self.stride, self.kv_stride = slot.stride, slot.kv_stride
-        self.kernel = KERNELS.create(
-            kernel,
-            self.heads,
-            self.head_dim,
-            layout.strided(slot.kv_stride),
-            options=kernel_options,
+        self.slot = slot
+        made = KERNELS.create(
+            kernel, self.heads, self.head_dim, slot.kernel_layout(layout), options=kernel_options
         )
-        self.takes_rope = self.kernel.takes_rope
+        self.kernel = slot.wrap(made, kernel, layout)
+        self.takes_rope = made.takes_rope
         value_dim = slot.value_dim(self.head_dim)
-        if self.kernel.share_kv and value_dim != self.head_dim:
+        if made.share_kv and value_dim != self.head_dim:
             raise ValueError(
                 f"share_kv=True: values of width {value_dim} cannot be keys of {self.head_dim}"
             )
-        key_width = self.kernel.kv_heads * self.head_dim
-        values = () if self.kernel.share_kv else (self.kernel.kv_heads * value_dim,)
+        key_width = made.kv_heads * self.head_dim
+        values = () if made.share_kv else (made.kv_heads * value_dim,)
         widths = (self.heads * self.head_dim, key_width, *values)
         self.projection = slot.projection(dim, widths, qkv_bias, layout, self.heads)
         self.position_bias = slot.bias(layout, self.heads)
-        if self.position_bias is not None and not self.kernel.takes_bias:
+        if self.position_bias is not None and not made.takes_bias:
             raise ValueError(
                 f"mixer {kernel!r} forms no attention map to add a bias to: position_bias must be "
                 "False"
             )
-        self.fixed_layout = self.kernel.compresses or self.position_bias is not None
+        self.fixed_layout = made.compresses or isinstance(self.position_bias, PositionBias)
         self.proj = slot.output(self.heads * value_dim, dim)
         self.proj_drop = nn.Dropout(proj_dropout)
 
     def out_layout(self, layout: Layout) -> Layout:
-        return layout.strided(self.stride)
+        return self.slot.queries(layout)
 
     def forward(self, x: Tensor, layout: Layout, rope: Tensor | None = None) -> Tensor:
         self.check(x, layout, rope)
-        q_layout, k_layout = layout.strided(self.stride), layout.strided(self.kv_stride)
+        q_layout, k_layout = self.slot.queries(layout), layout.strided(self.slot.kv_stride)
         if self.kernel.compresses and self.projection.ends_linear and rope is None:
             q, k, v = self._compress_and_project(x, layout)
         else:
             q, k, v = self.projection(x, layout)
             if rope is not None:  # where the values are the keys, they stay as they were
-                q = self._rotated(q, take_strided(rope[None], layout, self.stride)[0])
-                k = self._rotated(k, take_strided(rope[None], layout, self.kv_stride)[0])
+                q = self._rotated(q, self.slot.take_queries(rope[None], layout)[0])
+                k = self._rotated(k, take_strided(rope[None], layout, self.slot.kv_stride)[0])
             if self.kernel.compresses:
                 k, v = self.kernel.compress(k, v)
         heads, kv_heads = self.heads, self.kernel.kv_heads

@@ -24,11 +24,13 @@ class Mixer(nn.Module):
     Attributes:
         takes_heads: whether the mixer has heads.
         takes_rope: whether it has queries and keys that can be rotated, of width ``head_dim``.
+        reaches_prefix: whether prefix tokens learn anything of the others.
         fixed_layout: whether parameters are sized by ``layout``, so that it takes no other.
     """
 
     takes_heads: ClassVar[bool] = True
     takes_rope: bool = False
+    reaches_prefix: bool = True
     head_dim: int
     fixed_layout: bool = False
 

@@ -10,10 +10,18 @@ import dataclasses
 
 from torch import Tensor, nn
 
+from ..kernels import Kernel
 from ..layers import ConvNorm, LinearNorm
 from ..layout import Layout, take_strided
 from ..positions import PositionBias
-from ..projections import ConvProjection, LinearProjection, NormProjection, Projection, on_grid
+from ..projections import (
+    ClassProjection,
+    ConvProjection,
+    LinearProjection,
+    NormProjection,
+    Projection,
+    on_grid,
+)
 from ..registry import check_at_least, check_odd, check_types
 from .base import Mixer
 
@@ -38,12 +46,29 @@ class Slot:
         """The map behind the heads or the adapted mixer, (B, n, width) -> (B, n, E)."""
         return nn.Linear(width, dim)
 
-    def bias(self, layout: Layout, heads: int) -> PositionBias | None:
+    def bias(self, layout: Layout, heads: int) -> nn.Module | None:
+        """() -> (H, N, M), added to the logits."""
         return None
 
     def adapt(self, mixer: Mixer) -> Mixer:
         """A mixer without queries and keys, made to fit."""
         return mixer
+
+    def queries(self, layout: Layout) -> Layout:
+        """Where the queries lie, and what comes out."""
+        return layout.strided(self.stride)
+
+    def take_queries(self, x: Tensor, layout: Layout) -> Tensor:
+        """The tokens of :meth:`queries`."""
+        return take_strided(x, layout, self.stride)
+
+    def kernel_layout(self, layout: Layout) -> Layout:
+        """Where the keys lie that a kernel sees at once."""
+        return layout.strided(self.kv_stride)
+
+    def wrap(self, kernel: Kernel, name: str, layout: Layout) -> Kernel:
+        """The kernel of that name, made to fit."""
+        return kernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,12 +154,39 @@ class NormSlot(Slot):
         return Adapter(mixer, None, self.stride, self.output(mixer.dim, mixer.dim))
 
 
+@dataclasses.dataclass(frozen=True)
+class ClassSlot(Slot):
+    """CaiT's and CrossViT's: the first token alone asks, (B, N, D) -> (B, 1, D)."""
+
+    def projection(
+        self, dim: int, widths: tuple[int, ...], bias: bool, layout: Layout, heads: int
+    ) -> Projection:
+        return ClassProjection(dim, widths, bias)
+
+    def adapt(self, mixer: Mixer) -> Mixer:
+        raise ValueError(f"{type(mixer).__name__} has no query that a class token could ask")
+
+    def queries(self, layout: Layout) -> Layout:
+        return Layout((0,) * len(layout.grid), 1)
+
+    def take_queries(self, x: Tensor, layout: Layout) -> Tensor:
+        return x[:, :1]
+
+    def wrap(self, kernel: Kernel, name: str, layout: Layout) -> Kernel:
+        if not kernel.takes_one_query:
+            raise ValueError(
+                f"mixer {name!r} pools its queries: it cannot be the class attention, where one "
+                "token asks"
+            )
+        return kernel
+
+
 class Adapter(Mixer):
     """A convolution, a mixer without queries and keys, a stride and a map, one after the other."""
 
     def __init__(self, mixer: Mixer, conv: nn.Module | None, stride: int, proj: nn.Module) -> None:
         super().__init__(mixer.dim, mixer.heads, mixer.layout)
-        self.fixed_layout = mixer.fixed_layout
+        self.fixed_layout, self.reaches_prefix = mixer.fixed_layout, mixer.reaches_prefix
         self.conv, self.mixer, self.stride, self.proj = conv, mixer, stride, proj
 
     def out_layout(self, layout: Layout) -> Layout:

@@ -1,0 +1,846 @@
+"""The mixers, slots and backbones beside ViT, LeViT, CvT and CCT: against slow forms of their
+equations, and against vit-pytorch in one, two and three axes and over time."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from reference import assert_same, per_head, relative_error, softmax_rows
+from test_transplants import randomised
+from torch import Tensor, nn
+from vit_pytorch import (
+    cct_3d,
+    simple_vit,
+    simple_vit_1d,
+    simple_vit_3d,
+    simple_vit_with_fft,
+    simple_vit_with_register_tokens,
+    vit_1d,
+    vit_3d,
+    vivit,
+)
+
+import vision_xformer as vx
+from train import dimensions
+from vision_xformer import ClassSlot, Layout, WindowSlot
+from vision_xformer.kernels import KERNELS
+from vision_xformer.mixers import takes_heads
+from vision_xformer.mixers.along import Along, space_time
+
+DIM, HEADS = 12, 3
+
+
+def build(name: str, layout: Layout, **options: Any) -> vx.Mixer:
+    """A mixer in float64 whose parameters are all far from 0."""
+    heads = HEADS if takes_heads(name) else None
+    mixer = vx.create_mixer(name, dim=DIM, heads=heads, layout=layout, **options).double()
+    for parameter in mixer.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return mixer
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+# Kernels and mixers
+
+
+def operands(queries: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (randn(2, HEADS, n, 5).requires_grad_() for n in (queries, keys, keys))
+    return q, k, v
+
+
+def test_external_attention_is_its_equations() -> None:
+    layout = Layout((3, 2), 1)
+    mixer = build("external", layout, memory=4)
+    x = randn(2, 7, DIM).requires_grad_()
+
+    def head(q: Tensor, *_: Any) -> Tensor:
+        weights = softmax_rows(mixer.memory_k @ q.mT).mT  # over the tokens
+        rows = [row / sum(row[s] for s in range(4)) for row in weights]
+        return torch.stack([sum(r[s] * mixer.memory_v[s] for s in range(4)) for r in rows])
+
+    def slow() -> Tensor:
+        q = (x @ mixer.query.weight.T).view(2, 7, HEADS, -1).transpose(1, 2)
+        y = per_head(head, q, q, q).transpose(1, 2).flatten(2)
+        return y @ mixer.proj.weight.T + mixer.proj.bias
+
+    assert_same(lambda: mixer(x, layout), slow, (x, *mixer.parameters()))
+    # only among others is a token told anything
+    assert relative_error(mixer(x, layout)[:, :3], mixer(x[:, :3], Layout((3,)))) > 0.01
+
+
+@pytest.mark.parametrize("keys", [7, 11])
+def test_talking_heads_is_its_equations(keys: int) -> None:
+    kernel = KERNELS.create("talking_heads", HEADS, 5, Layout((keys,)), options={}).double()
+    q, k, v = operands(7, keys)
+
+    def slow() -> Tensor:
+        def talk(maps: list[Tensor], linear: nn.Linear) -> list[Tensor]:
+            return [
+                sum(linear.weight[h, g] * maps[g] for g in range(HEADS)) + linear.bias[h]
+                for h in range(HEADS)
+            ]
+
+        samples = []
+        for b in range(2):
+            logits = [q[b, h] @ k[b, h].T / math.sqrt(5) for h in range(HEADS)]
+            maps = [softmax_rows(m) for m in talk(logits, kernel.before)]
+            samples.append(
+                torch.stack([m @ v[b, h] for h, m in enumerate(talk(maps, kernel.after))])
+            )
+        return torch.stack(samples)
+
+    leaves = (q, k, v, kernel.before.weight, *kernel.after.parameters())
+    assert_same(lambda: kernel(q, k, v, Layout((7,)), Layout((keys,))), slow, leaves)
+
+
+def test_silent_heads_that_listen_to_themselves_are_softmax() -> None:
+    kernel = KERNELS.create("talking_heads", HEADS, 5, Layout((7,)), options={}).double()
+    for linear in (kernel.before, kernel.after):
+        nn.init.eye_(linear.weight)
+        nn.init.zeros_(linear.bias)
+    softmax = KERNELS.create("softmax", HEADS, 5, Layout((7,)), options={})
+    q, k, v = operands(7, 7)
+    layouts = [Layout((7,))] * 2
+    assert relative_error(kernel(q, k, v, *layouts), softmax(q, k, v, *layouts)) < 1e-12
+
+
+def test_token_mlp_is_its_equation() -> None:
+    layout = Layout((3, 2), 1)
+    mixer = build("mlp", layout, hidden_dim=5)
+    x = randn(2, 7, DIM).requires_grad_()
+
+    def slow() -> Tensor:
+        columns = []
+        for b, d in itertools.product(range(2), range(DIM)):
+            hidden = mixer.fc1.weight @ x[b, :, d] + mixer.fc1.bias
+            hidden = hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2
+            columns.append(mixer.fc2.weight @ hidden + mixer.fc2.bias)
+        return torch.stack(columns).view(2, DIM, 7).mT
+
+    assert_same(lambda: mixer(x, layout), slow, (x, *mixer.parameters()))
+
+
+def test_gated_mlp_is_its_equation() -> None:
+    layout = Layout((3, 2), 1)
+    mixer = build("gmlp", layout, hidden_dim=10)
+    x = randn(2, 7, DIM).requires_grad_()
+
+    def slow() -> Tensor:
+        z = x @ mixer.fc1.weight.T + mixer.fc1.bias
+        z = z * (1 + torch.erf(z / math.sqrt(2))) / 2
+        u, v = z[..., :5], z[..., 5:]
+        v = (v - v.mean(-1, keepdim=True)) / (v.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        v = v * mixer.norm.weight + mixer.norm.bias
+        gate = torch.stack(
+            [
+                sum(mixer.gate.weight[i, j] * v[:, j] for j in range(7)) + mixer.gate.bias[i]
+                for i in range(7)
+            ],
+            1,
+        )
+        return (u * gate) @ mixer.fc2.weight.T + mixer.fc2.bias
+
+    assert_same(lambda: mixer(x, layout), slow, (x, *mixer.parameters()))
+
+
+def test_gate_lets_all_through_at_first() -> None:
+    mixer = vx.create_mixer("gmlp", dim=DIM, layout=Layout((7,)))
+    assert (mixer.gate(torch.randn(2, 7, 36)) - 1).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("grid", [(7,), (5, 3), (3, 2, 4)])
+def test_depthwise_convolution_is_a_sum_over_neighbours(grid: tuple[int, ...]) -> None:
+    layout = Layout(grid, 2)
+    mixer = build("conv", layout, kernel=3)
+    x = randn(2, layout.length, DIM).requires_grad_()
+    cells = list(itertools.product(*map(range, grid)))
+
+    def slow() -> Tensor:
+        rows = [x[:, 0], x[:, 1]]
+        for cell in cells:
+            total = mixer.conv.bias.expand(2, -1)
+            for i, other in enumerate(cells):
+                offset = tuple(o - c + 1 for o, c in zip(other, cell, strict=True))
+                if all(0 <= o <= 2 for o in offset):
+                    total = total + mixer.conv.weight[(slice(None), 0, *offset)] * x[:, 2 + i]
+            rows.append(total)
+        return torch.stack(rows, 1)
+
+    assert_same(lambda: mixer(x, layout), slow, (x, *mixer.parameters()))
+
+
+# Windows
+
+
+def window_of(slot: WindowSlot, place: int, length: int) -> int:
+    """The number of a cell's window on an axis."""
+    if slot.interval > 1:
+        return place % slot.interval
+    if length <= slot.window:
+        return 0
+    return (place - slot.shift) // slot.window
+
+
+def windowed(mixer: vx.Mixer, slot: WindowSlot, x: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """Attention over all tokens, in which only those of one window see each other."""
+    cells = list(itertools.product(*map(range, grid)))
+    numbers = [tuple(map(functools.partial(window_of, slot), c, grid)) for c in cells]
+    strides = tuple(slot.interval if slot.interval > 1 else 1 for _ in grid)
+    bias = None if mixer.position_bias is None else mixer.position_bias()
+    window = mixer.kernel.kernel.layout.grid
+    places = list(itertools.product(*map(range, window)))
+    of_offset = {}
+    if bias is not None:
+        for (i, a), (j, b) in itertools.product(enumerate(places), repeat=2):
+            of_offset[tuple(p - q for p, q in zip(a, b, strict=True))] = bias[:, i, j]
+    q, k, v = (t.view(2, -1, HEADS, 4) for t in mixer.projection.qkv(x).chunk(3, -1))
+    rows = []
+    for i, cell in enumerate(cells):
+        seen = [j for j in range(len(cells)) if numbers[j] == numbers[i]]
+        logits = torch.einsum("bhk,bjhk->bhj", q[:, i], k[:, seen]) / 2
+        if bias is not None:
+            offsets = [
+                tuple((a - b) // s for a, b, s in zip(cell, cells[j], strides, strict=True))
+                for j in seen
+            ]
+            logits = logits + torch.stack([of_offset[o] for o in offsets], -1)
+        rows.append(torch.einsum("bhj,bjhk->bhk", logits.softmax(-1), v[:, seen]).flatten(1))
+    return torch.stack(rows, 1) @ mixer.proj.weight.T + mixer.proj.bias
+
+
+SLOTS = {
+    "windows": WindowSlot(3),
+    "shifted": WindowSlot(3, 1),
+    "shifted, even": WindowSlot(4, 2),
+    "interval": WindowSlot(3, interval=2),
+    "network": WindowSlot(3, 1, bias_dim=5),
+    "interval and network": WindowSlot(3, interval=2, bias_dim=5),
+    "no bias": WindowSlot(3, 1, position_bias=False),
+}
+
+
+@pytest.mark.parametrize("grid", [(10,), (4,), (6, 4), (8, 10), (2, 8), (4, 6, 2)])
+@pytest.mark.parametrize("slot", SLOTS.values(), ids=SLOTS)
+def test_windows_are_masks(slot: WindowSlot, grid: tuple[int, ...]) -> None:
+    mixer = build("softmax", Layout(grid), slot=slot)
+    x = randn(2, math.prod(grid), DIM).requires_grad_()
+    weights = [p for n, p in mixer.named_parameters() if "position_bias" not in n]
+    table = [p for n, p in mixer.named_parameters() if n.endswith("table.grid")]
+    leaves = (x, *weights, *table)
+    assert_same(lambda: mixer(x, Layout(grid)), lambda: windowed(mixer, slot, x, grid), leaves)
+    whole = build("softmax", Layout(grid), slot=WindowSlot(10, position_bias=False))
+    whole.load_state_dict(mixer.state_dict(), strict=False)
+    if max(grid) > 3:
+        assert relative_error(whole(x, Layout(grid)), mixer(x, Layout(grid))) > 0.01
+
+
+def test_windows_take_another_grid() -> None:
+    slot = WindowSlot(3, 1)
+    mixer = build("softmax", Layout((6, 4)), slot=slot)
+    x = randn(2, 35, DIM)
+    assert relative_error(mixer(x, Layout((7, 5))), windowed(mixer, slot, x, (7, 5))) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["nystrom", "performer", "talking_heads"])
+def test_other_kernels_in_windows_see_their_window_only(name: str) -> None:
+    layout = Layout((6, 9))
+    slot = WindowSlot(3, 1, position_bias=False)
+    mixer = build(name, layout, slot=slot)
+    x = randn(2, 54, DIM).requires_grad_()
+    cells = list(itertools.product(range(6), range(9)))
+    numbers = [(window_of(slot, a, 6), window_of(slot, b, 9)) for a, b in cells]
+    for i in (20, 33):
+        (dx,) = torch.autograd.grad(mixer(x, layout)[0, i].sum(), x)
+        seen = {j for j in range(54) if dx[0, j].any()}
+        assert seen == {j for j in range(54) if numbers[j] == numbers[i]}
+        assert not dx[1].any()
+
+
+def test_bias_network_is_its_layers() -> None:
+    mixer = build("softmax", Layout((2, 3)), slot=WindowSlot(3, bias_dim=5))
+    layers = mixer.position_bias.layers
+    bias = mixer.position_bias()
+    for (i, a), (j, b) in itertools.product(
+        enumerate(itertools.product(range(2), range(3))), repeat=2
+    ):
+        y = layers[0].weight @ torch.tensor([a[0] - b[0], a[1] - b[1]]).double() + layers[0].bias
+        for norm, linear in (
+            (layers[1], layers[3]),
+            (layers[4], layers[6]),
+            (layers[7], layers[9]),
+        ):
+            y = (y - y.mean()) / (y.var(unbiased=False) + 1e-5).sqrt()
+            y = linear.weight @ (y * norm.weight + norm.bias).clamp(min=0) + linear.bias
+        assert relative_error(bias[:, i, j], y) < 1e-10
+
+
+# The class token asks
+
+
+@pytest.mark.parametrize("name", ["softmax", "performer", "linformer", "talking_heads"])
+def test_class_attention_is_the_first_row(name: str) -> None:
+    layout = Layout((5, 3), 1)
+    mixer = build(name, layout, slot=ClassSlot())
+    whole = build(name, layout)
+    whole.load_state_dict(mixer.state_dict())
+    x = randn(2, 16, DIM)
+    y = mixer(x, layout)
+    assert y.shape == (2, 1, DIM)
+    assert mixer.out_layout(layout).length == 1
+    assert relative_error(y, whole(x, layout)[:, :1]) < 1e-12
+    assert relative_error(y, whole(x, layout)[:, 1:2]) > 0.01
+
+
+# Space and time
+
+
+def along(mixer: Along, x: Tensor, layout: Layout) -> Tensor:
+    """Sample by sample of the axes that are not mixed."""
+    others = [range(g) for a, g in enumerate(layout.grid) if a not in mixer.axes]
+    inner = Layout(tuple(layout.grid[a] for a in mixer.axes), layout.prefix)
+    cells = list(itertools.product(*map(range, layout.grid)))
+    out = torch.zeros_like(x)
+    heads = []
+    for rest in itertools.product(*others):
+        mine = [
+            layout.prefix + i
+            for i, cell in enumerate(cells)
+            if tuple(c for a, c in enumerate(cell) if a not in mixer.axes) == rest
+        ]
+        y = mixer.mixer(x[:, [*range(layout.prefix), *mine]], inner)
+        out[:, mine] = y[:, layout.prefix :]
+        heads.append(y[:, : layout.prefix])
+    out[:, : layout.prefix] = torch.stack(heads).mean(0)
+    return out
+
+
+every_mixer = pytest.mark.parametrize(
+    "name",
+    [n for n in vx.list_mixers() if n != "nystrom-attention"],  # it sees its batch
+)
+
+
+@pytest.mark.parametrize("prefix", [0, 2])
+@every_mixer
+def test_factorised_mixers_are_spatial_then_temporal(name: str, prefix: int) -> None:
+    layout = Layout((3, 2, 5), prefix)
+    space, time = space_time(lambda part: build(name, part), layout)
+    assert (space.axes, time.axes) == ((1, 2), (0,))
+    x = randn(2, layout.length, DIM)
+    for mixer in (space, time):
+        assert relative_error(mixer(x, layout), along(mixer, x, layout)) < 1e-10
+
+
+@pytest.mark.parametrize("kind", ["axial", "raster"])
+def test_factorised_attention_rotates_by_place_and_by_time(kind: str) -> None:
+    """As each frame and each place would, alone."""
+    layout = Layout((4, 3, 5), 1)
+    from vision_xformer.positions import RotaryPosition
+
+    space, time = space_time(lambda part: build("softmax", part, head_dim=12), layout)
+    rope = RotaryPosition(layout, 12, kind)()
+    x = randn(2, layout.length, DIM)
+    for mixer in (space, time):
+        got = mixer(x, layout, rope)
+        assert relative_error(got, mixer(x, layout)) > 0.01
+        # angles of another frame and place: relative ones are the same
+        grid = rope[1:].unflatten(0, layout.grid)
+        shifted = torch.cat((rope[:1], grid.flatten(0, 2)))
+        assert relative_error(mixer(x, layout, shifted), got) < 1e-12
+    body = x[:, 1:].unflatten(1, layout.grid)
+    frame = torch.cat((x[:, :1], body[:, 2].flatten(1, 2)), 1)
+    rows = torch.cat((rope[:1], rope[1:].unflatten(0, layout.grid)[0].flatten(0, 1)))
+    alone = space.mixer(frame, Layout((3, 5), 1), rows)[:, 1:]
+    mixed = space(x, layout, rope)[:, 1:].unflatten(1, layout.grid)[:, 2].flatten(1, 2)
+    assert relative_error(mixed, alone) < 1e-12
+
+
+VIDEO: dict[str, Any] = dict(dim=24, depth=2, mlp_dim=38, num_classes=5, factorised=True)
+
+
+@every_mixer
+def test_one_frame_is_a_picture(name: str) -> None:
+    heads: dict[str, Any] = {"heads": 3} if takes_heads(name) else {}
+    if name == "conv":  # no class token learns of it
+        heads["pool"] = "mean"
+    picture = vx.create_model("vit_test", input_shape=(2, 14, 10), patch=2, mixer=name, **heads)
+    video = vx.create_model(
+        "vit_test",
+        input_shape=(2, 3, 14, 10),
+        patch=(3, 2, 2),
+        mixer=name,
+        factorised=True,
+        **heads,
+    )
+    randomised(picture.double())
+    state = {}
+    for key, tensor in picture.state_dict().items():
+        key = re.sub(r"\.mixer\.", ".mixer.mixer.", key)
+        if key == "position.grid":
+            tensor = tensor[None]
+        if key == "stem.proj.weight":  # one frame of the three says all
+            tensor = torch.cat((tensor, torch.zeros(len(tensor), 2 * tensor.shape[1])), 1)
+        state[key] = tensor
+    video.double().eval().load_state_dict(state)
+    x = randn(2, 2, 3, 14, 10)
+    assert relative_error(video(x), picture(x[:, :, 0])) < 1e-10
+    assert relative_error(video(x), picture(x[:, :, 1])) > 1e-4
+
+
+@pytest.mark.parametrize(
+    "backbone", ["vit", "simple_vit", "cct", "cait", "mixer", "gmlp", "convmixer"]
+)
+def test_order_of_frames_counts_only_where_time_is_mixed(backbone: str) -> None:
+    fields = dict(input_shape=(2, 4, 14, 10), factorised=True)
+    if backbone not in ("mixer", "gmlp", "convmixer"):
+        fields["position"] = "none"
+    if backbone != "cct":
+        fields["patch"] = (1, 2, 2)
+    model = vx.create_model(f"{backbone}_test", **fields).double().eval()
+    blind = vx.create_model(f"{backbone}_test", **fields).double().eval()
+    for module in blind.modules():
+        if isinstance(module, Along) and module.axes == (0,):
+            for parameter in module.parameters():
+                nn.init.zeros_(parameter)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    x = randn(2, *model.config.input_shape)
+    turned = x.flip(2) if backbone != "cct" else x
+    assert model(x).shape == (2, 5)
+    if backbone in ("mixer", "gmlp", "convmixer"):
+        assert relative_error(model(turned), model(x)) > 1e-6
+    if backbone != "cct":
+        assert relative_error(blind(turned), blind(x)) < 1e-10
+
+
+# vit-pytorch's models
+
+Rename = list[tuple[str, str]]
+BLOCKS: Rename = [
+    (r"^to_patch_embedding\.1\.", "stem.norm_in."),
+    (r"^to_patch_embedding\.2\.", "stem.proj."),
+    (r"^to_patch_embedding\.3\.", "stem.norm_out."),
+    (r"^to_freq_embedding\.1\.", "stem.freq.norm_in."),
+    (r"^to_freq_embedding\.2\.", "stem.freq.proj."),
+    (r"^to_freq_embedding\.3\.", "stem.freq.norm_out."),
+    (r"^(?:factorized_)?transformer\.norm\.", "norm."),
+    (r"^transformer\.layers\.(\d+)\.0\.norm\.", r"blocks.\1.norm1."),
+    (r"^transformer\.layers\.(\d+)\.0\.to_qkv\.", r"blocks.\1.mixer.projection.qkv."),
+    (r"^transformer\.layers\.(\d+)\.0\.to_out\.(?:0\.)?", r"blocks.\1.mixer.proj."),
+    (r"^transformer\.layers\.(\d+)\.1\.net\.0\.", r"blocks.\1.norm2."),
+    (r"^transformer\.layers\.(\d+)\.1\.net\.1\.", r"blocks.\1.mlp.fc1."),
+    (r"^transformer\.layers\.(\d+)\.1\.net\.[34]\.", r"blocks.\1.mlp.fc2."),
+    (r"^(?:linear_head|mlp_head)\.", "head."),
+    (r"^register_tokens$", "reg_token"),
+]
+
+
+def transplant(theirs: nn.Module, ours: vx.Backbone, rename: Rename) -> None:
+    """Fill ours; a bias that theirs have not is 0."""
+    state = {}
+    for key, tensor in theirs.state_dict().items():
+        for pattern, name in rename:
+            key = re.sub(pattern, name, key)
+        state[key] = tensor
+    own = ours.state_dict()
+    for key, tensor in own.items():
+        if key.endswith("mixer.proj.bias") and key not in state:
+            state[key] = torch.zeros_like(tensor)
+    assert state.keys() == own.keys()
+    ours.load_state_dict({k: v.reshape(own[k].shape) for k, v in state.items()})
+
+
+def assert_like(theirs: nn.Module, ours: vx.Backbone, rename: Rename = BLOCKS) -> None:
+    """The same logits, in float32 and in float64, but for sines that are float32 in both."""
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
+        theirs, ours = theirs.to(dtype).eval(), ours.to(dtype).eval()
+        x = torch.randn(2, *ours.config.input_shape, dtype=dtype)
+        with torch.no_grad():
+            assert relative_error(ours(x), theirs(x)) > 0.1
+            transplant(theirs, ours, rename)
+            assert relative_error(ours(x), theirs(x)) <= tolerance
+            for parameter in ours.parameters():
+                parameter.add_(torch.randn_like(parameter))
+
+
+SMALL: dict[str, Any] = dict(num_classes=7, dim=24, depth=2, heads=3, mlp_dim=36)
+THEIRS: dict[str, Any] = dict(dim_head=8, channels=2, **SMALL)
+OURS: dict[str, Any] = dict(stem="published", **SMALL)
+
+
+@pytest.mark.parametrize("size", [(14, 10), (6, 22)])
+def test_simple_vit_is_vit_pytorchs(size: tuple[int, int]) -> None:
+    theirs = randomised(simple_vit.SimpleViT(image_size=size, patch_size=2, **THEIRS))
+    assert_like(theirs, vx.create_model("simple_vit_test", image_size=size, channels=2, **OURS))
+
+
+@pytest.mark.parametrize("size", [(14, 10), (6, 22)])
+def test_simple_vit_with_registers_is_vit_pytorchs(size: tuple[int, int]) -> None:
+    theirs = randomised(
+        simple_vit_with_register_tokens.SimpleViT(image_size=size, patch_size=2, **THEIRS)
+    )
+    ours = vx.create_model("simple_vit_test", image_size=size, channels=2, registers=4, **OURS)
+    assert_like(theirs, ours)
+
+
+@pytest.mark.parametrize(("size", "freq_patch"), [((12, 20), 4), ((6, 22), 2)])
+def test_simple_vit_with_fft_is_vit_pytorchs(size: tuple[int, int], freq_patch: int) -> None:
+    theirs = randomised(
+        simple_vit_with_fft.SimpleViT(
+            image_size=size, patch_size=2, freq_patch_size=freq_patch, **THEIRS
+        )
+    )
+    fields = OURS | {"stem": "fft", "stem_options": {"freq_patch": freq_patch}}
+    assert_like(theirs, vx.create_model("simple_vit_test", image_size=size, channels=2, **fields))
+
+
+@pytest.mark.parametrize("length", [22, 40])
+def test_simple_vit_1d_is_vit_pytorchs(length: int) -> None:
+    theirs = randomised(simple_vit_1d.SimpleViT(seq_len=length, patch_size=2, **THEIRS))
+    # they flatten a patch channel by channel, we pixel by pixel
+    ours = vx.create_model("simple_vit_test", input_shape=(1, length), **OURS)
+    theirs_1 = randomised(
+        simple_vit_1d.SimpleViT(seq_len=length, patch_size=2, **{**THEIRS, "channels": 1})
+    )
+    assert theirs.state_dict().keys() == theirs_1.state_dict().keys()
+    assert_like(theirs_1, ours)
+
+
+@pytest.mark.parametrize("size", [(14, 10), (6, 22)])
+def test_simple_vit_3d_is_vit_pytorchs(size: tuple[int, int]) -> None:
+    theirs = randomised(
+        simple_vit_3d.SimpleViT(
+            image_size=size, image_patch_size=2, frames=6, frame_patch_size=3, **THEIRS
+        )
+    )
+    shape = dict(input_shape=(2, 6, *size), patch=(3, 2, 2))
+    assert_like(theirs, vx.create_model("simple_vit_test", **shape, **OURS))
+
+
+VIT: Rename = [
+    (r"^mlp_head\.0\.", "norm."), (r"^mlp_head\.1\.", "head."),
+    (r"^transformer\.layers\.(\d+)\.1\.net\.4\.", r"blocks.\1.mlp.fc2."), *BLOCKS,
+]  # fmt: skip
+
+
+def with_rows(theirs: nn.Module, grid: tuple[int, ...]) -> nn.Module:
+    """Its positions as our table has them: prefix and grid."""
+    rows = theirs.pos_embedding.detach()[0]
+    del theirs.pos_embedding
+    state = theirs.state_dict
+
+    def named() -> dict[str, Tensor]:
+        table = {"position.prefix": rows[:1], "position.grid": rows[1:].view(*grid, -1)}
+        return {**state(), **table}
+
+    theirs.pos_embedding = rows[None]
+    theirs.state_dict = named
+    return theirs
+
+
+@pytest.mark.parametrize("length", [22, 40])
+def test_vit_1d_is_vit_pytorchs(length: int) -> None:
+    theirs = randomised(vit_1d.ViT(seq_len=length, patch_size=2, **{**THEIRS, "channels": 1}))
+    theirs = with_rows(theirs.double(), (length // 2,))
+    ours = vx.create_model("vit_test", input_shape=(1, length), **OURS).double().eval()
+    transplant(theirs, ours, VIT)
+    x = randn(2, 1, length)
+    assert relative_error(ours(x), theirs(x)) < 1e-10
+
+
+@pytest.mark.parametrize("size", [(14, 10), (6, 22)])
+def test_vit_3d_is_vit_pytorchs(size: tuple[int, int]) -> None:
+    theirs = randomised(
+        vit_3d.ViT(image_size=size, image_patch_size=2, frames=6, frame_patch_size=3, **THEIRS)
+    )
+    grid = (2, size[0] // 2, size[1] // 2)
+    theirs = with_rows(theirs.double(), grid)
+    shape = dict(input_shape=(2, 6, *size), patch=(3, 2, 2))
+    ours = vx.create_model("vit_test", **shape, **OURS).double().eval()
+    transplant(theirs, ours, VIT)
+    x = randn(2, 2, 6, *size)
+    assert relative_error(ours(x), theirs(x)) < 1e-10
+
+
+@pytest.mark.parametrize("size", [(14, 10), (6, 22)])
+def test_factorised_vit_is_vit_pytorchs(size: tuple[int, int]) -> None:
+    """ViViT's factorised self-attention."""
+    theirs = randomised(
+        vivit.ViViT(
+            image_size=size, image_patch_size=2, frames=6, frame_patch_size=2, pool="mean",
+            spatial_depth=2, temporal_depth=2, variant="factorized_self_attention",
+            use_flash_attn=False, **{k: v for k, v in THEIRS.items() if k != "depth"},
+        )
+    )  # fmt: skip
+    layer = r"^factorized_transformer\.layers\.(\d+)\."
+
+    def block(place: int) -> Callable[[re.Match[str]], str]:
+        return lambda m: f"blocks.{2 * int(m[1]) + place}."
+
+    rename: Any = [
+        (layer + r"0\.", lambda m: block(0)(m) + "attention."),
+        (layer + r"1\.", lambda m: block(1)(m) + "attention."),
+        (layer + r"2\.net\.0\.", lambda m: block(1)(m) + "norm2."),
+        (layer + r"2\.net\.1\.", lambda m: block(1)(m) + "mlp.fc1."),
+        (layer + r"2\.net\.4\.", lambda m: block(1)(m) + "mlp.fc2."),
+        (r"\.attention\.norm\.", ".norm1."),
+        (r"\.attention\.to_qkv\.", ".mixer.mixer.projection.qkv."),
+        (r"\.attention\.to_out\.0\.", ".mixer.mixer.proj."),
+        (r"^pos_embedding$", "position.grid"), *BLOCKS,
+    ]  # fmt: skip
+    ours = vx.create_model(
+        "vit_test", input_shape=(2, 6, *size), patch=2, pool="mean", fc_norm=False,
+        factorised=True, **OURS,
+    )  # fmt: skip
+    assert_like(theirs, ours, rename)
+
+
+@pytest.mark.parametrize("size", [(15, 9), (20, 12)])
+def test_cct_3d_is_vit_pytorchs(size: tuple[int, int]) -> None:
+    theirs = randomised(
+        cct_3d.CCT(
+            img_size=size, num_frames=6, embedding_dim=24, n_input_channels=2, n_conv_layers=1,
+            frame_stride=1, frame_kernel_size=3, frame_pooling_kernel_size=3,
+            frame_pooling_stride=2, kernel_size=3, stride=1, padding=1, num_layers=2, num_heads=3,
+            mlp_ratio=1.5, num_classes=7, positional_embedding="learnable",
+        )
+    ).double()  # fmt: skip
+    ours = vx.create_model(
+        "cct_test", input_shape=(2, 6, *size), patch=2, num_classes=7, mlp_dim=36,
+        stem_options={"layers": 1},
+    ).double().eval()  # fmt: skip
+    report = vx.load_weights(ours, theirs.state_dict())
+    assert not report.unused
+    assert not report.missing
+    x = randn(2, 2, 6, *size)
+    assert relative_error(ours(x), theirs(x)) < 1e-10
+
+
+# CrossFormer, which no other package has as its authors do
+
+
+@torch.no_grad()
+def test_crossformer_is_its_equations() -> None:
+    """The stages written out, with attention by masks."""
+    model = vx.create_model("crossformer_test", mixer_options={"qkv_bias": True}).double().eval()
+    randomised(model)
+    c = model.config
+    x = randn(2, *c.input_shape)
+
+    def cross_scale(convs: nn.ModuleList, x: Tensor, stride: int) -> Tensor:
+        parts = [
+            F.conv2d(x, conv.weight, conv.bias, stride, (kernel - stride) // 2)
+            for conv, kernel in zip(convs, (2, 4), strict=True)
+        ]
+        return torch.cat(parts, 1)
+
+    def norm(layer: nn.LayerNorm, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], layer.weight, layer.bias, 1e-5)
+
+    y = cross_scale(model.stem.convs, x, 2)
+    grid = tuple(y.shape[2:])
+    assert grid == (8, 12)
+    y = norm(model.stem_norm, y.flatten(2).mT)
+    for index, stage in enumerate(model.stages):
+        if index:
+            merge = model.merges[0]
+            picture = norm(merge.norm, y).mT.unflatten(2, grid)
+            y = cross_scale(merge.merge.convs, picture, 2)
+            grid = tuple(y.shape[2:])
+            y = y.flatten(2).mT
+        for number, block in enumerate(stage):
+            interval = c.intervals[index] if number == 1 else 1
+            y = y + masked(
+                block.mixer, WindowSlot(3, interval=interval), norm(block.norm1, y), grid
+            )
+            hidden = F.gelu(norm(block.norm2, y) @ block.mlp.fc1.weight.T + block.mlp.fc1.bias)
+            y = y + hidden @ block.mlp.fc2.weight.T + block.mlp.fc2.bias
+    want = norm(model.norm, y).mean(1) @ model.head.weight.T + model.head.bias
+    assert relative_error(model(x), want) < 1e-10
+
+
+def masked(mixer: vx.Mixer, slot: WindowSlot, x: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """Attention of any width with a bias for each offset, of which only a window's is seen."""
+    cells = torch.tensor(list(itertools.product(*map(range, grid))))
+    numbers = [[window_of(slot, int(p), g) for p, g in zip(c, grid, strict=True)] for c in cells]
+    number = torch.tensor(numbers)
+    seen = (number[:, None] == number).all(-1)
+    offsets = (cells[:, None] - cells) // (slot.interval if slot.interval > 1 else 1)
+    heads = mixer.heads
+    layers = mixer.position_bias.layers
+    bias = layers(offsets.double()).movedim(-1, 0)
+    q, k, v = (
+        t.unflatten(2, (heads, -1)).transpose(1, 2) for t in mixer.projection.qkv(x).chunk(3, -1)
+    )
+    logits = q @ k.mT / math.sqrt(q.shape[-1]) + bias
+    y = logits.masked_fill(~seen, -math.inf).softmax(-1) @ v
+    return mixer.proj(y.transpose(1, 2).flatten(2))
+
+
+# Published sizes
+
+COUNTS = {
+    "cait_xxs24": 11_956_264,
+    "cait_xxs36": 17_299_720,
+    "cait_xs24": 26_670_088,
+    "cait_s24": 46_916_200,
+    "crossvit_tiny": 7_014_800,
+    "crossvit_small": 26_856_272,
+    "crossvit_base": 105_025_232,
+    "crossvit_9": 8_553_296,
+    "crossvit_15": 27_528_464,
+    "crossvit_18": 43_271_408,
+    "crossformer_tiny": 27_776_794,
+    "crossformer_small": 30_657_394,
+    "crossformer_base": 51_971_554,
+    "crossformer_large": 91_971_184,
+    "swin_tiny": 28_288_354,
+    "swin_small": 49_606_258,
+    "swin_base": 87_768_224,
+    "convmixer_256_8": 594_186,
+    "convmixer_768_32": 21_110_248,
+    "convmixer_1024_20": 24_383_464,
+    "convmixer_1536_20": 51_625_960,
+    "mixer_s32": 19_104_624,
+    "mixer_s16": 18_528_264,
+    "mixer_b32": 60_293_428,
+    "mixer_b16": 59_880_472,
+    "mixer_l16": 208_196_168,
+    "gmlp_ti16": 5_867_328,
+    "gmlp_s16": 19_422_656,
+    "gmlp_b16": 73_075_392,
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_published_parameter_counts(name: str) -> None:
+    with torch.device("meta"):
+        model = vx.create_model(name)
+    assert sum(p.numel() for p in model.parameters()) == COUNTS[name]
+
+
+# Other lengths, axes and mixers
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("vin_tiny", dict(input_shape=(1, 256), patch=16)),
+        ("ccp_7_3x1", dict(input_shape=(1, 12, 12, 12))),
+        ("vil_tiny", dict(input_shape=(3, 4, 32, 32), patch=(2, 16, 16), factorised=True)),
+        ("swin_test", dict(input_shape=(1, 40))),
+        ("swin_test", dict(input_shape=(1, 8, 12, 10))),
+        ("crossformer_test", dict(input_shape=(1, 64))),
+        ("crossformer_test", dict(input_shape=(1, 16, 16, 16))),
+        ("crossvit_test", dict(input_shape=(1, 40), scales=(1.0, 0.75))),
+        ("crossvit_test", dict(input_shape=(1, 8, 12, 4), scales=(1.0, 0.75))),
+        ("cain_test", dict(input_shape=(1, 40))),
+        ("cait_test", dict(input_shape=(1, 4, 6, 8), factorised=True)),
+        ("convmixer_test", dict(input_shape=(1, 40))),
+        ("convmixer_test", dict(input_shape=(1, 4, 6, 8), factorised=True)),
+        ("mixer_test", dict(input_shape=(1, 40))),
+        ("gmlp_test", dict(input_shape=(1, 4, 6, 8), factorised=True)),
+        ("eanet_test", dict(input_shape=(1, 40))),
+        ("eanet_test", dict(input_shape=(1, 4, 6, 8), factorised=True)),
+        ("fnet_test", dict(input_shape=(1, 4, 6, 8), factorised=True)),
+        ("ccl_test", dict(input_shape=(1, 8, 12, 8), factorised=True)),
+        ("simple_vin_test", dict(input_shape=(1, 40), stem="fft")),
+        ("simple_vit_test", dict(input_shape=(1, 4, 6, 8), stem="fft", factorised=True)),
+        ("convmixer_test", dict(mixer="performer", heads=3)),
+        ("mixer_test", dict(mixer="nystrom", heads=3)),
+        ("gmlp_test", dict(mixer="fourier", mlp_dim=24)),
+        ("swin_test", dict(mixer="performer")),
+        ("crossformer_test", dict(mixer="nystrom")),
+        ("cait_test", dict(class_mixer="performer")),
+        ("crossvif_test", {}),
+        ("crossvit_test", dict(cross_mixer="linformer")),
+    ],
+)
+def test_every_family_in_every_form(name: str, fields: dict[str, Any]) -> None:
+    model = vx.create_model(name, **fields)
+    x = torch.randn(3, *model.config.input_shape)
+    loss = model(x).square().sum()
+    loss.backward()
+    assert loss.isfinite()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.isfinite().all(), key
+    again = vx.create_model(model.config.to_dict())
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again.eval()(x), model.eval()(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "words"),
+    [
+        ("cait_test", dict(class_mixer="nystrom"), "mixer 'nystrom' pools"),
+        ("cait_test", dict(class_mixer="external"), "ExternalAttention has no query"),
+        ("swin_test", dict(mixer="external"), "ExternalAttention has no attention to put into"),
+        ("cait_test", dict(class_mixer="fourier"), "'fourier' has no heads"),
+        ("crossvit_test", dict(cross_mixer="nystrom"), "mixer 'nystrom' pools"),
+        ("crossvit_test", dict(dims=(12, 20, 24)), "two branches"),
+        ("swin_test", dict(mixer="linformer"), "mixer 'linformer' shortens"),
+        ("swin_test", dict(mixer="fourier"), "Fourier has no attention to put into windows"),
+        ("swin_test", dict(window=0), "window 0"),
+        ("crossformer_test", dict(input_shape=(3, 20, 24)), "multiple of interval 4"),
+        ("crossformer_test", dict(stem_kernels=(3, 4)), r"stem_kernels \(3, 4\) must be even"),
+        ("vit_test", dict(factorised=True), "factorised=True needs frames"),
+        ("vit_test", dict(mixer="conv"), "'conv' passes class and register tokens by.*pool='mean'"),
+        ("cvt_test", dict(mixer="conv"), "'conv' passes class and register tokens by.*class_token"),
+        ("mixer_test", dict(heads=3), "has no heads"),
+        ("gmlp_test", dict(mixer_options={"hidden_dim": 5}), "hidden_dim 5 must be even"),
+        ("convmixer_test", dict(activation="gelo"), "did you mean 'gelu'"),
+        ("convmixer_test", dict(mixer_options={"kernel": 4}), "kernel 4 must be odd"),
+        ("simple_vit_test", dict(stem="fft", stem_options={"freq_patch": 4}), "not divisible"),
+    ],
+)
+def test_what_cannot_be_is_refused(name: str, fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        vx.create_model(name, **fields)
+
+
+@pytest.mark.parametrize(
+    "slot",
+    [
+        dict(window=3, shift=3),
+        dict(window=3, shift=-1),
+        dict(shift=1, interval=2),
+        dict(interval=0),
+    ],
+)
+def test_windows_that_cannot_be(slot: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"shift|interval"):
+        WindowSlot(**slot)
+
+
+def test_windows_have_no_place_for_a_prefix() -> None:
+    with pytest.raises(ValueError, match=r"1 prefix token"):
+        build("softmax", Layout((6, 6), 1), slot=WindowSlot(3))
+
+
+# The example
+
+
+def test_dimensions_learn(capsys: pytest.CaptureFixture[str]) -> None:
+    """A few epochs are better than chance, 10 and 25 %."""
+    dimensions.main(["--epochs", "4", "--only", "signals", "volumes"])
+    _, *rows = capsys.readouterr().out.splitlines()
+    for row, least in zip(rows, (20, 40), strict=True):
+        assert float(row.split()[-1].rstrip("%")) > least, row
+
+
+def test_dimensions_refuse_a_model_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        dimensions.main(["--model", "vix"])
+    assert "unknown model 'vix'" in capsys.readouterr().err
