@@ -77,8 +77,9 @@ class Example(NamedTuple):
 EXAMPLES = {
     "signals": Example(lambda: digits(64), dict(patch=2)),
     "images": Example(lambda: digits(8, 8), dict(patch=1)),
-    "volumes": Example(volumes, dict(patch=3)),
-    "video": Example(video, dict(patch=(2, 3, 3), factorised=True)),
+    # positions as faint as the tokens of large patches are
+    "volumes": Example(volumes, dict(patch=3, position_std=0.1)),
+    "video": Example(video, dict(patch=(2, 3, 3), position_std=0.1, factorised=True)),
 }
 
 
@@ -115,8 +116,8 @@ def train(name: str, model_name: str, epochs: int, progress: tqdm[Any]) -> tuple
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m train.dimensions", description=__doc__)
-    parser.add_argument("--model", default="vin", help="a name of list_models (default: vin)")
-    parser.add_argument("--epochs", type=int, default=20, help="(default: 20)")
+    parser.add_argument("--model", default="vip", help="a ViX, such as vil or vin (default: vip)")
+    parser.add_argument("--epochs", type=int, default=15, help="(default: 15)")
     parser.add_argument("--only", nargs="+", choices=EXAMPLES, default=list(EXAMPLES))
     args = parser.parse_args(arguments)
     if args.epochs < 1:
