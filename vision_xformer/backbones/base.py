@@ -19,7 +19,7 @@ from ..layers import LayerScale, Mlp
 from ..layout import Layout
 from ..mixers import Mixer
 from ..positions import RotaryPosition
-from ..registry import Registry, check_at_least, check_options, check_types
+from ..registry import Registry, check_at_least, check_options, check_share, check_types
 from ..summary import summary
 
 
@@ -46,6 +46,13 @@ class Config:
                 plain = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
                 object.__setattr__(self, field.name, plain)
         check_at_least("num_classes", self.num_classes, 0)
+        values = vars(self)
+        for name in ("dropout", "emb_dropout", "drop_path"):
+            check_share(name, values.get(name, 0.0))
+        if values.get("norm_eps", 1.0) <= 0:
+            raise ValueError(f"norm_eps {values['norm_eps']} must be above 0")
+        if values.get("position_std", 0.0) < 0:
+            raise ValueError(f"position_std {values['position_std']} must be at least 0")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values under field names, and the backbone's name: rebuilds the model."""

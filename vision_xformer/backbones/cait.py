@@ -14,11 +14,9 @@ from torch import Tensor, nn
 
 from ..layout import Layout
 from ..mixers import ClassSlot, create_mixer
-from ..positions import make_position
 from ..registry import check_at_least
-from ..stems import STEMS
-from .base import BACKBONES, Backbone, Block, init_linears
-from .vit import IsotropicConfig, make_blocks
+from .base import BACKBONES, Block, init_linears
+from .vit import Isotropic, IsotropicConfig
 
 
 class ClassBlock(Block):
@@ -67,7 +65,7 @@ def _size(dim: int, depth: int, **fields: Any) -> dict[str, Any]:
 
 
 @BACKBONES.register("cait")
-class CaiT(Backbone):
+class CaiT(Isotropic):
     """
     Args:
         config: see :class:`CaiTConfig`.
@@ -92,16 +90,8 @@ class CaiT(Backbone):
     def __init__(self, config: CaiTConfig) -> None:
         super().__init__(config)
         c = config
-        self.num_features = c.dim
-        self.stem = STEMS.create(c.stem, c.input_shape, c.patch, c.dim, options=c.stem_options)
-        self.layout = Layout(self.stem.grid, self.stem.prefix)
-        self.position: nn.Module | None = make_position(
-            c.position, self.layout, c.dim, c.position_std
-        )
-        self.emb_drop = nn.Dropout(c.emb_dropout)
-        self.blocks, self.rope = make_blocks(c, self.layout)
         self.cls_token = nn.Parameter(torch.randn(1, 1, c.dim) * 0.02)
-        self.class_layout = Layout(self.stem.grid, self.stem.prefix + 1)
+        self.class_layout = self.layout._replace(prefix=self.layout.prefix + 1)
         self.class_blocks = nn.ModuleList(
             ClassBlock(
                 create_mixer(
@@ -126,14 +116,7 @@ class CaiT(Backbone):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, C, *shape) -> (B, N + 1, D), the class token in front."""
-        self.check_input(x)
-        x = self.stem(x)
-        if self.position is not None:
-            x = x + self.position()
-        x = self.emb_drop(x)
-        rope = None if self.rope is None else self.rope()
-        for block in self.blocks:
-            x = self.run(block, x, self.layout, rope)
+        x = self.mix(x)
         token = self.cls_token.expand(x.shape[0], -1, -1)
         for block in self.class_blocks:
             token = self.run(block, token, x, self.class_layout)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..layout import Layout
 from ..mixers import ClassSlot, create_mixer, takes_heads
 from ..positions import LearnedPosition
-from ..registry import check_at_least, check_share
+from ..registry import check_at_least
 from ..stems import PatchStem, check_input_shape
 from .base import BACKBONES, Backbone, Block, Config, check_stages, drop_paths, init_linears
 from .cait import ClassBlock
@@ -77,13 +77,6 @@ class CrossViTConfig(Config):
         check_stages(self, names)
         for name in ("stages", "mlp_ratio"):
             check_at_least(name, getattr(self, name), 1)
-        check_share("drop_path", self.drop_path)
-        check_share("dropout", self.dropout)
-        if self.norm_eps <= 0 or self.position_std < 0:
-            raise ValueError(
-                f"norm_eps {self.norm_eps} must be above 0 and position_std {self.position_std} "
-                "at least 0"
-            )
 
 
 class Branch(nn.Module):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..layers import CONV, channels_last
 from ..layout import Layout
 from ..mixers import ConvSlot, create_mixer, takes_heads
-from ..registry import check_at_least, check_share
+from ..registry import check_at_least
 from ..stems import check_input_shape
 from .base import (
     BACKBONES,
@@ -83,10 +83,6 @@ class CvTConfig(Config):
             check_at_least(f"with embed_stride {stride} embed_kernel", kernel, stride)
         self.slot()
         check_at_least("mlp_ratio", self.mlp_ratio, 1)
-        check_share("drop_path", self.drop_path)
-        check_share("dropout", self.dropout)
-        if self.norm_eps <= 0:
-            raise ValueError(f"norm_eps {self.norm_eps} must be above 0")
 
     def slot(self) -> ConvSlot:
         """What the blocks ask of their mixers."""

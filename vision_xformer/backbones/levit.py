@@ -17,7 +17,7 @@ from typing_extensions import Self
 from ..layers import ConvNorm, LinearNorm, NormLinear
 from ..layout import Layout
 from ..mixers import Mixer, NormSlot, create_mixer, mixer_options, takes_heads
-from ..registry import check_at_least, check_share
+from ..registry import check_at_least
 from ..stems import STEMS
 from .base import BACKBONES, Backbone, Config, check_stages, init_linears, make_drop_path, make_rope
 
@@ -79,7 +79,6 @@ class LeViTConfig(Config):
             raise ValueError("head_dim in mixer_options is key_dim in LeViT: set that")
         check_at_least("value_ratio", self.value_ratio, 1)
         check_at_least("mlp_ratio", self.mlp_ratio, 1)
-        check_share("drop_path", self.drop_path)
 
 
 class LeViTBlock(nn.Module):

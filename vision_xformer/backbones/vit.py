@@ -17,8 +17,8 @@ from ..layers import SequencePool
 from ..layout import Layout
 from ..mixers import Mixer, create_mixer
 from ..mixers.along import space_time
-from ..positions import RotaryPosition, make_position
-from ..registry import check_at_least, check_share, unknown
+from ..positions import make_position
+from ..registry import check_at_least, unknown
 from ..stems import STEMS
 from .base import (
     BACKBONES,
@@ -82,13 +82,6 @@ class IsotropicConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("dropout", "emb_dropout", "drop_path"):
-            check_share(name, getattr(self, name))
-        if self.norm_eps <= 0 or self.position_std < 0:
-            raise ValueError(
-                f"norm_eps {self.norm_eps} must be above 0 and position_std {self.position_std} "
-                "at least 0"
-            )
         for name, least in (("dim", 1), ("depth", 1), ("mlp_dim", 0)):
             check_at_least(name, getattr(self, name), least)
 
@@ -128,38 +121,75 @@ class ViTConfig(IsotropicConfig):
         return self.pool == "mean" if self.fc_norm is None else self.fc_norm
 
 
-def make_blocks(
-    config: IsotropicConfig, layout: Layout, block_class: type[Block] = Block
-) -> tuple[nn.ModuleList, RotaryPosition | None]:
-    """The blocks of a configuration, and the positions that they rotate by."""
-    c = config
-    make = functools.partial(create_mixer, c.mixer, dim=c.dim, heads=c.heads, **c.mixer_options)
-    blocks = []
-    for drop_path in drop_paths(c.drop_path, c.depth):
+class Isotropic(Backbone):
+    """What ViT and CaiT share: stem, tokens in front, positions, blocks.
 
-        def block(mixer: Mixer, mlp_dim: int, drop_path: float = drop_path) -> Block:
-            return block_class(
-                mixer,
-                mlp_dim,
-                dropout=c.dropout,
-                drop_path=drop_path,
-                layer_scale=c.layer_scale,
-                norm_eps=c.norm_eps,
-            )
+    Args:
+        config: see :class:`IsotropicConfig`.
+        tokens: how many learned tokens of which name stand in front.
+    """
 
+    block_class: ClassVar[type[Block]] = Block
+    config: IsotropicConfig
+
+    def __init__(self, config: IsotropicConfig, **tokens: int) -> None:
+        super().__init__(config)
+        c = config
+        self.num_features = c.dim
+        self.stem = STEMS.create(c.stem, c.input_shape, c.patch, c.dim, options=c.stem_options)
+        self.layout = Layout(self.stem.grid, sum(tokens.values()) + self.stem.prefix)
+        for name, count in tokens.items():
+            token = nn.Parameter(torch.randn(1, count, c.dim) * 0.02) if count else None
+            self.register_parameter(name, token)
+        self.tokens = tuple(tokens)
+        self.position: nn.Module | None = make_position(
+            c.position, self.layout, c.dim, c.position_std
+        )
+        self.emb_drop = nn.Dropout(c.emb_dropout)
+        blocks: list[Block] = []
+        for drop_path in drop_paths(c.drop_path, c.depth):
+            *first, last = self._mixers()
+            blocks += [self._block(mixer, 0, drop_path) for mixer in first]
+            blocks.append(self._block(last, c.mlp_dim, drop_path))
+        self.blocks = nn.ModuleList(blocks)
+        init_linears(self.blocks)
+        self.rope = make_rope(c.rope, blocks[0].mixer, c.mixer)
+
+    def _mixers(self) -> list[Mixer]:
+        c = self.config
+        make = functools.partial(create_mixer, c.mixer, dim=c.dim, heads=c.heads, **c.mixer_options)
         if c.factorised:
-            *first, last = space_time(lambda part: make(layout=part), layout)
-            blocks += [block(mixer, 0) for mixer in first]
-        else:
-            last = make(layout=layout)
-        blocks.append(block(last, c.mlp_dim))
-    made = nn.ModuleList(blocks)
-    init_linears(made)
-    return made, make_rope(c.rope, blocks[0].mixer, c.mixer)
+            return space_time(lambda part: make(layout=part), self.layout)
+        return [make(layout=self.layout)]
+
+    def _block(self, mixer: Mixer, mlp_dim: int, drop_path: float) -> Block:
+        c = self.config
+        return self.block_class(
+            mixer,
+            mlp_dim,
+            dropout=c.dropout,
+            drop_path=drop_path,
+            layer_scale=c.layer_scale,
+            norm_eps=c.norm_eps,
+        )
+
+    def mix(self, x: Tensor) -> Tensor:
+        """(B, C, *shape) -> (B, N, D): all but the last norm."""
+        self.check_input(x)
+        x = self.stem(x)
+        prefix = [t for t in (getattr(self, name) for name in self.tokens) if t is not None]
+        x = torch.cat([*(t.expand(x.shape[0], -1, -1) for t in prefix), x], 1)
+        if self.position is not None:
+            x = x + self.position()
+        x = self.emb_drop(x)
+        rope = None if self.rope is None else self.rope()
+        for block in self.blocks:
+            x = self.run(block, x, self.layout, rope)
+        return x
 
 
 @BACKBONES.register("vit")
-class VisionTransformer(Backbone):
+class VisionTransformer(Isotropic):
     """
     Args:
         config: see :class:`ViTConfig`.
@@ -169,11 +199,8 @@ class VisionTransformer(Backbone):
     """
 
     config_class: ClassVar[type[Config]] = ViTConfig
-    block_class: ClassVar[type[Block]] = Block
     hybrid = True
     config: ViTConfig
-    cls_token: nn.Parameter | None
-    reg_token: nn.Parameter | None
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "": {},
         "test": dict(
@@ -185,19 +212,8 @@ class VisionTransformer(Backbone):
     }
 
     def __init__(self, config: ViTConfig) -> None:
-        super().__init__(config)
         c = config
-        self.num_features = c.dim
-        self.stem = STEMS.create(c.stem, c.input_shape, c.patch, c.dim, options=c.stem_options)
-        class_tokens = int(c.has_class_token)
-        prefix = class_tokens + c.registers + self.stem.prefix
-        layout = self.layout = Layout(self.stem.grid, prefix)
-        for name, count in (("cls_token", class_tokens), ("reg_token", c.registers)):
-            token = nn.Parameter(torch.randn(1, count, c.dim) * 0.02) if count else None
-            self.register_parameter(name, token)
-        self.position: nn.Module | None = make_position(c.position, layout, c.dim, c.position_std)
-        self.emb_drop = nn.Dropout(c.emb_dropout)
-        self.blocks, self.rope = make_blocks(c, layout, self.block_class)
+        super().__init__(c, cls_token=int(c.has_class_token), reg_token=c.registers)
         if c.pool == "cls" or c.registers:
             check_prefix(self.blocks, c.mixer, "take pool='mean' and registers=0")
         norms = [nn.LayerNorm(c.dim, c.norm_eps), nn.Identity()]
@@ -207,17 +223,7 @@ class VisionTransformer(Backbone):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, C, *shape) -> (B, N, D), class and register tokens in front."""
-        self.check_input(x)
-        x = self.stem(x)
-        prefix = [t for t in (self.cls_token, self.reg_token) if t is not None]
-        x = torch.cat([*(t.expand(x.shape[0], -1, -1) for t in prefix), x], 1)
-        if self.position is not None:
-            x = x + self.position()
-        x = self.emb_drop(x)
-        rope = None if self.rope is None else self.rope()
-        for block in self.blocks:
-            x = self.run(block, x, self.layout, rope)
-        y: Tensor = self.norm(x)
+        y: Tensor = self.norm(self.mix(x))
         return y
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

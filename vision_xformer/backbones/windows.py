@@ -19,7 +19,7 @@ from ..layers import CONV
 from ..layout import Layout
 from ..mixers import WindowSlot, create_mixer, takes_heads
 from ..projections import on_grid
-from ..registry import check_at_least, check_share
+from ..registry import check_at_least
 from ..stems import patch_grid
 from .base import BACKBONES, Backbone, Block, Config, check_stages, drop_paths, init_linears
 
@@ -61,10 +61,6 @@ class PyramidConfig(Config):
         check_stages(self, ["dims", "depths", *(["heads"] if takes_heads(self.mixer) else [])])
         check_at_least("window", self.window, 1)
         check_at_least("mlp_ratio", self.mlp_ratio, 1)
-        check_share("drop_path", self.drop_path)
-        check_share("dropout", self.dropout)
-        if self.norm_eps <= 0:
-            raise ValueError(f"norm_eps {self.norm_eps} must be above 0")
 
 
 class Pyramid(Backbone):
