@@ -30,9 +30,11 @@ CAPABILITIES = {
 _TABLE = """
 mixer              rope bias length batch 1-D 2-D 3-D prefix float64 bfloat16 float16 auto-bf16 auto-fp16 compile export
 conv                –    –     ✓      ✓    ✓   ✓   ✓    –       ✓       ✓        ✓        ✓         ✓        ✓      ✓
+efficient           –    –     ✓      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
 external            –    –     ✓      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
 fourier             –    –     ✓      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
 gmlp                –    –     –      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
+linear              –    –     ✓      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
 linformer           ✓    –     –      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
 linformer-pytorch   –    –     –      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
 mlp                 –    –     –      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓

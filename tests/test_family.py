@@ -80,6 +80,36 @@ def test_external_attention_is_its_equations() -> None:
 
 
 @pytest.mark.parametrize("keys", [7, 11])
+def test_linear_attention_is_its_equation(keys: int) -> None:
+    kernel = KERNELS.create("linear", HEADS, 5, Layout((keys,)), options={})
+    q, k, v = operands(7, keys)
+
+    def feature(x: Tensor) -> Tensor:
+        return torch.where(x > 0, x + 1, x.exp())
+
+    def slow(q: Tensor, k: Tensor, v: Tensor, _: int) -> Tensor:
+        weights = torch.stack([feature(k) @ feature(query) for query in q])
+        return weights / weights.sum(1, keepdim=True) @ v
+
+    layouts = Layout((7,)), Layout((keys,))
+    assert_same(lambda: kernel(q, k, v, *layouts), lambda: per_head(slow, q, k, v), (q, k, v))
+
+
+@pytest.mark.parametrize("keys", [7, 11])
+def test_efficient_attention_is_its_equation(keys: int) -> None:
+    kernel = KERNELS.create("efficient", HEADS, 5, Layout((keys,)), options={})
+    q, k, v = operands(7, keys)
+
+    def slow(q: Tensor, k: Tensor, v: Tensor, _: int) -> Tensor:
+        maps = softmax_rows(k.T)  # of each channel, over the keys
+        gathered = torch.stack([channel @ v for channel in maps])
+        return torch.stack([weights @ gathered for weights in softmax_rows(q)])
+
+    layouts = Layout((7,)), Layout((keys,))
+    assert_same(lambda: kernel(q, k, v, *layouts), lambda: per_head(slow, q, k, v), (q, k, v))
+
+
+@pytest.mark.parametrize("keys", [7, 11])
 def test_talking_heads_is_its_equations(keys: int) -> None:
     kernel = KERNELS.create("talking_heads", HEADS, 5, Layout((keys,)), options={}).double()
     q, k, v = operands(7, keys)

@@ -39,6 +39,10 @@ def equation(name, kernel, q, k, v, layouts):
     """Every product of a paper's equation, and nothing else."""
     if name.startswith("softmax"):
         return (q @ k.mT) @ v
+    if name == "efficient":
+        return q @ (k.mT @ v)
+    if name == "linear":
+        return q @ (k.mT @ F.pad(v, (0, 1)))
     if name == "talking_heads":
         maps = q @ k.mT
         for weight in torch.randn(2, HEADS, HEADS):
