@@ -43,10 +43,12 @@ PAPER_MODELS = [n for n in MODELS if not parse_name(n).size]
 def _is_like_another(name: str) -> bool:
     """Whether compiling it, which takes seconds, finds nothing that another's does not."""
     parsed = parse_name(name)
-    # Angles are no new graph. CCT and hybrids are ViT behind another stem, whose mixers need not be
-    # compiled again; the lite models are CCT behind the stem of ViT.
-    stem_only = (parsed.hybrid or parsed.backbone == "cct") and parsed.letter != "t"
-    return parsed.rope or stem_only or parsed.backbone.endswith("_lite")
+    # Angles are no new graph. CCT and hybrids are ViT behind another stem, CaiT and CrossViT have
+    # its blocks, so their mixers need not be compiled again; SimpleViT is ViT with another table,
+    # the lite models are CCT behind the stem of ViT.
+    stem_only = parsed.hybrid or parsed.backbone in ("cct", "cait", "crossvit")
+    like_vit = parsed.backbone == "simple_vit" or parsed.backbone.endswith("_lite")
+    return parsed.rope or like_vit or (stem_only and parsed.letter != "t")
 
 
 _compiled = [
