@@ -229,6 +229,7 @@ def windowed(mixer: vx.Mixer, slot: WindowSlot, x: Tensor, grid: tuple[int, ...]
     strides = tuple(slot.interval if slot.interval > 1 else 1 for _ in grid)
     bias = None if mixer.position_bias is None else mixer.position_bias()
     window = mixer.kernel.kernel.layout.grid
+    assert slot.interval > 1 or window == (slot.window,) * len(grid)
     places = list(itertools.product(*map(range, window)))
     of_offset = {}
     if bias is not None:
@@ -297,8 +298,64 @@ def test_other_kernels_in_windows_see_their_window_only(name: str) -> None:
         assert not dx[1].any()
 
 
+def test_one_bias_serves_grids_of_any_size() -> None:
+    state = build("softmax", Layout((14, 14)), slot=WindowSlot(7, 3)).state_dict()
+    for grid in ((8, 8), (5, 16), (2, 2)):
+        mixer = build("softmax", Layout(grid), slot=WindowSlot(7, 3))
+        mixer.load_state_dict(state)
+        x = randn(2, math.prod(grid), DIM)
+        want = windowed(mixer, WindowSlot(7, 3), x, grid)
+        assert relative_error(mixer(x, Layout(grid)), want) < 1e-12
+
+
+def test_bias_of_an_interval_is_of_one_grid() -> None:
+    mixer = build("softmax", Layout((4, 4)), slot=WindowSlot(3, interval=2))
+    with pytest.raises(ValueError, match="was built for"):
+        mixer(randn(2, 64, DIM), Layout((8, 8)))
+
+
+def test_windows_are_told_of_a_prefix_when_they_are_called() -> None:
+    mixer = build("softmax", Layout((6, 6)), slot=WindowSlot(3))
+    with pytest.raises(ValueError, match=r"1 prefix token"):
+        mixer(randn(2, 37, DIM), Layout((6, 6), 1))
+
+
+@pytest.mark.parametrize("name", ["swin_test", "crossformer_test", "cait_test", "crossvit_test"])
+def test_windows_and_class_attention_are_counted(name: str) -> None:
+    model = vx.create_model(name)
+    x = torch.randn(1, *model.config.input_shape)
+    with torch.no_grad():
+        total = vx.count_flops(model, x)
+    maps = sum(2 * part.weight.numel() for part in model.modules() if isinstance(part, nn.Linear))
+    assert total > maps  # each is used at least once, and attention is more
+
+
+def test_windows_cost_what_their_pairs_do() -> None:
+    """Of 6 x 6 tokens in windows of 3: 36 x 9 pairs."""
+    layout, slot = Layout((6, 6)), WindowSlot(3)
+    mixer = vx.create_mixer("softmax", dim=DIM, heads=HEADS, layout=layout, slot=slot)
+    maps = 2 * 36 * DIM * 4 * DIM
+    assert vx.count_flops(mixer, torch.randn(1, 36, DIM), layout) == maps + 4 * 36 * 9 * DIM
+
+
+def test_external_attention_far_from_all_memory() -> None:
+    mixer = build("external", Layout((7,)), memory=4).float()
+    x = torch.randn(2, 7, DIM)
+    x[:, 0] = 0
+    assert mixer(1e4 * x, Layout((7,))).isfinite().all()
+
+
+def test_fft_patches_in_half_precision() -> None:
+    model = vx.create_model(
+        "simple_vit_test", stem="fft", input_shape=(3, 224, 224), patch=32, num_classes=5
+    )
+    bright = torch.full((1, 3, 224, 224), 1.4)
+    want = model.eval()(bright)
+    assert relative_error(model.half()(bright.half()), want) < 0.05
+
+
 def test_bias_network_is_its_layers() -> None:
-    mixer = build("softmax", Layout((2, 3)), slot=WindowSlot(3, bias_dim=5))
+    mixer = build("softmax", Layout((4, 6)), slot=WindowSlot(3, interval=2, bias_dim=5))
     layers = mixer.position_bias.layers
     bias = mixer.position_bias()
     for (i, a), (j, b) in itertools.product(
@@ -815,19 +872,37 @@ def test_every_family_in_every_form(name: str, fields: dict[str, Any]) -> None:
     ("name", "fields", "words"),
     [
         ("cait_test", dict(class_mixer="nystrom"), "mixer 'nystrom' pools"),
-        ("cait_test", dict(class_mixer="external"), "ExternalAttention has no query"),
+        ("cait_test", dict(class_mixer="external"), "class_mixer 'external' has no query"),
+        ("crossvit_test", dict(cross_mixer="fourier"), "cross_mixer 'fourier' has no query"),
+        ("crossvit_test", dict(scales=(math.nan, 1.0)), r"scales \(nan, 1.0\)"),
+        ("crossvit_test", dict(scales=(1.0, 0.7)), "scale 0.7 of branch 2"),
+        (
+            "crossformer_test",
+            dict(patch=3, input_shape=(3, 18, 24)),
+            r"stem_kernels \(2, 4\) must be at least the stride",
+        ),
+        (
+            "crossformer_test",
+            dict(dims=(33, 48), heads=(3, 3)),
+            r"dims \(33, 48\) must be multiples",
+        ),
+        ("crossformer_test", dict(input_shape=(3, 10, 10), intervals=(5, 1)), "stage 1 .* even"),
+        ("gmlp_test", dict(dropout=0.5), "dropout 0.5 is that of the MLPs"),
+        ("vit_test", dict(norm_eps=math.nan), "norm_eps nan"),
+        ("vit_test", dict(position_std=math.nan), "position_std nan"),
+        ("simple_vit_test", dict(stem="fft", mixer="conv"), "'conv' passes the tokens in front by"),
+        ("simple_vit_test", dict(stem="fft", stem_options={"freq_patch": 0}), "freq_patch of stem"),
         ("swin_test", dict(mixer="external"), "ExternalAttention has no attention to put into"),
-        ("cait_test", dict(class_mixer="fourier"), "'fourier' has no heads"),
         ("crossvit_test", dict(cross_mixer="nystrom"), "mixer 'nystrom' pools"),
         ("crossvit_test", dict(dims=(12, 20, 24)), "two branches"),
         ("swin_test", dict(mixer="linformer"), "mixer 'linformer' shortens"),
         ("swin_test", dict(mixer="fourier"), "Fourier has no attention to put into windows"),
         ("swin_test", dict(window=0), "window 0"),
-        ("crossformer_test", dict(input_shape=(3, 20, 24)), "multiple of interval 4"),
-        ("crossformer_test", dict(stem_kernels=(3, 4)), r"stem_kernels \(3, 4\) must be even"),
+        ("crossformer_test", dict(input_shape=(3, 20, 24)), "stage 1 has a grid of .* interval, 4"),
+        ("crossformer_test", dict(stem_kernels=(3, 4)), r"stem_kernels \(3, 4\) must be at least"),
         ("vit_test", dict(factorised=True), "factorised=True needs frames"),
-        ("vit_test", dict(mixer="conv"), "'conv' passes class and register tokens by.*pool='mean'"),
-        ("cvt_test", dict(mixer="conv"), "'conv' passes class and register tokens by.*class_token"),
+        ("vit_test", dict(mixer="conv"), "'conv' passes the tokens in front by.*pool='mean'"),
+        ("cvt_test", dict(mixer="conv"), "'conv' passes the tokens in front by.*class_token"),
         ("mixer_test", dict(heads=3), "has no heads"),
         ("gmlp_test", dict(mixer_options={"hidden_dim": 5}), "hidden_dim 5 must be even"),
         ("convmixer_test", dict(activation="gelo"), "did you mean 'gelu'"),
@@ -873,4 +948,4 @@ def test_dimensions_learn(capsys: pytest.CaptureFixture[str]) -> None:
 def test_dimensions_refuse_a_model_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         dimensions.main(["--model", "vix"])
-    assert "unknown model 'vix'" in capsys.readouterr().err
+    assert "invalid choice: 'vix'" in capsys.readouterr().err

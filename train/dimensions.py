@@ -116,7 +116,8 @@ def train(name: str, model_name: str, epochs: int, progress: tqdm[Any]) -> tuple
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m train.dimensions", description=__doc__)
-    parser.add_argument("--model", default="vip", help="a ViX, such as vil or vin (default: vip)")
+    models = [name for kind in ("vi?", "hybrid_vi?") for name in vx.list_models(kind)]
+    parser.add_argument("--model", choices=models, default="vip", help="(default: vip)")
     parser.add_argument("--epochs", type=int, default=15, help="(default: 15)")
     parser.add_argument("--only", nargs="+", choices=EXAMPLES, default=list(EXAMPLES))
     args = parser.parse_args(arguments)
@@ -124,12 +125,9 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--epochs {args.epochs} must be at least 1")
     lines = [f"{'data':<10} {'parameters':>10} {'unseen samples right':>22}"]
     with tqdm(disable=None, unit="step") as progress:
-        for name in args.only:
+        for name in dict.fromkeys(args.only):
             progress.set_description(name)
-            try:
-                parameters, accuracy = train(name, args.model, args.epochs, progress)
-            except ValueError as error:
-                parser.error(str(error))
+            parameters, accuracy = train(name, args.model, args.epochs, progress)
             lines.append(f"{name:<10} {parameters:>10,} {accuracy:>22.1%}")
     print("\n".join(lines))
 

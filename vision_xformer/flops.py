@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -38,7 +39,7 @@ def count_flops(module: nn.Module, *inputs: Any) -> int:
             hooks.append(part.register_forward_hook(stop, with_kwargs=True))
     training = {part: part.training for part in module.modules()}
     try:
-        with counter:
+        with counter, torch.enable_grad():  # without, the counter fails on a bare parameter
             module.eval()(*inputs)
     finally:
         for part, mode in training.items():

@@ -176,7 +176,8 @@ class FourierStem(PublishedStem):
     vit-pytorch.)
 
     Args:
-        freq_patch: frequencies for each token, on each axis; by default as the patch.
+        freq_patch: frequencies for each token, one number or one for each axis; by default as the
+            patch.
     """
 
     def __init__(
@@ -185,17 +186,23 @@ class FourierStem(PublishedStem):
         patch: int | tuple[int, ...],
         dim: int,
         *,
-        freq_patch: int | None = None,
+        freq_patch: int | tuple[int, ...] | None = None,
     ) -> None:
         super().__init__(input_shape, patch, dim)
         channels, *shape = input_shape
-        self.freq = PublishedStem((2 * channels, *shape), freq_patch or self.patch, dim)
+        freq = self.patch if freq_patch is None else freq_patch
+        try:
+            self.freq = PublishedStem((2 * channels, *shape), freq, dim)
+        except ValueError as error:
+            raise ValueError(f"freq_patch of stem 'fft': {error}") from None
         self.freq_position = SinCosPosition(Layout(self.freq.grid), dim)
         self.prefix = math.prod(self.freq.grid)
 
     def forward(self, x: Tensor) -> Tensor:
+        # float16 cannot hold the sums; to the norm behind, their scale is all the same
+        norm = "ortho" if x.dtype == torch.float16 else "backward"
         with without_autocast(x):
-            waves = torch.fft.fftn(*widened(x), dim=tuple(range(2, x.ndim)))
+            waves = torch.fft.fftn(*widened(x), dim=tuple(range(2, x.ndim)), norm=norm)
             parts = torch.cat((waves.real, waves.imag), 1).to(x.dtype)
         freq = self.freq(parts) + self.freq_position()
         return torch.cat((freq, super().forward(x)), 1)

@@ -49,9 +49,9 @@ class Config:
         values = vars(self)
         for name in ("dropout", "emb_dropout", "drop_path"):
             check_share(name, values.get(name, 0.0))
-        if values.get("norm_eps", 1.0) <= 0:
+        if not values.get("norm_eps", 1.0) > 0:  # nor is NaN
             raise ValueError(f"norm_eps {values['norm_eps']} must be above 0")
-        if values.get("position_std", 0.0) < 0:
+        if not values.get("position_std", 0.0) >= 0:
             raise ValueError(f"position_std {values['position_std']} must be at least 0")
 
     def to_dict(self) -> dict[str, Any]:
@@ -167,7 +167,7 @@ class Backbone(nn.Module):
         if not any_size and x.shape[2:] != torch.Size(want[1:]):
             raise ValueError(
                 f"input of size {_by(x.shape[2:])}; the model was built for {_by(want[1:])}: build "
-                "it for that and carry the weights over with load_weights(..., resize=True)"
+                "it for that; load_weights(..., resize=True) carries tables of tokens over"
             )
 
 
@@ -258,7 +258,7 @@ def check_prefix(blocks: nn.Module, name: str, instead: str) -> None:
     """Raise a ValueError where class and register tokens would be passed by."""
     if not all(part.reaches_prefix for part in blocks.modules() if isinstance(part, Mixer)):
         raise ValueError(
-            f"mixer {name!r} passes class and register tokens by, they learn nothing: {instead}"
+            f"mixer {name!r} passes the tokens in front by, they would learn nothing: {instead}"
         )
 
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..kernels import KERNELS
 from ..layout import Layout
 from ..mixers import ClassSlot, create_mixer
 from ..registry import check_at_least
@@ -29,6 +30,16 @@ class ClassBlock(Block):
         if self.mlp is None:
             return token
         return token + self.drop_path(self.scale2(self.mlp(self.norm2(token))))
+
+
+def check_class_mixer(field: str, name: str) -> None:
+    """Raise a ValueError for a mixer in which no class token can ask."""
+    if name not in KERNELS:
+        asks = [other for other in KERNELS.names() if KERNELS[other].takes_one_query]
+        raise ValueError(
+            f"{field} {name!r} has no query that a class token could ask: take "
+            f"{' or '.join(map(repr, asks))}"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +64,7 @@ class CaiTConfig(IsotropicConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least("class_depth", self.class_depth, 1)
+        check_class_mixer("class_mixer", self.class_mixer)
 
 
 def _size(dim: int, depth: int, **fields: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ of each asks the tokens of the other (section 3.3). The logits are the mean of b
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -20,7 +21,7 @@ from ..positions import LearnedPosition
 from ..registry import check_at_least
 from ..stems import PatchStem, check_input_shape
 from .base import BACKBONES, Backbone, Block, Config, check_stages, drop_paths, init_linears
-from .cait import ClassBlock
+from .cait import ClassBlock, check_class_mixer
 
 _RESIZE = {1: "linear", 2: "bicubic", 3: "trilinear"}
 
@@ -67,8 +68,9 @@ class CrossViTConfig(Config):
         check_input_shape(self.input_shape)
         if len(self.dims) != 2:
             raise ValueError(f"dims {self.dims} must be the widths of two branches")
-        if len(self.scales) != 2 or min(self.scales) <= 0:
+        if len(self.scales) != 2 or not all(0 < scale < math.inf for scale in self.scales):
             raise ValueError(f"scales {self.scales} must be two numbers above 0")
+        check_class_mixer("cross_mixer", self.cross_mixer)
         names = ["dims", "depths", "patches", "cross_heads"]
         if takes_heads(self.mixer):
             names.append("heads")
@@ -91,7 +93,10 @@ class Branch(nn.Module):
         c, dim = config, config.dims[index]
         channels, *shape = c.input_shape
         self.shape = tuple(int(size * c.scales[index]) for size in shape)
-        self.stem = PatchStem((channels, *self.shape), c.patches[index], dim)
+        try:
+            self.stem = PatchStem((channels, *self.shape), c.patches[index], dim)
+        except ValueError as error:
+            raise ValueError(f"at scale {c.scales[index]} of branch {index + 1}: {error}") from None
         self.layout = Layout(self.stem.grid, 1)
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
         self.position = LearnedPosition(self.layout, dim, c.position_std)

@@ -84,6 +84,10 @@ class IsotropicConfig(Config):
         super().__post_init__()
         for name, least in (("dim", 1), ("depth", 1), ("mlp_dim", 0)):
             check_at_least(name, getattr(self, name), least)
+        if self.dropout and not self.mlp_dim:
+            raise ValueError(
+                f"dropout {self.dropout} is that of the MLPs: with mlp_dim 0 it must be 0"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -153,6 +157,8 @@ class Isotropic(Backbone):
             blocks.append(self._block(last, c.mlp_dim, drop_path))
         self.blocks = nn.ModuleList(blocks)
         init_linears(self.blocks)
+        if self.layout.prefix:
+            check_prefix(self.blocks, c.mixer, "take pool='mean', registers=0 and no stem 'fft'")
         self.rope = make_rope(c.rope, blocks[0].mixer, c.mixer)
 
     def _mixers(self) -> list[Mixer]:
@@ -214,8 +220,6 @@ class VisionTransformer(Isotropic):
     def __init__(self, config: ViTConfig) -> None:
         c = config
         super().__init__(c, cls_token=int(c.has_class_token), reg_token=c.registers)
-        if c.pool == "cls" or c.registers:
-            check_prefix(self.blocks, c.mixer, "take pool='mean' and registers=0")
         norms = [nn.LayerNorm(c.dim, c.norm_eps), nn.Identity()]
         self.norm, self.fc_norm = reversed(norms) if c.has_fc_norm else norms
         self.pool = SequencePool(c.dim) if c.pool == "seq" else None

@@ -33,7 +33,8 @@ class PyramidConfig(Config):
         patch: pixels for each token of the first stage, one size or one for each axis.
         dims, depths, heads: width D, number of blocks and heads of each stage; heads is None for a
             mixer without heads, which no window can hold as yet.
-        window: tokens of a window on each axis; fewer where the grid has fewer.
+        window: tokens of a window on each axis. Where a grid is no multiple of it the last window
+            is smaller; the authors of Swin, and timm, add zeros there instead.
         mlp_ratio: hidden width of the MLPs for a width of 1.
         mixer, mixer_options: token mixer by name and its options.
         position_bias: whether logits get a bias for each offset; False for a mixer that forms no
@@ -266,10 +267,31 @@ class CrossFormerConfig(PyramidConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_stages(self, ["intervals"])
-        for name in ("stem_kernels", "merge_kernels"):
+        patch, grid = patch_grid(self.input_shape, self.patch)
+        strides = {"stem_kernels": patch, "merge_kernels": (2,)}
+        for name, stride in strides.items():
             kernels = getattr(self, name)
-            if not kernels or min(kernels) < 1 or any(k % 2 for k in kernels):
-                raise ValueError(f"{name} {kernels} must be even and above 0")
+            fits = [k >= s and (k - s) % 2 == 0 for k in kernels for s in stride]
+            if not kernels or not all(fits):
+                raise ValueError(
+                    f"{name} {kernels} must be at least the stride {stride} and exceed it by even "
+                    "numbers"
+                )
+            dims = self.dims[:1] if name == "stem_kernels" else self.dims[1:]
+            share = 2 ** (len(kernels) - 1)
+            if any(dim % share for dim in dims):
+                raise ValueError(
+                    f"dims {self.dims} must be multiples of {share} for {name} {kernels}"
+                )
+        for stage, interval in enumerate(self.intervals, start=1):
+            last = stage == len(self.dims)
+            if any(g % interval or (g % 2 and not last) for g in grid):
+                even = "" if last else " and even"
+                raise ValueError(
+                    f"stage {stage} has a grid of {grid} at input_shape {self.input_shape}: it "
+                    f"must be a multiple of its interval, {interval}{even}"
+                )
+            grid = tuple(g // 2 for g in grid)
 
 
 @BACKBONES.register("crossformer")

@@ -111,7 +111,7 @@ def create_mixer(
     layout = Layout(tuple(layout.grid), layout.prefix)
     if takes_heads(name):
         if heads is None:
-            raise ValueError(f"mixer {name!r} needs heads")
+            raise ValueError(f"mixer {name!r} needs heads: give heads=")
     elif heads is not None:
         raise ValueError(f"mixer {name!r} has no heads: leave heads={heads} out")
     if name in KERNELS:

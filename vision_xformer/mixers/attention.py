@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..kernels import KERNELS
 from ..layout import Layout, take_strided
-from ..positions import PositionBias, rotate
+from ..positions import rotate
 from ..registry import check_at_least
 from .base import Mixer
 from .slots import Slot
@@ -59,7 +59,7 @@ class Attention(Mixer):
         made = KERNELS.create(
             kernel, self.heads, self.head_dim, slot.kernel_layout(layout), options=kernel_options
         )
-        self.kernel = slot.wrap(made, kernel, layout)
+        self.kernel: Any = slot.wrap(made, kernel, layout)  # a Kernel, or one in windows
         self.takes_rope = made.takes_rope
         value_dim = slot.value_dim(self.head_dim)
         if made.share_kv and value_dim != self.head_dim:
@@ -76,7 +76,7 @@ class Attention(Mixer):
                 f"mixer {kernel!r} forms no attention map to add a bias to: position_bias must be "
                 "False"
             )
-        self.fixed_layout = made.compresses or isinstance(self.position_bias, PositionBias)
+        self.fixed_layout = made.compresses or slot.bias_fixes_layout
         self.proj = slot.output(self.heads * value_dim, dim)
         self.proj_drop = nn.Dropout(proj_dropout)
 

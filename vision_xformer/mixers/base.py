@@ -56,8 +56,8 @@ class Mixer(nn.Module):
             )
         if self.fixed_layout and layout != self.layout:
             raise ValueError(
-                f"{name} was built for {self.layout} and cannot take {layout}: build it for that "
-                "and carry the weights over with load_weights(..., resize=True)"
+                f"{name} was built for {self.layout} and cannot take {layout}: build it for that; "
+                "load_weights(..., resize=True) carries tables of tokens over"
             )
         if rope is not None and not self.takes_rope:
             raise ValueError(f"{name} has no queries and keys to rotate: leave rope out")

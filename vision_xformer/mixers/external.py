@@ -47,7 +47,7 @@ class ExternalAttention(Mixer):
         self.check(x, layout, rope)
         q = self.query(x).unflatten(-1, (self.heads, -1))
         (logits,) = widened(q @ self.memory_k.mT)
-        weights = logits.softmax(1)
-        weights = weights / weights.sum(-1, keepdim=True)
+        # exp(log) divided by its sum is a softmax again, in which nothing underflows
+        weights = logits.log_softmax(1).softmax(-1)
         y: Tensor = self.proj((weights.to(q.dtype) @ self.memory_v).flatten(2))
         return y

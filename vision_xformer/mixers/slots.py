@@ -50,6 +50,11 @@ class Slot:
         """() -> (H, N, M), added to the logits."""
         return None
 
+    @property
+    def bias_fixes_layout(self) -> bool:
+        """Whether there is one, of the size of the layout."""
+        return False
+
     def adapt(self, mixer: Mixer) -> Mixer:
         """A mixer without queries and keys, made to fit."""
         return mixer
@@ -66,7 +71,7 @@ class Slot:
         """Where the keys lie that a kernel sees at once."""
         return layout.strided(self.kv_stride)
 
-    def wrap(self, kernel: Kernel, name: str, layout: Layout) -> Kernel:
+    def wrap(self, kernel: Kernel, name: str, layout: Layout) -> nn.Module:
         """The kernel of that name, made to fit."""
         return kernel
 
@@ -146,6 +151,10 @@ class NormSlot(Slot):
     def bias(self, layout: Layout, heads: int) -> PositionBias | None:
         return PositionBias(layout, heads, self.stride) if self.position_bias else None
 
+    @property
+    def bias_fixes_layout(self) -> bool:
+        return self.position_bias
+
     def adapt(self, mixer: Mixer) -> Mixer:
         if self.position_bias:
             raise ValueError(
@@ -172,7 +181,7 @@ class ClassSlot(Slot):
     def take_queries(self, x: Tensor, layout: Layout) -> Tensor:
         return x[:, :1]
 
-    def wrap(self, kernel: Kernel, name: str, layout: Layout) -> Kernel:
+    def wrap(self, kernel: Kernel, name: str, layout: Layout) -> nn.Module:
         if not kernel.takes_one_query:
             raise ValueError(
                 f"mixer {name!r} pools its queries: it cannot be the class attention, where one "

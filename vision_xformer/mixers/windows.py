@@ -2,7 +2,8 @@
 
 A shifted window that would reach over the edge is cut there: what Swin does by rolling the picture
 and masking (Liu et al. 2021, arXiv 2103.14030, section 3.2) is done on smaller windows instead, so
-no kernel needs a mask.
+no kernel needs a mask. So is the last window of a grid that is no multiple of it, where the authors
+and timm add zeros, which are seen: there the same weights give other logits than theirs.
 """
 
 from __future__ import annotations
@@ -45,16 +46,17 @@ def axis_pieces(length: int, window: int, shift: int) -> list[Piece]:
     return [piece for piece in pieces if piece.windows and piece.size]
 
 
-class Windowed(Kernel):
+class Windowed(nn.Module):
     """A kernel that sees one window at a time. It takes what the kernel takes, on any grid.
 
     ``bias`` is that of a whole window, (H, w, w); a smaller one takes the beginning of each axis.
     """
 
+    compresses = False
+
     def __init__(self, kernel: Kernel, slot: WindowSlot) -> None:
-        super().__init__(kernel.heads, kernel.key_dim, kernel.layout)
-        self.kernel, self.slot = kernel, slot
-        self.kv_heads, self.share_kv = kernel.kv_heads, kernel.share_kv
+        super().__init__()
+        self.kernel, self.slot, self.kv_heads = kernel, slot, kernel.kv_heads
 
     def forward(
         self,
@@ -66,6 +68,8 @@ class Windowed(Kernel):
         bias: Tensor | None = None,
     ) -> Tensor:
         grid = q_layout.grid
+        if q_layout.prefix:
+            raise ValueError(f"windows have no place for {q_layout.prefix} prefix token(s)")
         operands = [t.unflatten(2, grid) for t in (q, k, v)]
         if bias is not None:
             bias = bias.unflatten(2, self.kernel.layout.grid).unflatten(1, self.kernel.layout.grid)
@@ -146,7 +150,13 @@ class WindowSlot(Slot):
         return [Piece(0, self.interval, length // self.interval, interval=True)]
 
     def kernel_layout(self, layout: Layout) -> Layout:
-        return Layout(tuple(max(p.size for p in self.pieces(g)) for g in layout.grid))
+        if self.interval == 1:  # the same on any grid, so that a bias fits all of them
+            return Layout((self.window,) * len(layout.grid))
+        return Layout(tuple(self.pieces(g)[0].size for g in layout.grid))
+
+    @property
+    def bias_fixes_layout(self) -> bool:
+        return self.position_bias and self.interval > 1
 
     def bias(self, layout: Layout, heads: int) -> nn.Module | None:
         if not self.position_bias:
@@ -156,7 +166,7 @@ class WindowSlot(Slot):
             return RelativeBias(grid, heads)
         return DynamicBias(grid, heads, self.bias_dim)
 
-    def wrap(self, kernel: Kernel, name: str, layout: Layout) -> Kernel:
+    def wrap(self, kernel: Kernel, name: str, layout: Layout) -> nn.Module:
         if layout.prefix:
             raise ValueError(f"windows have no place for {layout.prefix} prefix token(s)")
         if kernel.compresses:
