@@ -757,6 +757,15 @@ def test_crossformer_is_its_equations() -> None:
     assert relative_error(model(x), want) < 1e-10
 
 
+def test_long_distance_is_all_tokens_at_interval_1_and_none_in_one_window() -> None:
+    large = vx.create_model("crossformer_test", input_shape=(3, 32, 48), intervals=(4, 1))
+    slots = [block.mixer.slot for stage in large.stages for block in stage]
+    assert [(slot.window, slot.interval) for slot in slots] == [(3, 1), (3, 4), (3, 1), (12, 1)]
+    small = vx.create_model("crossformer_test", input_shape=(3, 8, 16), intervals=(4, 2))
+    slots = [block.mixer.slot for stage in small.stages for block in stage]
+    assert [(slot.window, slot.interval) for slot in slots] == [(3, 1), (3, 4), (3, 1), (3, 1)]
+
+
 def masked(mixer: vx.Mixer, slot: WindowSlot, x: Tensor, grid: tuple[int, ...]) -> Tensor:
     """Attention of any width with a bias for each offset, of which only a window's is seen."""
     cells = torch.tensor(list(itertools.product(*map(range, grid))))

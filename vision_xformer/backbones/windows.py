@@ -92,7 +92,7 @@ class Pyramid(Backbone):
             stages.append(
                 nn.ModuleList(
                     Block(
-                        make(slot=self.slot(index, number % 2)),
+                        make(slot=self.slot(index, number % 2, grid)),
                         c.mlp_ratio * dim,
                         dropout=c.dropout,
                         drop_path=next(rates),
@@ -116,8 +116,8 @@ class Pyramid(Backbone):
         """The map (B, N, D), layout -> (B, n, E) before a stage."""
         raise NotImplementedError
 
-    def slot(self, index: int, odd: int) -> WindowSlot:
-        """Where a block of the stage looks."""
+    def slot(self, index: int, odd: int, grid: tuple[int, ...]) -> WindowSlot:
+        """Where an even or odd block of the stage looks."""
         raise NotImplementedError
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -201,7 +201,7 @@ class Swin(Pyramid):
         c = self.config
         return PatchMerging(axes, c.dims[index - 1], c.dims[index], c.norm_eps)
 
-    def slot(self, index: int, odd: int) -> WindowSlot:
+    def slot(self, index: int, odd: int, grid: tuple[int, ...]) -> WindowSlot:
         c = self.config
         shift = odd * (c.window // 2)
         return WindowSlot(c.window, shift, position_bias=c.position_bias)
@@ -253,7 +253,7 @@ class CrossFormerConfig(PyramidConfig):
         stem_kernels: of the convolutions that make tokens of pixels.
         merge_kernels: of those between stages.
         intervals: of each stage, between the tokens that a long-distance block joins; it divides
-            the grid.
+            the grid. With 1 that is all tokens.
     """
 
     backbone: ClassVar[str] = "crossformer"
@@ -336,10 +336,15 @@ class CrossFormer(Pyramid):
             axes, c.dims[index - 1], c.dims[index], c.merge_kernels, c.norm_eps
         )
 
-    def slot(self, index: int, odd: int) -> WindowSlot:
+    def slot(self, index: int, odd: int, grid: tuple[int, ...]) -> WindowSlot:
         c = self.config
-        bias_dim = max(1, c.dims[index] // 16)
-        interval = c.intervals[index] if odd else 1
+        window, interval = c.window, 1
+        if odd and min(grid) > window:  # else a window is all there is
+            interval = c.intervals[index]
+            window = max(grid) if interval == 1 else window
         return WindowSlot(
-            c.window, interval=interval, bias_dim=bias_dim, position_bias=c.position_bias
+            window,
+            interval=interval,
+            bias_dim=max(1, c.dims[index] // 16),
+            position_bias=c.position_bias,
         )

@@ -114,7 +114,8 @@ class WindowSlot(Slot):
     """Swin's and CrossFormer's: attention in windows.
 
     Args:
-        window: cells of a window on each axis; fewer where the grid has fewer.
+        window: cells of a window on each axis; fewer where the grid has fewer. With an interval
+            there are as many as it leaves.
         shift: cells after which the first window of each axis is cut.
         interval: with more than 1 a window is not a run of cells but every ``interval``-th one
             (long-distance attention, CrossFormer, Wang et al. 2021, arXiv 2108.00154, section 3.2);
