@@ -633,7 +633,7 @@ def test_model_exports_for_any_batch(name: str) -> None:
 @pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex")
 @each_mixer
 def test_inductor_compiles(name: str) -> None:
-    model = vx.create_model("vit_test", mixer=name)
+    model = vx.create_model("vit_test", mixer=name, pool=pool_for(name))
     x = images(model)
     torch._dynamo.reset()
     logits = torch.compile(model)(x)
