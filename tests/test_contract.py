@@ -645,7 +645,8 @@ def test_inductor_compiles(name: str) -> None:
 def randomly_dropping(name: str) -> vx.Backbone:
     """A model in float64 with every kind of dropout it has."""
     rates = {"dropout": 0.2, "emb_dropout": 0.1, "drop_path": 0.3}
-    known = {f.name for f in dataclasses.fields(on_meta(name).config)}
+    config = vars(on_meta(name).config)
+    known = set(config) - ({"dropout"} if config.get("mlp_dim") == 0 else set())
     model = vx.create_model(name, **{k: v for k, v in rates.items() if k in known}).double()
     fill_zeros(model)
     return model
@@ -768,7 +769,7 @@ CHOICES = [
     (m, v, {"pool": pool_for(m), **k})
     for m in vx.list_mixers()
     for v, k in VARIANTS.items()
-    if pool_for(m) == "cls" or not (v == "pool cls" or "registers" in k)
+    if pool_for(m) == "cls" or not (v == "pool cls" or {"registers", "class_token"} & set(k))
 ] + [(m, v, k) for m in vx.list_mixers() if takes_rope(m) for v, k in ROPE_VARIANTS.items()]
 
 

@@ -140,9 +140,9 @@ class CvTStage(nn.Module):
             )
             for mixer, rate in zip(mixers, rates, strict=True)
         )
+        self.rope = make_rope(c.rope, mixers[0], c.mixer)
         if has_token:
             check_prefix(self.blocks, c.mixer, "class_token must be False")
-        self.rope = make_rope(c.rope, mixers[0], c.mixer)
 
     def forward(self, x: Tensor, run: Callable[..., Tensor]) -> Tensor:
         x = self.embed_norm(self.embed(x).flatten(2).mT)

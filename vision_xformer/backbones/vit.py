@@ -157,9 +157,9 @@ class Isotropic(Backbone):
             blocks.append(self._block(last, c.mlp_dim, drop_path))
         self.blocks = nn.ModuleList(blocks)
         init_linears(self.blocks)
+        self.rope = make_rope(c.rope, blocks[0].mixer, c.mixer)
         if self.layout.prefix:
             check_prefix(self.blocks, c.mixer, "take pool='mean', registers=0 and no stem 'fft'")
-        self.rope = make_rope(c.rope, blocks[0].mixer, c.mixer)
 
     def _mixers(self) -> list[Mixer]:
         c = self.config
