@@ -33,9 +33,8 @@ Samples = tuple[Tensor, Tensor]
 def digits(*shape: int) -> Samples:
     """(N, 1, *shape) and classes."""
     pixels, labels = load_digits(return_X_y=True)
-    return torch.tensor(pixels, dtype=torch.float32).view(-1, 1, *shape) / 8 - 1, torch.tensor(
-        labels
-    )
+    x = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, *shape)
+    return x / 8 - 1, torch.tensor(labels)
 
 
 def _blob(centre: Tensor, stretch: Tensor, axes: int) -> Tensor:
@@ -43,8 +42,8 @@ def _blob(centre: Tensor, stretch: Tensor, axes: int) -> Tensor:
     line = torch.arange(SIDE) - SIDE / 2 + 0.5
     exponent = torch.zeros(len(centre), *(1,) * axes)
     for axis in range(axes):
-        away = (line - centre[:, axis, None]) / stretch[:, axis, None]
-        away = (away + SIDE / 2) % SIDE - SIDE / 2 if axes == 2 else away  # frames wrap around
+        away = (line - centre[:, axis, None] + SIDE / 2) % SIDE - SIDE / 2  # edges are joined
+        away = away / stretch[:, axis, None]
         exponent = exponent + (away**2).view(-1, *(SIDE if a == axis else 1 for a in range(axes)))
     return (-exponent / 3).exp()
 

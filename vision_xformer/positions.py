@@ -138,8 +138,7 @@ class PositionBias(TokenTable):
         self.offsets = _Offsets(layout, stride)
 
     def forward(self) -> Tensor:
-        rows = self.grid.flatten(0, -2).mT
-        return rows.index_select(1, self.offsets()).unflatten(1, self.shape)
+        return _bias_map(self.grid.flatten(0, -2), self.offsets(), self.shape)
 
 
 class RelativeBias(nn.Module):
@@ -154,11 +153,12 @@ class RelativeBias(nn.Module):
 
     def __init__(self, grid: tuple[int, ...], heads: int) -> None:
         super().__init__()
+        self.length = math.prod(grid)
         self.table = TokenTable(Layout(tuple(2 * g - 1 for g in grid)), heads, std=0.0)
         self.offsets = _Offsets(Layout(grid), signed=True)
 
     def forward(self) -> Tensor:
-        return _bias_map(self.table(), self.offsets())
+        return _bias_map(self.table(), self.offsets(), (self.length, self.length))
 
 
 class DynamicBias(nn.Module):
@@ -177,20 +177,19 @@ class DynamicBias(nn.Module):
         for width in (hidden_dim, hidden_dim, heads):
             layers += [nn.LayerNorm(hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, width)]
         self.layers = nn.Sequential(*layers)
-        self.grid = grid
+        self.grid, self.length = grid, math.prod(grid)
         self.offsets = _Offsets(Layout(grid), signed=True)
 
     def forward(self) -> Tensor:
         like = next(self.parameters())
         places = [torch.arange(1 - g, g, device=like.device, dtype=like.dtype) for g in self.grid]
         rows = self.layers(torch.cartesian_prod(*places).view(-1, len(places)))
-        return _bias_map(rows, self.offsets())
+        return _bias_map(rows, self.offsets(), (self.length, self.length))
 
 
-def _bias_map(rows: Tensor, offsets: Tensor) -> Tensor:
-    """A row of H numbers for each offset, (P, H), as (H, N, N)."""
-    size = math.isqrt(offsets.shape[0])
-    return rows.mT.index_select(1, offsets).unflatten(1, (size, size))
+def _bias_map(rows: Tensor, offsets: Tensor, shape: tuple[int, int]) -> Tensor:
+    """A row of H numbers for each offset, (P, H), as (H, N, M)."""
+    return rows.mT.index_select(1, offsets).unflatten(1, shape)
 
 
 class RotaryPosition(FixedTable):

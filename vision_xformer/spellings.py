@@ -123,11 +123,6 @@ def _timm_levit(key: str, tensor: Tensor, state: Mapping[str, Tensor]) -> Tensor
     return tensor[torch.cat(ours)]
 
 
-def _crossvit_token(found: re.Match[str]) -> str:
-    kind = "position" if found[0].startswith("pos") else "cls_token"
-    return f"branches.{found[1]}.{kind}"
-
-
 _LEVIT: Spellings = [
     (r"^stem\.conv(\d+)\.", lambda m: f"stem.convs.{int(m[1]) - 1}."),
     (r"^(stem\.convs\.\d+)\.linear\.", r"\1.conv."),
@@ -187,7 +182,8 @@ _FAMILIES = [
         "timm CrossViT",
         r"^cls_token_0$",
         [
-            (r"^(?:pos_embed|cls_token)_(\d)$", _crossvit_token),
+            (r"^pos_embed_(\d)$", r"branches.\1.position"),
+            (r"^cls_token_(\d)$", r"branches.\1.cls_token"),
             (r"^patch_embed\.(\d)\.", r"branches.\1.stem."),
             (r"^norm\.(\d)\.", r"norms.\1."),
             (r"^head\.(\d)\.", r"head.heads.\1."),

@@ -120,14 +120,14 @@ def name_to_config(name: str, mixer: str | None = None) -> Config:
     """The configuration a name stands for, or its like with another mixer."""
     parsed = parse_name(name)
     cls = BACKBONES[parsed.backbone]
-    fields = dict(cls.presets[parsed.size])
+    fields, known = dict(cls.presets[parsed.size]), _field_names(parsed.backbone)
     if parsed.letter and mixer is None:
         mixer = mixer_of(parsed.backbone, parsed.letter)
-    if mixer is not None and "mixer" in _field_names(parsed.backbone):
+    if mixer is not None and "mixer" in known:
         options = dict(fields.get("mixer_options", {}))
         if _is_paper(parsed):
             options |= _paper_options(parsed)
-        fields |= _with_mixer(_field_names(parsed.backbone), mixer, options)
+        fields |= _with_mixer(known, mixer, options)
     if parsed.hybrid:
         fields["stem"] = "conv"
     elif _is_paper(parsed):
@@ -136,7 +136,7 @@ def name_to_config(name: str, mixer: str | None = None) -> Config:
         # the paper rotates by the place in the sequence; the field's sizes by row and column
         fields["rope"] = "raster" if _is_paper(parsed) else "axial"
         other = {"position": "none", "position_bias": False}
-        fields |= {k: v for k, v in other.items() if k in _field_names(parsed.backbone)}
+        fields |= {k: v for k, v in other.items() if k in known}
     return cls.config_class(**fields)
 
 

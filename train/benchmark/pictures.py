@@ -21,16 +21,9 @@ _COLOURS = {
     "softmax": "#1f2328", "softmax_eager": "#9aa5b1", "linformer": "#2da44e",
     "performer": "#bf8700", "nystrom": "#1f6feb", "fourier": "#cf222e",
 }  # fmt: skip
-_MORE = (
-    "#8250df",
-    "#0a7d8c",
-    "#d4498e",
-    "#6e4c1e",
-    "#7ab8f5",
-    "#9bd08f",
-    "#e8a87c",
-    "#b08fd8",
-)  # for mixers that were added
+_MORE = (  # for mixers that were added
+    "#8250df", "#0a7d8c", "#d4498e", "#6e4c1e", "#7ab8f5", "#9bd08f", "#e8a87c", "#b08fd8",
+)  # fmt: skip
 _PEERS = {peer: ours for ours, (peer, *_) in PAIRS.items()}
 
 

@@ -23,7 +23,9 @@ from ..registry import check_at_least
 from ..stems import patch_grid
 from .base import BACKBONES, Backbone, Block, Config, check_stages, drop_paths, init_linears
 
-_IMAGENET = dict(input_shape=(3, 224, 224), num_classes=1000)
+_IMAGENET = dict(
+    input_shape=(3, 224, 224), num_classes=1000, mixer_options={"qkv_bias": True}
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,11 +185,11 @@ class Swin(Pyramid):
             input_shape=(3, 20, 28), num_classes=5, patch=2, dims=(12, 20), depths=(2, 2),
             heads=(2, 5), window=3, mlp_ratio=2,
         ),
-        "tiny": dict(mixer_options={"qkv_bias": True}, **_IMAGENET),
-        "small": dict(depths=(2, 2, 18, 2), mixer_options={"qkv_bias": True}, **_IMAGENET),
+        "tiny": _IMAGENET,
+        "small": dict(depths=(2, 2, 18, 2), **_IMAGENET),
         "base": dict(
             dims=(128, 256, 512, 1024), depths=(2, 2, 18, 2), heads=(4, 8, 16, 32),
-            mixer_options={"qkv_bias": True}, **_IMAGENET,
+            **_IMAGENET,
         ),
     }  # fmt: skip
 
@@ -310,18 +312,18 @@ class CrossFormer(Pyramid):
             heads=(2, 3), window=3, mlp_ratio=2, stem_kernels=(2, 4), merge_kernels=(2, 4),
             intervals=(4, 2),
         ),
-        "tiny": dict(mixer_options={"qkv_bias": True}, **_IMAGENET),
+        "tiny": _IMAGENET,
         "small": dict(
             dims=(96, 192, 384, 768), depths=(2, 2, 6, 2), heads=(3, 6, 12, 24),
-            mixer_options={"qkv_bias": True}, **_IMAGENET,
+            **_IMAGENET,
         ),
         "base": dict(
             dims=(96, 192, 384, 768), depths=(2, 2, 18, 2), heads=(3, 6, 12, 24),
-            mixer_options={"qkv_bias": True}, **_IMAGENET,
+            **_IMAGENET,
         ),
         "large": dict(
             dims=(128, 256, 512, 1024), depths=(2, 2, 18, 2), heads=(4, 8, 16, 32),
-            mixer_options={"qkv_bias": True}, **_IMAGENET,
+            **_IMAGENET,
         ),
     }  # fmt: skip
 
