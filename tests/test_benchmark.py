@@ -39,6 +39,7 @@ from train.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from train.loop import Run
 from train.measure import bytes_kept
 from train.report import by_seed, costs, front
+from vision_xformer.kernels import performer
 from vision_xformer.mixers import takes_heads
 
 
@@ -108,6 +109,18 @@ def test_nystrom_keeps_nothing_of_the_steps_of_its_inverse() -> None:
         mixer = vx.create_mixer("nystrom", dim=64, heads=2, layout=layout, iterations=iterations)
         kept.append(bytes_kept(mixer, lambda mixer=mixer: mixer(x, layout)))
     assert kept[0] == kept[1]
+
+
+def test_performer_keeps_no_features_where_it_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(performer, "_FEW", 0)
+    layout, x = vx.Layout((8, 8)), torch.randn(1, 64, 64, requires_grad=True)
+    kept = []
+    for features in (100, 400):
+        mixer = vx.create_mixer("performer", dim=64, heads=2, layout=layout, features=features)
+        compiled = torch.compile(mixer, backend="aot_eager", dynamic=False)
+        kept.append(bytes_kept(mixer, lambda compiled=compiled: compiled(x, layout)))
+    context, scaled = 2 * (32 + 1), 32  # numbers of each feature: sums of values, w / K^(1/4)
+    assert kept[1] - kept[0] == 300 * (context + scaled) * x.element_size()
 
 
 @pytest.mark.parametrize("name", [*vx.list_mixers(), *CONTROLS])

@@ -230,20 +230,39 @@ def test_performer_default_features_and_stabilizer():
 
 @pytest.mark.parametrize("form", ["exponent", "package", "relu"])
 @pytest.mark.parametrize("elements", [1, 2 * 36 * 11, 4 * 36 * 11, 2**19])
-def test_performer_in_blocks_is_the_form_for_the_compiler(form, elements, monkeypatch):
+def test_performer_in_blocks_is_the_equations_as_they_stand(form, elements, monkeypatch):
     """``elements``: 1, 2, 4 (of 6: an uneven rest) and all heads at a time."""
     monkeypatch.setitem(performer._BLOCK_ELEMENTS, "cpu", elements)
+    monkeypatch.setattr(performer, "_FEW", 0)
     q_layout, k_layout = Layout((5, 7), 1), Layout((3, 5), 1)
     qkv = operands(q_layout, k_layout)
     kernel = build("performer", k_layout, features=11, **FORMS[form])
     w = kernel.projection_matrix * K**-0.25
 
     def whole():
-        return performer._attend(*qkv, w, kernel.phi_q, kernel.phi_k)
+        return performer._attend(*qkv, w, kernel.form, kernel.eps)
 
     assert_same(lambda: kernel(*qkv, q_layout, k_layout), whole, qkv, 1e-12)
     with torch.no_grad():  # overwrites its temporaries there
         assert relative_error(whole(), kernel(*qkv, q_layout, k_layout)) <= 1e-12
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # within opcheck
+@pytest.mark.parametrize("form", ["exponent", "relu"])
+def test_performer_blocks_are_sound_for_compilers_and_autocast(form):
+    layout = Layout((5, 7))
+    q, k, v = (t.detach().flatten(0, 1).float() for t in operands(layout, layout))
+    inputs = [t.requires_grad_() for t in (q, k, v)]
+    w = torch.randn(11, K)
+    torch.library.opcheck(performer._blocked, (*inputs, w, form, 1e-3))
+
+    def gradients():
+        out, *_ = performer._blocked(*inputs, w, form, 1e-3)
+        return torch.autograd.grad(out.square().sum(), inputs)
+
+    plain = gradients()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(map(torch.equal, gradients(), plain))
 
 
 def performer_error(draws, scale=0.25, width=8, tokens=53, **options):

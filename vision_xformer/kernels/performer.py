@@ -5,7 +5,7 @@ phi(x) = exp(w.x' - |x'|^2/2), x' = x / K^(1/4), w normal. With m features,
 out = phi(q) (phi(k)^T v) / phi(q) (phi(k)^T 1): linear in N. A column of ones beside v gives
 numerator and normaliser from the same product, in which common factors of phi cancel.
 
-The (N, m) features need not exist as a whole: a few heads' at a time fit in the cache, and the
+Many (N, m) features need not exist as a whole: a few heads' at a time fit in the cache, and the
 backward pass makes them again. That is a third of the time of keeping them, and the memory of
 fused softmax.
 """
@@ -13,12 +13,12 @@ fused softmax.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..layout import Layout
 from ..registry import check_at_least
@@ -28,6 +28,7 @@ from .base import KERNELS, Kernel, widened, without_autocast
 # most calls are one block and a long sequence still fits.
 _BLOCK_ELEMENTS = {"cpu": 2**19}
 _BLOCK_ELEMENTS_ELSEWHERE = 2**26
+_FEW = 2**20  # features that are kept: to make them again takes longer, and saves 4 MiB
 
 
 def random_projection(features: int, key_dim: int, orthogonal: bool) -> Tensor:
@@ -52,8 +53,8 @@ class _FeatureMap:
     kernel (section 2.2): relu(w.x) + eps.
     """
 
-    def __init__(self, form: str, is_query: bool, eps: float, key_dim: int) -> None:
-        self.form, self.is_query, self.eps = form, is_query, eps
+    def __init__(self, form: str, is_query: bool, key_dim: int) -> None:
+        self.form, self.is_query = form, is_query
         self.half_scale = 0.5 * key_dim**-0.5
         # |x|^2 cancels in a query's ratio unless the shift leaves it out
         self.with_norm = form != "relu" and not (is_query and form == "exponent")
@@ -87,57 +88,96 @@ class _FeatureMap:
         return dx
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, w: Tensor, phi_q: _FeatureMap, phi_k: _FeatureMap
-) -> Tensor:
-    """The equations as they stand, for the compiler to fuse: (..., N, K) -> (..., N, V)."""
-    context = (phi_k.raw(k, w) + phi_k.eps).mT @ F.pad(v, (0, 1), value=1.0)
-    out = (phi_q.raw(q, w) + phi_q.eps) @ context
+def _maps(form: str, key_dim: int) -> tuple[_FeatureMap, _FeatureMap]:
+    """Of queries and of keys."""
+    return _FeatureMap(form, True, key_dim), _FeatureMap(form, False, key_dim)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, w: Tensor, form: str, eps: float) -> Tensor:
+    """The equations as they stand: (..., N, K), (..., M, K), (..., M, V) -> (..., N, V)."""
+    phi_q, phi_k = _maps(form, q.shape[-1])
+    context = (phi_k.raw(k, w) + eps).mT @ F.pad(v, (0, 1), value=1.0)
+    out = (phi_q.raw(q, w) + eps) @ context
     return out[..., :-1] / out[..., -1:]
 
 
-class _Blocked(torch.autograd.Function):
-    """The same in blocks of heads, (A, N, K), (A, M, K), (A, M, V) -> (A, N, V)."""
+def _blocks(q: Tensor, k: Tensor, w: Tensor) -> Iterator[slice]:
+    """Heads whose features are made at a time."""
+    elements = _BLOCK_ELEMENTS.get(q.device.type, _BLOCK_ELEMENTS_ELSEWHERE)
+    block = max(1, elements // (max(q.shape[1], k.shape[1]) * w.shape[0]))
+    return (slice(i, i + block) for i in range(0, q.shape[0], block))
 
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, w: Tensor,
-                phi_q: _FeatureMap, phi_k: _FeatureMap, block: int) -> Tensor:  # fmt: skip
-        out = v.new_empty(*q.shape[:2], v.shape[-1])
-        normaliser = v.new_empty(*q.shape[:2], 1)
-        context = v.new_empty(v.shape[0], w.shape[0], v.shape[-1] + 1)
-        for i in range(0, q.shape[0], block):
-            at = slice(i, i + block)
+
+# Operators of their own: a compiler would undo the blocks, and keep the features
+@torch.library.custom_op("vision_xformer::performer", mutates_args=())
+def _blocked(
+    q: Tensor, k: Tensor, v: Tensor, w: Tensor, form: str, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`_attend` with one leading dimension A. For the backward pass also the normaliser,
+    (A, N, 1), and the context, (A, m, V + 1)."""
+    phi_q, phi_k = _maps(form, q.shape[-1])
+    out, normaliser, context = _like_blocked(q, k, v, w, form, eps)
+    with without_autocast(q):
+        for at in _blocks(q, k, w):
             ones = F.pad(v[at], (0, 1), value=1.0)
-            torch.matmul(phi_k.raw(k[at], w).add_(phi_k.eps).mT, ones, out=context[at])
-            sums = phi_q.raw(q[at], w).add_(phi_q.eps) @ context[at]
+            torch.matmul(phi_k.raw(k[at], w).add_(eps).mT, ones, out=context[at])
+            sums = phi_q.raw(q[at], w).add_(eps) @ context[at]
             normaliser[at] = sums[..., -1:]
             torch.div(sums[..., :-1], sums[..., -1:], out=out[at])
-        ctx.save_for_backward(q, k, v, w, out, normaliser, context)
-        ctx.maps = phi_q, phi_k, block
-        return out
+    return out, normaliser, context
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, w, out, normaliser, context = ctx.saved_tensors
-        phi_q, phi_k, block = ctx.maps
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        with without_autocast(q):
-            for i in range(0, q.shape[0], block):
-                at = slice(i, i + block)
-                d = d_out[at]
-                d_sums = torch.cat((d, -(d * out[at]).sum(-1, keepdim=True)), -1).div_(
-                    normaliser[at]
-                )
-                raw = phi_q.raw(q[at], w)
-                d_context = raw.mT @ d_sums + phi_q.eps * d_sums.sum(-2, keepdim=True)
-                dq[at] = phi_q.gradient(q[at], w, raw, d_sums @ context[at].mT)
-                raw = phi_k.raw(k[at], w)
-                d_values = d_context[..., :-1]
-                dv[at] = raw @ d_values + phi_k.eps * d_values.sum(-2, keepdim=True)
-                ones = F.pad(v[at], (0, 1), value=1.0)
-                dk[at] = phi_k.gradient(k[at], w, raw, ones @ d_context.mT)
-        return dq, dk, dv, None, None, None, None
+
+@_blocked.register_fake
+def _like_blocked(
+    q: Tensor, k: Tensor, v: Tensor, w: Tensor, form: str, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        v.new_empty(*q.shape[:2], v.shape[-1]),
+        v.new_empty(*q.shape[:2], 1),
+        v.new_empty(v.shape[0], w.shape[0], v.shape[-1] + 1),
+    )
+
+
+@torch.library.custom_op("vision_xformer::performer_backward", mutates_args=())
+def _blocked_backward(
+    q: Tensor, k: Tensor, v: Tensor, w: Tensor, out: Tensor, normaliser: Tensor, context: Tensor,
+    d_out: Tensor, form: str, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k and v; features are made again."""
+    phi_q, phi_k = _maps(form, q.shape[-1])
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    with without_autocast(q):
+        for at in _blocks(q, k, w):
+            d = d_out[at]
+            d_sums = torch.cat((d, -(d * out[at]).sum(-1, keepdim=True)), -1).div_(normaliser[at])
+            raw = phi_q.raw(q[at], w)
+            d_context = raw.mT @ d_sums + eps * d_sums.sum(-2, keepdim=True)
+            dq[at] = phi_q.gradient(q[at], w, raw, d_sums @ context[at].mT)
+            raw = phi_k.raw(k[at], w)
+            d_values = d_context[..., :-1]
+            dv[at] = raw @ d_values + eps * d_values.sum(-2, keepdim=True)
+            ones = F.pad(v[at], (0, 1), value=1.0)
+            dk[at] = phi_k.gradient(k[at], w, raw, ones @ d_context.mT)
+    return dq, dk, dv
+
+
+@_blocked_backward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *operands, ctx.form, ctx.eps = inputs
+    ctx.save_for_backward(*operands, *output)
+    ctx.set_materialize_grads(False)  # nothing differentiates normaliser and context
+
+
+def _gradients(ctx: Any, d_out: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    found = _blocked_backward(*ctx.saved_tensors, d_out, ctx.form, ctx.eps)
+    return *found, None, None, None
+
+
+_blocked.register_autograd(_gradients, setup_context=_save)
 
 
 @KERNELS.register("performer")
@@ -183,9 +223,7 @@ class Performer(Kernel):
             )
         self.orthogonal = orthogonal
         self.form = "relu" if feature_map == "relu" else stabilizer or "exponent"
-        eps = 1e-3 if feature_map == "relu" else 1e-4
-        self.phi_q = _FeatureMap(self.form, True, eps, key_dim)
-        self.phi_k = _FeatureMap(self.form, False, eps, key_dim)
+        self.eps = 1e-3 if feature_map == "relu" else 1e-4
         matrix = random_projection(features, key_dim, orthogonal).to(torch.get_default_dtype())
         self.register_buffer("projection_matrix", matrix)
 
@@ -201,13 +239,12 @@ class Performer(Kernel):
         with without_autocast(q):
             q_, k_, v_ = widened(q, k, v)
             w = self.projection_matrix.to(q_) * self.key_dim**-0.25
-            if torch.compiler.is_compiling() or self.form == "published":
-                out = _attend(q_, k_, v_, w, self.phi_q, self.phi_k)
+            few = q.shape[:2].numel() * max(q.shape[2], k.shape[2]) * w.shape[0] <= _FEW
+            if few or torch.compiler.is_exporting() or self.form == "published":
+                out = _attend(q_, k_, v_, w, self.form, self.eps)
             else:
-                elements = _BLOCK_ELEMENTS.get(q.device.type, _BLOCK_ELEMENTS_ELSEWHERE)
-                block = max(1, elements // (max(q.shape[2], k.shape[2]) * w.shape[0]))
                 operands = (t.flatten(0, 1) for t in (q_, k_, v_))
-                out = _Blocked.apply(*operands, w, self.phi_q, self.phi_k, block)
+                out, *_ = _blocked(*operands, w, self.form, self.eps)
                 out = out.unflatten(0, q.shape[:2])
         return out.to(v.dtype)
 
