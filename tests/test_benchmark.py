@@ -408,7 +408,7 @@ def test_plan() -> None:
         peak = 500.0 if case.mixer == "performer" else each * case.batch
         return found | {"peak_mib": peak}
 
-    lines = {line[0]: line[1:] for line in plan(cases, 2**30, measure).rows}
+    lines = {mixer: figures for mixer, *figures in plan(cases, 2**30, measure)}
     # 1024 = 16 for weights, gradients and moments + 10 * 100 + what is left
     assert lines["its own"] == ["16", "100.0", "10"]
     assert lines["performer"] == ["16", "80.0", "12"]
@@ -424,7 +424,7 @@ def test_plan_foretells_a_larger_batch() -> None:
         return worker.close()
 
     cases = cases_of("hybrid_vit", 32, "fp32")[:2]
-    each = float(plan(cases, 2**30, measure).rows[0][2])
+    each = float(next(plan(cases, 2**30, measure))[2])
     large, small = (measure(Case("model", "hybrid_vit", 32, n))["peak_mib"] for n in (16, 2))
     assert (large - small) / 14 == pytest.approx(each, rel=0.15)
 

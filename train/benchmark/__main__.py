@@ -19,6 +19,7 @@ import vision_xformer as vx
 
 from ..__main__ import parse
 from ..commands import Parser, folder_of, read_runs
+from ..page import Table
 from ..report import cost_sections
 from .cases import BASE, DTYPES, EAGER, Case, layout_of, mixer_of
 from .compare import compare
@@ -28,8 +29,8 @@ from .errors import METHOD as ERROR_METHOD
 from .errors import fields, measure_errors, trained
 from .page import write
 from .pictures import wins
+from .plan import HEADINGS, parse_memory, plan
 from .plan import cases_of as plan_cases
-from .plan import parse_memory, plan
 from .rows import (
     COLUMNS,
     METHOD,
@@ -257,9 +258,13 @@ def answer(args: argparse.Namespace, arguments: Sequence[str]) -> str:
         memory = parse_memory(args.memory)
         cases = plan_cases(args.name, args.image_size, args.dtype)
         with tqdm(total=len(cases), unit="step", disable=None) as bar:
-            table = plan(cases, memory, lambda case: measure_one(bar, case))
+            lines = []
+            for line in plan(cases, memory, lambda case: measure_one(bar, case)):
+                lines.append(line)
+                bar.write(f"{line[0]}: {line[-1]}", file=sys.stderr)
+        where = machine()[0].partition(": ")[2]
         head = f"{args.name} at {args.image_size} pixels in {args.memory}, {args.dtype}"
-        return f"{head}, measured on {machine()[0].partition(': ')[2]}\n{table.text()}"
+        return f"{head}, measured on {where}\n{Table(HEADINGS, lines).text()}"
     out = args.out or default_out(args.command)
     if out.is_dir() or (args.out and not out.parent.is_dir()):
         raise ValueError(f"--out {out} must be a file in a folder that exists")

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import vision_xformer as vx
 
-from ..page import Table
 from .cases import Case, mixer_of
 from .rows import Row
 
 MIB = 2**20
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _STATE_BYTES = 16  # of a parameter: weight, gradient and AdamW's two moments, in float32
+HEADINGS = ("mixer", "model, MiB", "each image, MiB", "largest batch")
 _BATCHES = 2, 4  # not 1: batch norm of one value has no training
 
 
@@ -38,14 +38,16 @@ def cases_of(name: str, size: int, dtype: str) -> list[Case]:
     ]
 
 
-def plan(cases: list[Case], memory: int, measure: Callable[[Case], Row]) -> Table:
-    """A line for each mixer. A step is measured at two batches; the rest is a straight line.
+def plan(
+    cases: list[Case], memory: int, measure: Callable[[Case], Row]
+) -> Iterator[tuple[str, str, str, str]]:
+    """A line of ``HEADINGS`` for each mixer, as it becomes known. A step is measured at two
+    batches; the rest is a straight line.
 
     An image takes what the peak grows by, and no less than what is kept for backward: where the
     gradients are most of a small batch's peak, that does not grow. To it come weights, gradients
     and AdamW's moments; what CUDA itself holds (some 0.5 GiB) does not.
     """
-    lines = []
     for one, two in zip(cases[::2], cases[1::2], strict=True):
         first = measure(one)
         second = measure(two) if first["status"] == "ok" else first
@@ -55,13 +57,11 @@ def plan(cases: list[Case], memory: int, measure: Callable[[Case], Row]) -> Tabl
             raise ValueError("this system does not say how much memory a process holds")
         if status != "ok":
             here = "more than this machine has" if status == "out of memory" else status
-            lines.append([mixer, "", "", here])
+            yield mixer, "", "", here
             continue
         more = two.batch - one.batch
         each = max((second[c] - first[c]) / more for c in ("peak_mib", "kept_mib"))
         fixed = first["parameters"] * _STATE_BYTES / MIB
         batch = int((memory / MIB - fixed) // each)
         fits = f"{batch:,}" if batch >= 1 else "does not fit"
-        lines.append([mixer, f"{fixed:,.0f}", f"{each:,.1f}", fits])
-    headings = ["mixer", "model, MiB", "each image, MiB", "largest batch"]
-    return Table(headings, lines)
+        yield mixer, f"{fixed:,.0f}", f"{each:,.1f}", fits
