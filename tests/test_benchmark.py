@@ -39,7 +39,6 @@ from train.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from train.loop import Run
 from train.measure import bytes_kept
 from train.report import by_seed, costs, front
-from vision_xformer.kernels import performer
 from vision_xformer.mixers import takes_heads
 
 
@@ -111,8 +110,7 @@ def test_nystrom_keeps_nothing_of_the_steps_of_its_inverse() -> None:
     assert kept[0] == kept[1]
 
 
-def test_performer_keeps_no_features_where_it_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(performer, "_FEW", 0)
+def test_performer_keeps_no_features_where_it_is_compiled() -> None:
     layout, x = vx.Layout((8, 8)), torch.randn(1, 64, 64, requires_grad=True)
     kept = []
     for features in (100, 400):

@@ -14,8 +14,8 @@ import vision_xformer as vx
 from train.__main__ import COMMANDS, parse
 from train.benchmark.__main__ import command_line as benchmark_line
 from train.benchmark.page import fingerprint
-from train.benchmark.pictures import savings, wins
-from train.benchmark.rows import package_table, read_rows
+from train.benchmark.pictures import crossing, savings, series, wins
+from train.benchmark.rows import Row, label, package_table, read_rows
 from train.commands import command_line, read_runs
 from train.report import table
 
@@ -49,10 +49,15 @@ def test_support_matrix_is_that_of_the_tests() -> None:
     assert between("support matrix") == markdown().strip()
 
 
+def measured(name: str) -> list[Row]:
+    """Rows of the results that the README is about."""
+    folder = next((ROOT / "results" / "benchmark").rglob("mixers.csv")).parent
+    return read_rows(folder / f"{name}.csv")[1]
+
+
 def benchmark_blocks() -> dict[str, str]:
     """What the README shows of the results, by its marks."""
-    folder = next((ROOT / "results" / "benchmark").rglob("mixers.csv")).parent
-    mixers, models = (read_rows(folder / f"{name}.csv")[1] for name in ("mixers", "models"))
+    mixers, models = measured("mixers"), measured("models")
     layers = [row for row in mixers if row["mode"] == "eager"]
     vix = [row for row in models if row["name"].startswith("vi") and row["mode"] == "eager"]
     return {
@@ -72,6 +77,28 @@ def test_benchmark_tables_and_pictures_are_those_of_the_results() -> None:
     for path in pictures:
         with Image.open(ROOT / path) as image:
             assert image.text["Source"] in drawn
+
+
+def test_what_the_readme_says_of_the_benchmark_is_in_the_results() -> None:
+    said = " ".join(README.split())
+    rows = [row for row in measured("mixers") if row["mode"] == "eager"]
+    step, names = series(rows, "step_ms_p50"), ("fourier", "linformer", "nystrom", "performer")
+    base = dict(step["softmax"])
+    for size in (4096, 16384):
+        gains = [base[size] / dict(step[name])[size] for name in names]
+        *some, last = (f"{gain:.0f}" if gain >= 10 else f"{gain:.1f}" for gain in gains)
+        assert f"by {', '.join(some)} and {last} times" in said
+    first, *others = (crossing(step[name], step["softmax"]) for name in names)
+    assert first == 64
+    since = "some {:.0f} tokens on, Nystromformer from {:.0f} and Performer from {:.0f};"
+    assert since.format(*(round(n, -1) for n in others)) in said
+    peak = {label(row): row["peak_mib"] for row in measured("models")}
+    eager = peak["vit, softmax_eager"]
+    assert (
+        f"take {eager / peak['vin']:.1f} (Nystromformer) to {eager / peak['vif']:.1f} times" in said
+    )
+    assert f"only Fourier ({peak['vit'] / peak['vif']:.2f} times less)" in said
+    assert f"and Linformer ({peak['vit'] / peak['vil']:.2f}) still" in said
 
 
 def test_training_table_is_that_of_the_results() -> None:

@@ -239,14 +239,22 @@ class Performer(Kernel):
         with without_autocast(q):
             q_, k_, v_ = widened(q, k, v)
             w = self.projection_matrix.to(q_) * self.key_dim**-0.25
-            few = q.shape[:2].numel() * max(q.shape[2], k.shape[2]) * w.shape[0] <= _FEW
-            if few or torch.compiler.is_exporting() or self.form == "published":
+            if self._whole(q, k):
                 out = _attend(q_, k_, v_, w, self.form, self.eps)
             else:
                 operands = (t.flatten(0, 1) for t in (q_, k_, v_))
                 out, *_ = _blocked(*operands, w, self.form, self.eps)
                 out = out.unflatten(0, q.shape[:2])
         return out.to(v.dtype)
+
+    def _whole(self, q: Tensor, k: Tensor) -> bool:
+        """Whether all features are made at once, and kept."""
+        if torch.compiler.is_exporting() or self.form == "published":
+            return True
+        if torch.compiler.is_compiling():  # to ask for the batch would compile for one
+            return False
+        features = self.projection_matrix.shape[0]
+        return q.shape[:2].numel() * max(q.shape[2], k.shape[2]) * features <= _FEW
 
     def flops(self, q: Tensor, k: Tensor, v: Tensor, q_layout: Layout, k_layout: Layout) -> int:
         """2 m (N + M) (K + V + 1) for each head: features, and their products with the values."""
