@@ -233,7 +233,6 @@ def test_performer_default_features_and_stabilizer():
 def test_performer_in_blocks_is_the_equations_as_they_stand(form, elements, monkeypatch):
     """``elements``: 1, 2, 4 (of 6: an uneven rest) and all heads at a time."""
     monkeypatch.setitem(performer._BLOCK_ELEMENTS, "cpu", elements)
-    monkeypatch.setattr(performer, "_FEW", 0)
     q_layout, k_layout = Layout((5, 7), 1), Layout((3, 5), 1)
     qkv = operands(q_layout, k_layout)
     kernel = build("performer", k_layout, features=11, **FORMS[form])

@@ -5,7 +5,7 @@ phi(x) = exp(w.x' - |x'|^2/2), x' = x / K^(1/4), w normal. With m features,
 out = phi(q) (phi(k)^T v) / phi(q) (phi(k)^T 1): linear in N. A column of ones beside v gives
 numerator and normaliser from the same product, in which common factors of phi cancel.
 
-Many (N, m) features need not exist as a whole: a few heads' at a time fit in the cache, and the
+The (N, m) features need not exist as a whole: a few heads' at a time fit in the cache, and the
 backward pass makes them again. That is a third of the time of keeping them, and the memory of
 fused softmax.
 """
@@ -28,7 +28,6 @@ from .base import KERNELS, Kernel, widened, without_autocast
 # most calls are one block and a long sequence still fits.
 _BLOCK_ELEMENTS = {"cpu": 2**19}
 _BLOCK_ELEMENTS_ELSEWHERE = 2**26
-_FEW = 2**20  # features that are kept: to make them again takes longer, and saves 4 MiB
 
 
 def random_projection(features: int, key_dim: int, orthogonal: bool) -> Tensor:
@@ -172,7 +171,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.set_materialize_grads(False)  # nothing differentiates normaliser and context
 
 
-def _gradients(ctx: Any, d_out: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, d_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if d_out is None:
+        return (None,) * 6
     found = _blocked_backward(*ctx.saved_tensors, d_out, ctx.form, ctx.eps)
     return *found, None, None, None
 
@@ -239,22 +240,13 @@ class Performer(Kernel):
         with without_autocast(q):
             q_, k_, v_ = widened(q, k, v)
             w = self.projection_matrix.to(q_) * self.key_dim**-0.25
-            if self._whole(q, k):
+            if torch.compiler.is_exporting() or self.form == "published":
                 out = _attend(q_, k_, v_, w, self.form, self.eps)
             else:
                 operands = (t.flatten(0, 1) for t in (q_, k_, v_))
                 out, *_ = _blocked(*operands, w, self.form, self.eps)
                 out = out.unflatten(0, q.shape[:2])
         return out.to(v.dtype)
-
-    def _whole(self, q: Tensor, k: Tensor) -> bool:
-        """Whether all features are made at once, and kept."""
-        if torch.compiler.is_exporting() or self.form == "published":
-            return True
-        if torch.compiler.is_compiling():  # to ask for the batch would compile for one
-            return False
-        features = self.projection_matrix.shape[0]
-        return q.shape[:2].numel() * max(q.shape[2], k.shape[2]) * features <= _FEW
 
     def flops(self, q: Tensor, k: Tensor, v: Tensor, q_layout: Layout, k_layout: Layout) -> int:
         """2 m (N + M) (K + V + 1) for each head: features, and their products with the values."""
