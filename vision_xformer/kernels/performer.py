@@ -194,7 +194,8 @@ class Performer(Kernel):
             "published" is that of vision_xformer 0.2.0, whose shift is shared by the whole batch:
             for its checkpoints only.
 
-    Features are drawn once and saved with the weights; :meth:`redraw` draws new ones.
+    Features are drawn once and saved with the weights; :meth:`redraw` draws new ones. Only the
+    backward pass is defined: no second derivatives, and forward mode finds none.
     """
 
     projection_matrix: Tensor
