@@ -197,6 +197,26 @@ def test_what_cannot_be_is_a_row_that_says_why() -> None:
     assert "\n" not in found["status"]
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_a_large_case_leaves_its_memory_to_the_others() -> None:
+    worker = Worker(Case("mixer", "softmax_eager", 1024, 16), "cpu")
+    status = Path(f"/proc/{worker.process.pid}/status")
+
+    def held() -> float:
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
+        return int(line.split()[1]) / 1024
+
+    try:
+        worker.prepare()
+        before = held()
+        worker.turn()
+        assert held() - before < worker.row["peak_mib"] / 4
+        assert len(worker.seconds[1]) >= 3  # for others that do not count
+        assert worker.close()["peak_mib"] > 512
+    finally:
+        worker.stop()
+
+
 def test_a_process_that_is_killed_is_a_row_and_none_is_left() -> None:
     worker = Worker(Case("mixer", "fourier", 16, 1), "cpu")
     worker.prepare()

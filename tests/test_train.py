@@ -9,6 +9,7 @@ import math
 import pickle
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -568,6 +569,19 @@ def test_bytes_kept_are_those_of_the_operands() -> None:
     assert bytes_kept(two, lambda: two(x)) == 11 * 7 * 4 + 11 * 5 * 4
     with torch.no_grad():
         assert bytes_kept(two, lambda: two(x)) == 0
+
+
+def test_bytes_kept_are_let_go() -> None:
+    """exp keeps its own output: held by itself, it would never be freed."""
+    x, outputs = torch.randn(5, requires_grad=True), []
+
+    def forward() -> torch.Tensor:
+        y = x.exp()
+        outputs.append(weakref.ref(y))
+        return y.sum()
+
+    assert bytes_kept(nn.Identity(), forward) == 5 * 4
+    assert outputs[0]() is None
 
 
 def test_demo_table_and_picture(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ def bytes_kept(module: nn.Module, forward: Callable[[], Tensor]) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # itself it would keep itself: a cycle that is never freed
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         output = forward()

@@ -95,6 +95,7 @@ def run(cases: Sequence[Case], out: Path, arguments: Sequence[str]) -> list[Row]
         for _, group in itertools.groupby(left, lambda case: case.size):
             while some := list(itertools.islice(group, AT_ONCE)):
                 rows += [row | code for row in measure(some, bar)]
+            rows.sort(key=lambda row: (row["size"], row["mode"] != "eager", row["name"]))
             out.parent.mkdir(parents=True, exist_ok=True)
             write_csv(out, lines, COLUMNS, rows)
     return [row for row in rows if key(row) in wanted]

@@ -63,7 +63,7 @@ def sections(file: Path) -> dict[str, Section]:
                 tables += [package_table(some), wins(eager)]
             words = f"{stem} {shared.removeprefix(file.stem)} {name}".lower()
             made["-".join(re.findall(r"[\w.]+", words))] = Section(
-                f"{name} of {title}",
+                f"{name}: {file.stem}",
                 draw(measured, panels, title) if panels else None,
                 [table for table in tables if table.rows],
                 [*comments, *_refusals(some), LIMITS],

@@ -25,11 +25,12 @@ COLUMNS = (
     "spread", "images_per_second", "kept_mib", "peak_mib", "reserved_mib", "device_mib", "revision",
 )  # fmt: skip
 METHOD = (
-    "each row in a process of its own; those of one size take turns (half a second or 20 steps)",
-    "a step is forward and backward, of a model with AdamW; p20, p50, p80 of all steps; spread is",
-    "(p80 - p20) / p50 of a step; caches are warm: a step follows one like it, in memory that the",
-    "process keeps; kept: what autograd keeps for backward; peak: most of a step above what was",
-    "held before it (a GPU's allocator; on a CPU resident memory); flops: of one sample forward",
+    "each row in a process of its own; those of one size take turns (half a second or 20 steps,",
+    "3 where they take much memory); a step is forward and backward, of a model with AdamW; p20,",
+    "p50, p80 of all steps; spread is (p80 - p20) / p50 of a step; caches are warm: a step follows",
+    "one like it, in memory that the process keeps meanwhile; kept: what autograd keeps for",
+    "backward; peak: most of a step above what was held before it (a GPU's allocator; on a CPU",
+    "resident memory); flops: of one sample forward",
 )
 NOISY = 0.15  # spread from which a table marks a time
 _TEXT = {"kind", "name", "dtype", "mode", "mixer", "checkpointing", "status", "backbone"}

@@ -23,6 +23,7 @@ from .cases import Case, Subject, build, facts
 MIB = 2**20
 TURN_SECONDS, MOST_STEPS = 0.5, 20  # of a turn
 ENOUGH, LONG_SECONDS = 3, 20.0  # steps, once those took that long
+LARGE_MIB = 512.0  # from which a CPU process gives memory back after its turn: others need it
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of mallopt(3)
 _MOST = 2**25  # that older versions take
 
@@ -97,6 +98,10 @@ def _device_bytes() -> int | None:
         return None
 
 
+def _is_large(row: dict[str, Any]) -> bool:
+    return float(row.get("peak_mib", 0.0)) >= LARGE_MIB
+
+
 def _out_of_memory(error: BaseException) -> bool:
     words = (
         "out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "alloc_failed",
@@ -116,13 +121,14 @@ def work(case: Case, device: str, threads: int, pipe: Connection) -> None:
             _limit_memory()
         known = facts(case)
         subject = build(case, device)
-        pipe.send(known | _memory(subject, device) | {"status": "ok"})
+        memory = _memory(subject, device)
+        pipe.send(known | memory | {"status": "ok"})
         while (repeats := pipe.recv()) is not None:
             times = [_seconds(f, repeats, device) for f in (subject.infer, subject.step)]
             if device == "cuda":
                 torch.cuda.empty_cache()  # for the others
-            else:
-                _malloc(2**30)  # so that memory is not mapped anew in each step
+            elif repeats == 0 or _is_large(memory):
+                _malloc(2**30)  # gives back; from now on memory is not mapped anew in each step
             pipe.send(times)
     except (EOFError, ConnectionError):  # who asked is gone
         return
@@ -187,9 +193,11 @@ class Worker:
         return self.alive and (len(steps) < ENOUGH or sum(steps) < LONG_SECONDS)
 
     def turn(self) -> None:
-        """Time as many steps as about fit into a turn, at least one."""
+        """Time as many steps as about fit into a turn, at least one; of a large case ``ENOUGH``,
+        since its turn begins with steps that do not count."""
         last = self.seconds[1][-1] if self.seconds[1] else TURN_SECONDS
-        self._ask(max(1, min(MOST_STEPS, int(TURN_SECONDS / last))))
+        least = ENOUGH if _is_large(self.row) else 1
+        self._ask(max(least, min(MOST_STEPS, int(TURN_SECONDS / last))))
 
     def close(self) -> dict[str, Any]:
         """End the process; the whole row."""
