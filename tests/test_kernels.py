@@ -14,6 +14,7 @@ import reference
 import torch
 import torch.nn.functional as F
 from reference import assert_same, relative_error
+from torch.autograd import forward_ad
 
 from vision_xformer import KERNELS, Layout, create_mixer
 from vision_xformer.kernels import performer
@@ -262,6 +263,22 @@ def test_performer_blocks_are_sound_for_compilers_and_autocast(form):
     plain = gradients()
     with torch.autocast("cpu", torch.bfloat16):
         assert all(map(torch.equal, gradients(), plain))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`")  # within make_dual
+@pytest.mark.parametrize("form", ["exponent", "package", "relu"])
+def test_performer_has_the_same_derivatives_forward_and_backward(form):
+    layout = Layout((5, 7))
+    kernel = build("performer", layout, **FORMS[form])
+    qkv = operands(layout, layout)
+    tangents = [torch.randn_like(t) for t in qkv]
+    with forward_ad.dual_level():
+        duals = map(forward_ad.make_dual, qkv, tangents)
+        forward = forward_ad.unpack_dual(kernel(*duals, layout, layout)).tangent
+    direction = torch.randn_like(forward)
+    backward = torch.autograd.grad(kernel(*qkv, layout, layout), qkv, direction)
+    along = sum((t * d).sum() for t, d in zip(tangents, backward, strict=True))
+    assert relative_error((forward * direction).sum(), along) <= 1e-10
 
 
 def performer_error(draws, scale=0.25, width=8, tokens=53, **options):

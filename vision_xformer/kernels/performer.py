@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..layout import Layout
 from ..registry import check_at_least
@@ -178,6 +179,11 @@ def _gradients(ctx: Any, d_out: Tensor | None, *_: None) -> tuple[Tensor | None,
     return *found, None, None, None
 
 
+def _has_tangents(*tensors: Tensor) -> bool:
+    """Of forward-mode differentiation, which passes an operator without a word."""
+    return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
 _blocked.register_autograd(_gradients, setup_context=_save)
 
 
@@ -194,8 +200,8 @@ class Performer(Kernel):
             "published" is that of vision_xformer 0.2.0, whose shift is shared by the whole batch:
             for its checkpoints only.
 
-    Features are drawn once and saved with the weights; :meth:`redraw` draws new ones. Only the
-    backward pass is defined: no second derivatives, and forward mode finds none.
+    Features are drawn once and saved with the weights; :meth:`redraw` draws new ones. There are
+    no second derivatives.
     """
 
     projection_matrix: Tensor
@@ -241,7 +247,8 @@ class Performer(Kernel):
         with without_autocast(q):
             q_, k_, v_ = widened(q, k, v)
             w = self.projection_matrix.to(q_) * self.key_dim**-0.25
-            if torch.compiler.is_exporting() or self.form == "published":
+            in_one_piece = torch.compiler.is_exporting() or self.form == "published"
+            if in_one_piece or _has_tangents(q_, k_, v_):
                 out = _attend(q_, k_, v_, w, self.form, self.eps)
             else:
                 operands = (t.flatten(0, 1) for t in (q_, k_, v_))
