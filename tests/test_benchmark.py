@@ -435,15 +435,16 @@ def test_plan() -> None:
 
 
 @pytest.mark.slow
-def test_plan_foretells_a_larger_batch() -> None:
+@pytest.mark.parametrize("name", ["hybrid_vit", "vip"])
+def test_plan_foretells_a_larger_batch(name: str) -> None:
     def measure(case: Case) -> dict:
         worker = Worker(case, "cpu")
         worker.prepare()
         return worker.close()
 
-    cases = cases_of("hybrid_vit", 32, "fp32")[:2]
+    cases = cases_of(name, 32, "fp32")[:2]
     each = float(next(plan(cases, 2**30, measure))[2])
-    large, small = (measure(Case("model", "hybrid_vit", 32, n))["peak_mib"] for n in (16, 2))
+    large, small = (measure(Case("model", name, 32, n))["peak_mib"] for n in (16, 2))
     assert (large - small) / 14 == pytest.approx(each, rel=0.15)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from ..page import Table
 from ..pictures import BLUE, STYLE
@@ -109,6 +109,9 @@ def lengths(rows: Sequence[Row], panels: Sequence[tuple[str, str]], title: str) 
             sizes = sorted({row["size"] for row in rows})
             axis.set_xticks(sizes, [f"{n:,}" for n in sizes])
             axis.xaxis.set_minor_formatter(NullFormatter())
+            low, high = axis.get_ylim()
+            if high < 100 * low:  # else too few would have a number
+                axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
             axis.yaxis.set_minor_formatter(NullFormatter())
             axis.set_xlabel("tokens N" if rows[0]["kind"] == "mixer" else "pixels on a side")

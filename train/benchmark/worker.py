@@ -124,6 +124,8 @@ def work(case: Case, device: str, threads: int, pipe: Connection) -> None:
         memory = _memory(subject, device)
         pipe.send(known | memory | {"status": "ok"})
         while (repeats := pipe.recv()) is not None:
+            if device == "cpu":
+                _limit_memory()  # the others may hold more than before
             times = [_seconds(f, repeats, device) for f in (subject.infer, subject.step)]
             if device == "cuda":
                 torch.cuda.empty_cache()  # for the others
