@@ -15,7 +15,7 @@ from train.__main__ import COMMANDS, parse
 from train.benchmark.__main__ import command_line as benchmark_line
 from train.benchmark.page import fingerprint
 from train.benchmark.pictures import crossing, savings, series, wins
-from train.benchmark.rows import Row, label, package_table, read_rows
+from train.benchmark.rows import Row, column_table, label, package_table, read_rows
 from train.commands import command_line, read_runs
 from train.report import table
 
@@ -65,6 +65,7 @@ def benchmark_blocks() -> dict[str, str]:
         "ratios": package_table(mixers).markdown(),
         "savings": savings(layers, "softmax", "softmax_eager", 1024).markdown(),
         "models": savings(vix, "vit", "vit, softmax_eager", 32).markdown(),
+        "sizes": column_table(measured("models-vit-tiny"), "peak_mib", "").markdown(),
     }
 
 
@@ -99,6 +100,14 @@ def test_what_the_readme_says_of_the_benchmark_is_in_the_results() -> None:
     )
     assert f"only Fourier ({peak['vit'] / peak['vif']:.2f} times less)" in said
     assert f"and Linformer ({peak['vit'] / peak['vil']:.2f}) still" in said
+    large = {
+        label(row): row["step_ms_p50"] / 1e3
+        for row in measured("models-vit-tiny")
+        if row["size"] == 1024 and row["status"] == "ok"
+    }
+    words = "takes {vit_tiny:.1f} s, with Performer {vip_tiny:.1f}, Nystromformer {vin_tiny:.1f}, "
+    words += "Linformer {vil_tiny:.1f} and Fourier {vif_tiny:.1f}."
+    assert words.format_map(large) in said
 
 
 def test_training_table_is_that_of_the_results() -> None:
