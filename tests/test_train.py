@@ -582,6 +582,8 @@ def test_bytes_kept_are_let_go() -> None:
 
     assert bytes_kept(nn.Identity(), forward) == 5 * 4
     assert outputs[0]() is None
+    # nor is a branch kept whose gradient nobody can ask for
+    assert bytes_kept(nn.Identity(), lambda: x.exp().sum() + x.sin().exp().sum().detach()) == 5 * 4
 
 
 def test_demo_table_and_picture(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,20 +15,22 @@ def bytes_kept(module: nn.Module, forward: Callable[[], Tensor]) -> int:
 
     Each storage counts once, as a whole: a view keeps all of what it views.
     """
-    own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
-    kept: dict[int, int] = {}
+    held: list[weakref.ref[Tensor]] = []
 
     def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # itself it would keep itself: a cycle that is never freed
+        alone = tensor.detach()  # an output that held itself would never be freed
+        held.append(weakref.ref(alone))
+        return alone
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         output = forward()
-    total = sum(kept.values())
+    # those of a branch that the output does not need are gone already
+    tensors = [tensor for reference in held if (tensor := reference()) is not None]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     del output  # alive until here, so that no address was used twice
-    return total
+    for own in (*module.parameters(), *module.buffers()):
+        storages.pop(own.untyped_storage().data_ptr(), None)
+    return sum(storages.values())
 
 
 def reset_peak() -> int:
