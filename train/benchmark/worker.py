@@ -39,13 +39,15 @@ def _malloc(threshold: int) -> None:
 
 def _limit_memory() -> None:
     """Let an allocation fail where it would have another process killed."""
-    with contextlib.suppress(ImportError, OSError, StopIteration):  # not every system has these
+    # not every system has these, and one that is stricter already says ValueError
+    with contextlib.suppress(ImportError, OSError, StopIteration, ValueError):
         import resource
 
         limit = _kilobytes("/proc/self/status", "VmData") + _kilobytes(
             "/proc/meminfo", "MemAvailable"
         )
-        resource.setrlimit(resource.RLIMIT_DATA, (limit * 1024, limit * 1024))
+        _, most = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit * 1024, most))
 
 
 def _kilobytes(path: str, field: str) -> int:
