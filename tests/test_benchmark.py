@@ -34,7 +34,7 @@ from train.benchmark.rows import (
     read_rows,
     write_csv,
 )
-from train.benchmark.worker import Worker
+from train.benchmark.worker import Worker, _kilobytes
 from train.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from train.loop import Run
 from train.measure import bytes_kept
@@ -200,11 +200,9 @@ def test_what_cannot_be_is_a_row_that_says_why() -> None:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_a_large_case_leaves_its_memory_to_the_others() -> None:
     worker = Worker(Case("mixer", "softmax_eager", 1024, 16), "cpu")
-    status = Path(f"/proc/{worker.process.pid}/status")
 
     def held() -> float:
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
-        return int(line.split()[1]) / 1024
+        return _kilobytes(f"/proc/{worker.process.pid}/status", "VmRSS") / 1024
 
     try:
         worker.prepare()

@@ -93,6 +93,16 @@ def test_what_the_readme_says_of_the_benchmark_is_in_the_results() -> None:
     assert first == 64
     since = "some {:.0f} tokens on, Nystromformer from {:.0f} and Performer from {:.0f};"
     assert since.format(*(round(n, -1) for n in others)) in said
+    compiled = {
+        (row["name"], row["size"]): row["step_ms_p50"]
+        for row in measured("mixers")
+        if row["mode"] == "compiled"
+    }
+    more = (
+        round(100 * compiled["performer", n] / compiled["performer-pytorch", n]) - 100
+        for n in (64, 256, 1024)
+    )
+    assert "{}, {} and {} % more time at 64, 256 and 1,024 tokens".format(*more) in said
     peak = {label(row): row["peak_mib"] for row in measured("models")}
     eager = peak["vit, softmax_eager"]
     assert (

@@ -6,8 +6,7 @@ out = phi(q) (phi(k)^T v) / phi(q) (phi(k)^T 1): linear in N. A column of ones b
 numerator and normaliser from the same product, in which common factors of phi cancel.
 
 The (N, m) features need not exist as a whole: a few heads' at a time fit in the cache, and the
-backward pass makes them again. That is a third of the time of keeping them, and the memory of
-fused softmax.
+backward pass makes them again. That takes about the memory of fused softmax.
 """
 
 from __future__ import annotations
@@ -179,12 +178,12 @@ def _gradients(ctx: Any, d_out: Tensor | None, *_: None) -> tuple[Tensor | None,
     return *found, None, None, None
 
 
+_blocked.register_autograd(_gradients, setup_context=_save)
+
+
 def _has_tangents(*tensors: Tensor) -> bool:
     """Of forward-mode differentiation, which passes an operator without a word."""
     return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
-
-
-_blocked.register_autograd(_gradients, setup_context=_save)
 
 
 @KERNELS.register("performer")
