@@ -8,6 +8,9 @@ import math
 import os
 import re
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -240,6 +243,24 @@ def test_a_process_that_is_killed_is_a_row_and_none_is_left() -> None:
     with pytest.raises(KeyboardInterrupt):
         program.measure([Case("mixer", "identity", 16, n) for n in (1, 2)], Bar())
     assert {child.pid for child in torch.multiprocessing.active_children()} <= before
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_a_step_of_minutes_ends_with_the_process_that_asked() -> None:
+    code = (
+        "from train.benchmark.worker import Case, Worker\n"
+        "worker = Worker(Case('mixer', 'softmax', 65536, 2), 'cpu')\n"
+        "print(worker.process.pid, flush=True)\n"
+        "worker.prepare()"
+    )
+    asked = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert asked.stdout is not None
+    status = f"/proc/{int(asked.stdout.readline())}/status"
+    while _kilobytes(status, "VmRSS") < 2**20:  # until it is at work
+        assert asked.poll() is None
+        time.sleep(0.1)
+    asked.kill()
+    asked.communicate(timeout=30)  # both have let go of what they print to
 
 
 @pytest.mark.parametrize(

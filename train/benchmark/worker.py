@@ -6,8 +6,10 @@ import contextlib
 import ctypes
 import itertools
 import multiprocessing
+import os
 import signal
 import statistics
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -113,8 +115,17 @@ def _out_of_memory(error: BaseException) -> bool:
     )
 
 
+def _end_with_parent() -> None:
+    """End in the middle of a step, which may take minutes, once nobody waits for it."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 def work(case: Case, device: str, threads: int, pipe: Connection) -> None:
     """Send what the case costs in memory, then for each number of repeats received the times."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     warnings.simplefilter("ignore")
     torch.set_num_threads(threads)
     try:
