@@ -45,7 +45,8 @@ def grid_parts(grid: tuple[int, ...], count: int) -> tuple[int, ...]:
         return parts[axis] < grid[axis] and cells <= count
 
     while room := [axis for axis in range(len(grid)) if may_grow(axis)]:
-        coarsest = min(room, key=lambda axis: parts[axis] / grid[axis])
+        # not min: PyTorch 2.9 compiles none with a key
+        coarsest, *_ = sorted(room, key=lambda axis: parts[axis] / grid[axis])
         parts[coarsest] += 1
     return tuple(parts)
 

@@ -200,7 +200,8 @@ class Performer(Kernel):
             for its checkpoints only.
 
     Features are drawn once and saved with the weights; :meth:`redraw` draws new ones. There are
-    no second derivatives.
+    no second derivatives. Compiled by PyTorch before 2.12, which takes that for an export, it keeps
+    the features for the backward pass.
     """
 
     projection_matrix: Tensor
