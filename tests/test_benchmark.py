@@ -48,7 +48,10 @@ from vision_xformer.mixers import takes_heads
 def row(name: str = "nystrom", size: int = 1024, **values: object) -> dict:
     found = dict.fromkeys(COLUMNS)
     found.update(vars(Case("mixer", name, size, 8)), status="ok", spread=0.1, revision="abc")
-    return found | {"step_ms_p50": 10.0, "kept_mib": 4.0, "peak_mib": 6.0} | values
+    found |= {"step_ms_p50": 10.0, "infer_ms_p50": 5.0, "kept_mib": 4.0, "peak_mib": 6.0} | values
+    for kind in ("step", "infer"):  # that did not vary
+        found |= dict.fromkeys((f"{kind}_ms_p20", f"{kind}_ms_p80"), found[f"{kind}_ms_p50"])
+    return found
 
 
 def put(path: Path, rows: list[dict], lines: tuple[str, str] = ("device: A", "versions: 1")) -> str:
@@ -369,11 +372,17 @@ def test_tables_say_what_wins_what_is_missing_and_what_is_noisy() -> None:
     rows += [row("nystrom", n, step_ms_p50=n * 0.6, peak_mib=n / 5.0) for n in (256, 1024, 4096)]
     rows += [row("nystrom-attention", n, step_ms_p50=n * 0.9) for n in (256, 1024)]
     rows += [row("softmax_eager", 4096, status="out of memory", step_ms_p50=None, peak_mib=None)]
-    rows[0]["spread"] = 0.2
+    rows[0]["step_ms_p80"] *= 1.2  # its inference did not vary
+    rows[5]["infer_ms_p80"] *= 1.2  # nor did the step here
     time = {line[0]: line[1:] for line in column_table(rows, "step_ms_p50", "").rows}
     assert time["softmax"] == ["65.5~", "1,049", "16,777"]
     assert time["softmax_eager"] == ["", "", "OOM"]
+    rest = {line[0]: line[1:] for line in column_table(rows, "infer_ms_p50", "").rows}
+    assert rest["softmax"] == ["5", "5", "5"]
+    assert rest["nystrom"] == ["5", "5", "5~"]
     assert package_table(rows).rows == [["nystrom", "1.50", "1.50", ""]]
+    rows[6]["step_ms_p20"] /= 1.2  # the package's
+    assert package_table(rows).rows == [["nystrom", "1.50~", "1.50", ""]]
     won = {line[0]: line[1:] for line in wins(rows).rows}
     assert won["softmax"] == ["2.00", "1.00", "", "", "always"]
     assert won["nystrom"] == ["1.00", "1.00", "600", "never", "always"]
@@ -404,7 +413,9 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         return int(stop.value.code)
 
     program.main(["compare", before, before])
-    assert "nothing became worse" in capsys.readouterr().out
+    assert f"nothing became worse: 2 of 2 rows of {before} compared\n" in capsys.readouterr().out
+    program.main(["compare", before, part := put(tmp_path / "b.csv", pair[:1])])
+    assert f"1 of 2 rows of {before} compared, {part} has no others" in capsys.readouterr().out
     assert code([pair[0] | {"kept_mib": 5.0}, pair[1]]) == 1
     assert "nystrom at 1,024 (fp32): kept_mib is 1.25 times what it was" in capsys.readouterr().out
     assert code([pair[0] | {"status": "out of memory"}, pair[1]]) == 1
@@ -424,6 +435,12 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert code(slow, other) == 1
     assert "step over the package's is 1.50 times" in capsys.readouterr().out
     assert code([row("softmax")]) == 2
+    # a ratio of less than 5 ms is noise
+    pair = [r | {"step_ms_p50": r["step_ms_p50"] / 10} for r in pair]
+    before = put(tmp_path / "a.csv", pair)
+    program.main(
+        ["compare", before, put(tmp_path / "b.csv", [pair[0] | {"step_ms_p50": 1.5}, pair[1]])]
+    )
 
 
 def test_plan() -> None:
@@ -452,6 +469,8 @@ def test_plan() -> None:
     assert lines["performer"] == ["16", "80.0", "12"]
     assert lines["softmax"][-1] == "does not fit"
     assert lines["softmax_eager"] == ["", "", "more than this machine has"]
+    with pytest.raises(ValueError, match="too small"):  # once, not for each mixer
+        list(plan(cases, 2**30, lambda case: {"status": "image_size 3 is too small"}))
 
 
 @pytest.mark.slow

@@ -13,9 +13,10 @@ from PIL import Image
 import vision_xformer as vx
 from train.__main__ import COMMANDS, parse
 from train.benchmark.__main__ import command_line as benchmark_line
+from train.benchmark.cases import Case, facts
 from train.benchmark.page import fingerprint
 from train.benchmark.pictures import crossing, savings, series, wins
-from train.benchmark.rows import Row, column_table, label, package_table, read_rows
+from train.benchmark.rows import Row, column_table, label, package_table, read_csv, read_rows
 from train.commands import command_line, read_runs
 from train.report import table
 
@@ -43,6 +44,7 @@ def test_every_snippet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert names["again"].config.num_classes == 7
     assert any("position" in key for key in names["report"].resized)
     assert names["model"].config.mixer == "elu"
+    assert facts(Case("mixer", "elu", 64, 1))["flops"] > 0  # the benchmark takes it as it is
 
 
 def test_support_matrix_is_that_of_the_tests() -> None:
@@ -110,6 +112,17 @@ def test_what_the_readme_says_of_the_benchmark_is_in_the_results() -> None:
     )
     assert f"only Fourier ({peak['vit'] / peak['vif']:.2f} times less)" in said
     assert f"and Linformer ({peak['vit'] / peak['vil']:.2f}) still" in said
+    layer = {(row["name"], row["size"]): row["peak_mib"] for row in rows}
+    times = {
+        (name, n): layer[name, n] / layer["softmax", n]
+        for name in ("performer", "nystrom")
+        for n in (64, 1024, 16384)
+    }
+    words = "{:.1f} and {:.1f} times as much at 64 tokens"
+    assert words.format(times["performer", 64], times["nystrom", 64]) in said
+    for n in (1024, 16384):
+        more = (100 * (times[name, n] - 1) for name in ("performer", "nystrom"))
+        assert "{:.0f} and {:.0f} % more at {:,}".format(*more, n) in said
     large = {
         label(row): row["step_ms_p50"] / 1e3
         for row in measured("models-vit-tiny")
@@ -118,6 +131,32 @@ def test_what_the_readme_says_of_the_benchmark_is_in_the_results() -> None:
     words = "takes {vit_tiny:.1f} s, with Performer {vip_tiny:.1f}, Nystromformer {vin_tiny:.1f}, "
     words += "Linformer {vil_tiny:.1f} and Fourier {vif_tiny:.1f}."
     assert words.format_map(large) in said
+
+
+def test_what_the_readme_says_of_the_approximations_is_in_the_results() -> None:
+    said = " ".join(README.split())
+    [file] = (ROOT / "results" / "benchmark").rglob("errors.csv")
+    error: dict[tuple[str, int], list[float]] = {}
+    for row in read_csv(file)[1]:
+        if row["input"].startswith("cct_1024"):
+            kernel = (
+                row["kernel"].partition(",")[0] if "nystrom" in row["kernel"] else row["kernel"]
+            )
+            error.setdefault((kernel, 0), []).append(100 * float(row["error"]))
+            error.setdefault((row["kernel"], int(row["size"])), []).append(float(row["error"]))
+    least, most = min(error["nystrom", 0]), max(error["nystrom", 0])
+    assert f"Nystromformer errs by {least:.1f} to {most:.1f} %" in said
+    least, most = min(error["performer", 0]), max(error["performer", 0])
+    assert f"Performer by {least:.1f} to {most:.1f} %" in said
+    patches, strips = (
+        {n: error[f"nystrom, {segments}", n] for n in (16, 64, 256)}
+        for segments in ("grid", "sequence")
+    )
+    assert f"by {min(patches[64]):.3f} to {max(patches[64]):.3f} with 64 of them" in said
+    assert f"by {min(strips[64]):.3f} to {max(strips[64]):.3f}:" in said
+    assert all(few < many for few, many in zip(patches[16], strips[64], strict=True))
+    assert patches[64] == pytest.approx(strips[256], rel=0.15)
+    assert patches[256] == pytest.approx(strips[256], rel=0.1)
 
 
 def test_training_table_is_that_of_the_results() -> None:

@@ -30,6 +30,10 @@ _COLUMNS = [  # heading, key of a run's figures, format
     ("minutes", "minutes", "{:,.1f}"),
     ("device", "device", "{}"),
 ]
+LIMITS = (
+    "Test accuracy; a bar over seeds where there are several. Time and memory are those of whole "
+    "runs, on a machine that may have done other work beside: no measure of a mixer alone."
+)
 _COSTS = ("parameters", "peak_mib", "images_per_second", "minutes")
 
 
@@ -143,6 +147,15 @@ def costs(runs: Sequence[Run]) -> Figure | None:
     return figure
 
 
+def commands(runs: Sequence[Run]) -> list[str]:
+    """What each run was started with."""
+    return [
+        f"{run['folder'].name}: {shlex.join(run['sessions'][0]['command'])}"
+        for run in runs
+        if run["sessions"]
+    ]
+
+
 def cost_sections(runs: Sequence[Run]) -> list[Section]:
     """Accuracy and cost, a picture and a table for each data set."""
     sets: dict[str, list[Run]] = {}
@@ -150,7 +163,10 @@ def cost_sections(runs: Sequence[Run]) -> list[Section]:
         sets.setdefault(data_of(run), []).append(run)
     return [
         Section(
-            f"Accuracy and cost: {name}" if name else "Accuracy and cost", figure, [table(some)]
+            f"Accuracy and cost: {name}" if name else "Accuracy and cost",
+            figure,
+            [table(some)],
+            [*commands(some), LIMITS],
         )
         for name, some in sets.items()
         if (figure := costs(some)) is not None
@@ -159,15 +175,9 @@ def cost_sections(runs: Sequence[Run]) -> list[Section]:
 
 def page(runs: Sequence[Run], path: Path) -> None:
     """One file that needs no network."""
-    commands = [
-        f"{run['folder'].name}: {shlex.join(run['sessions'][0]['command'])}"
-        for run in runs
-        if run["sessions"]
-    ]
     sections = [
-        Section("All runs", None, [table(runs)]),
+        Section("All runs", None, [table(runs)], commands(runs)),
         Section("Curves", curves(runs)),
         *cost_sections(runs),
-        Section("Commands", notes=commands),
     ]
     write_page(path, f"{len(runs)} runs", sections)

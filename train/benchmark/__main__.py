@@ -37,6 +37,7 @@ from .rows import (
     Row,
     column_table,
     key,
+    label,
     machine,
     package_table,
     read_csv,
@@ -81,12 +82,12 @@ def run(cases: Sequence[Case], out: Path, arguments: Sequence[str]) -> list[Row]
     commands = [f"command: python -m train.benchmark {' '.join(arguments)}"]
     if out.is_file():
         comments, found = read_rows(out)
-        rows = [row for row in found if row["status"] == "ok" or key(row) not in wanted]
+        rows = found
         if tuple(comments[:2]) != machine():
             raise ValueError(f"{out} is of {comments[0]}, {comments[1]}: choose another --out")
         commands = list(dict.fromkeys([c for c in comments if c.startswith("command")] + commands))
     lines = [*machine(), *METHOD, *commands]
-    known = {key(row) for row in rows}
+    known = {key(row) for row in rows if row["status"] == "ok"}
     left = [case for case in cases if dataclasses.astuple(case) not in known]
     if len(left) < len(cases):
         print(f"{out} has {len(cases) - len(left)} of {len(cases)} rows; to measure them again, "
@@ -94,7 +95,8 @@ def run(cases: Sequence[Case], out: Path, arguments: Sequence[str]) -> list[Row]
     with tqdm(total=len(left) * (1 + TURNS), unit="turn", disable=None) as bar:
         for _, group in itertools.groupby(left, lambda case: case.size):
             while some := list(itertools.islice(group, AT_ONCE)):
-                rows += [row | code for row in measure(some, bar)]
+                new = {key(row): row | code for row in measure(some, bar)}
+                rows = [*(row for row in rows if key(row) not in new), *new.values()]
             rows.sort(key=lambda row: (row["size"], row["mode"] != "eager", row["name"]))
             out.parent.mkdir(parents=True, exist_ok=True)
             write_csv(out, lines, COLUMNS, rows)
@@ -216,9 +218,7 @@ def tables(rows: Sequence[Row]) -> str:
         found += [package_table(rows), wins([row for row in rows if row["mode"] == "eager"])]
     shown = [f"{table.caption}\n{table.text()}" for table in found if table.rows]
     notes = [
-        f"{row['name']} at {row['size']:,} ({row['mode']}): {row['status']}"
-        for row in rows
-        if row["status"] != "ok"
+        f"{label(row)} at {row['size']:,}: {row['status']}" for row in rows if row["status"] != "ok"
     ]
     return "\n\n".join(shown + notes)
 
@@ -238,11 +238,11 @@ def measure_one(bar: Any, case: Case) -> Row:
 def answer(args: argparse.Namespace, arguments: Sequence[str]) -> str:
     """What a command prints."""
     if args.command == "compare":
-        worse = compare(args.before, args.after, args.threshold)
+        worse, said = compare(args.before, args.after, args.threshold)
         if worse:
-            print("\n".join(worse))
+            print("\n".join([*worse, said]))
             raise SystemExit(1)
-        return "nothing became worse"
+        return f"nothing became worse: {said}"
     if args.command == "page":
         files = args.files or sorted(
             RESULTS.rglob("*.csv"), key=lambda file: (file.parent, file.stem == "errors", file.stem)

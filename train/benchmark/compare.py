@@ -17,8 +17,9 @@ def grown(before: float | None, after: float | None, noise: float) -> float:
     return after / before if before else math.inf
 
 
-def compare(before: Path, after: Path, threshold: float) -> list[str]:
-    """A sentence for each figure that grew by more than the threshold, as a share.
+def compare(before: Path, after: Path, threshold: float) -> tuple[list[str], str]:
+    """A sentence for each figure that grew by more than the threshold, as a share; and one that
+    says how much was compared.
 
     Kept memory as it is; time against the public package's in the same file, so that another
     machine or a slow day does not count. Where both files are of one device and versions, peaks and
@@ -41,11 +42,13 @@ def compare(before: Path, after: Path, threshold: float) -> list[str]:
         growth = {column: grown(was[column], now[column], _NOISE[column]) for column in columns}
         first = ratio(was, peer(was, old_rows), "step_ms_p50")
         second = ratio(now, peer(now, new_rows), "step_ms_p50")
-        if first and second:
+        longest = max(row["step_ms_p50"] or 0.0 for row in (was, now))
+        if first and second and longest >= _NOISE["step_ms_p50"]:
             growth["step over the package's"] = second / first
         worse += [
             f"{what}: {column} is {times:.2f} times what it was"
             for column, times in growth.items()
             if times > 1 + threshold
         ]
-    return worse
+    said = f"{len(shared)} of {len(old)} rows of {before} compared"
+    return worse, said if len(shared) == len(old) else f"{said}, {after} has no others"

@@ -11,7 +11,7 @@ from ..page import Section, write_page
 from ..pictures import save
 from .errors import error_section
 from .pictures import bars, lengths, wins
-from .rows import Row, column_table, package_table, read_csv, read_rows
+from .rows import Row, column_table, label, package_table, read_csv, read_rows
 
 PANELS = {
     "Memory": [("kept_mib", "kept for backward, MiB"), ("peak_mib", "peak of a step, MiB")],
@@ -25,8 +25,9 @@ _TABLES = {
              "images_per_second": "images/s in training"},
 }  # fmt: skip
 LIMITS = (
-    "~ marks a time whose p20 and p80 are more than 15 % of the median apart. A size without a "
-    "figure was not measured. Weights are random: what a mixer costs here does not depend on them."
+    "~ marks a time whose p20 and p80 are more than 15 % of the median apart, and a ratio with "
+    "such a time. A size without a figure was not measured. Weights are random: what a mixer costs "
+    "here does not depend on them."
 )
 
 
@@ -61,7 +62,7 @@ def sections(file: Path) -> dict[str, Section]:
             tables = [column_table(some, *pair) for pair in _TABLES[name].items()]
             if name == "Time" and some[0]["kind"] == "mixer":
                 tables += [package_table(some), wins(eager)]
-            words = f"{stem} {shared.removeprefix(file.stem)} {name}".lower()
+            words = f"{stem} {shared.removeprefix(f'{file.stem},')} {name}".lower()
             made["-".join(re.findall(r"[\w.]+", words))] = Section(
                 f"{name}: {file.stem}",
                 draw(measured, panels, title) if panels else None,
@@ -74,7 +75,7 @@ def sections(file: Path) -> dict[str, Section]:
 def _refusals(rows: Sequence[Row]) -> list[str]:
     """Why a row has no figures."""
     return [
-        f"{row['name']} at {row['size']:,}: {row['status']}"
+        f"{label(row)} at {row['size']:,}: {row['status']}"
         for row in rows
         if row["status"] not in ("ok", "out of memory")
     ]
@@ -86,8 +87,17 @@ def fingerprint(file: Path) -> str:
 
 
 def write(files: Sequence[Path], more: Sequence[Section], out: Path) -> list[Path]:
-    """The page and its pictures, in one folder; returns the files."""
-    made = {file: sections(file) for file in files}
+    """The page and its pictures, in one folder; returns the files.
+
+    A ValueError says which two files would have pictures of one name.
+    """
+    made: dict[Path, dict[str, Section]] = {}
+    for file in files:
+        mine = sections(file)
+        for other, named in made.items():
+            if same := mine.keys() & named.keys():
+                raise ValueError(f"{other} and {file} would both draw {min(same)}.png: rename one")
+        made[file] = mine
     out.mkdir(parents=True, exist_ok=True)
     written = [out / "index.html"]
     for file, named in made.items():

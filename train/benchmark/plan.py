@@ -42,7 +42,7 @@ def plan(
     cases: list[Case], memory: int, measure: Callable[[Case], Row]
 ) -> Iterator[tuple[str, str, str, str]]:
     """A line of ``HEADINGS`` for each mixer, as it becomes known. A step is measured at two
-    batches; the rest is a straight line.
+    batches; the rest is a straight line. A ValueError says why the model itself cannot be.
 
     An image takes what the peak grows by, and no less than what is kept for backward: where the
     gradients are most of a small batch's peak, that does not grow. To it come weights, gradients
@@ -55,6 +55,8 @@ def plan(
         status = second["status"]
         if status == "ok" and "peak_mib" not in first:
             raise ValueError("this system does not say how much memory a process holds")
+        if status not in ("ok", "out of memory") and not one.mixer:
+            raise ValueError(status)  # with another mixer it would be the same
         if status != "ok":
             here = "more than this machine has" if status == "out of memory" else status
             yield mixer, "", "", here

@@ -25,12 +25,13 @@ COLUMNS = (
     "spread", "images_per_second", "kept_mib", "peak_mib", "reserved_mib", "device_mib", "revision",
 )  # fmt: skip
 METHOD = (
-    "each row in a process of its own; those of one size take turns (half a second or 20 steps,",
-    "3 where they take much memory); a step is forward and backward, of a model with AdamW; p20,",
-    "p50, p80 of all steps; spread is (p80 - p20) / p50 of a step; caches are warm: a step follows",
-    "one like it, in memory that the process keeps meanwhile; kept: what autograd keeps for",
-    "backward; peak: most of a step above what was held before it (a GPU's allocator; on a CPU",
-    "resident memory); flops: of one sample forward",
+    "each row in a process of its own; those of one size take turns, 16 at once (half a second or",
+    "20 steps, 3 where they take much memory); a step is forward and backward, of a model with",
+    "AdamW; p20, p50, p80 of all steps; spread is (p80 - p20) / p50 of a step; caches are warm: a",
+    "step follows one like it, in memory that the process keeps meanwhile; kept: what autograd",
+    "keeps for backward; peak: most of a step above what was held before it (a GPU's allocator; on",
+    "a CPU resident memory, too low for a few MiB: what was freed is used again); flops: of one",
+    "sample forward",
 )
 NOISY = 0.15  # spread from which a table marks a time
 _TEXT = {"kind", "name", "dtype", "mode", "mixer", "checkpointing", "status", "backbone"}
@@ -128,6 +129,12 @@ def peer(row: Row, rows: Sequence[Row]) -> Row | None:
     return next((other for other in rows if key(other) == wanted), None)
 
 
+def is_noisy(row: Row, column: str) -> bool:
+    """Whether p20 and p80 of a median are further apart than ``NOISY`` of it."""
+    low, middle, high = (row[column.replace("p50", p)] for p in ("p20", "p50", "p80"))
+    return bool((high - low) > NOISY * middle)
+
+
 def ratio(first: Row | None, second: Row | None, column: str) -> float | None:
     """first / second of a column; None where one is not known."""
     if first is None or second is None or not first.get(column) or not second.get(column):
@@ -158,12 +165,12 @@ def by_size(
 
 
 def column_table(rows: Sequence[Row], column: str, caption: str) -> Table:
-    """:func:`by_size` of a column; ~ marks a time that varied by more than ``NOISY``."""
+    """:func:`by_size` of a column; ~ marks a median that is noisy."""
 
     def figure(row: Row) -> str | None:
         if row.get(column) is None:
             return None
-        noisy = "_ms_" in column and (row["spread"] or 0) > NOISY
+        noisy = column.endswith("_ms_p50") and is_noisy(row, column)
         return number(row[column]) + ("~" if noisy else "")
 
     heading = "tokens" if rows[0]["kind"] == "mixer" else "pixels on a side"
@@ -171,11 +178,15 @@ def column_table(rows: Sequence[Row], column: str, caption: str) -> Table:
 
 
 def package_table(rows: Sequence[Row]) -> Table:
-    """Time of a package's step over ours, in the same mode."""
+    """Time of a package's step over ours, in the same mode; ~ where one of the two is noisy."""
 
     def figure(row: Row) -> str | None:
-        found = ratio(peer(row, rows), row, "step_ms_p50")
-        return None if found is None else f"{found:.2f}"
+        other = peer(row, rows)
+        found = ratio(other, row, "step_ms_p50")
+        if other is None or found is None:
+            return None
+        noisy = any(is_noisy(one, "step_ms_p50") for one in (row, other))
+        return f"{found:.2f}" + ("~" if noisy else "")
 
     ours = [row for row in rows if row["name"] in PAIRS]
     return by_size(ours, figure, "tokens", "training step, package / ours")

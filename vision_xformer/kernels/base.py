@@ -35,6 +35,9 @@ class Kernel(nn.Module):
             length, so it may be applied before the projection; it fixes the layout.
         kv_heads: number of key and value heads G: ``heads``, or 1 where all heads share them.
         share_kv: the values are the keys; no value projection exists.
+
+    One may state its operations, see :func:`~vision_xformer.count_flops`: a method ``flops``,
+    called as :meth:`forward` is.
     """
 
     takes_rope: ClassVar[bool] = True
@@ -55,10 +58,6 @@ class Kernel(nn.Module):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, q_layout: Layout, k_layout: Layout
     ) -> Tensor:
-        raise NotImplementedError
-
-    def flops(self, q: Tensor, k: Tensor, v: Tensor, q_layout: Layout, k_layout: Layout) -> int:
-        """Operations of :meth:`forward`, see :func:`~vision_xformer.count_flops`."""
         raise NotImplementedError
 
 
