@@ -307,6 +307,25 @@ def test_a_file_of_another_machine_is_refused(
     assert "is of device: A" in capsys.readouterr().err
 
 
+def test_rows_that_ran_out_of_memory_stay_until_they_are_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = {"status": "out of memory", "step_ms_p50": None}
+    put(tmp_path / "a.csv", [row(size=n, **lost) for n in (16, 64)] + [row(size=4)], machine())
+    cases = [Case("mixer", "nystrom", n, 8) for n in (4, 16, 64)]
+
+    def measure(some: list[Case], bar: object) -> list[dict]:
+        if some[0].size == 64:
+            raise KeyboardInterrupt
+        return [row(size=case.size) for case in some]
+
+    monkeypatch.setattr(program, "measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        program.run(cases, tmp_path / "a.csv", [])
+    again = {r["size"]: r["status"] for r in read_rows(tmp_path / "a.csv")[1]}
+    assert again == {4: "ok", 16: "ok", 64: "out of memory"}
+
+
 # rows and what is said of them
 
 
@@ -566,6 +585,12 @@ def test_a_page_of_what_is_none_writes_nothing(tmp_path: Path) -> None:
     for name, words in (("a", "has no rows"), ("b", "not a file of errors")):
         with pytest.raises(ValueError, match=words):
             write([tmp_path / f"{name}.csv"], [], tmp_path / "p")
+    files = [tmp_path / first / "here" / "mixers.csv" for first in "ab"]
+    for file in files:
+        file.parent.mkdir(parents=True)
+        put(file, [row()])
+    with pytest.raises(ValueError, match="both draw here-mixers-fp32-batch-8-memory"):
+        write(files, [], tmp_path / "p")
     assert not (tmp_path / "p").exists()
 
 
