@@ -492,6 +492,23 @@ def test_plan() -> None:
         list(plan(cases, 2**30, lambda case: {"status": "image_size 3 is too small"}))
 
 
+def test_plan_says_what_fits_in_a_table_and_below_it_why_others_do_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measure(bar: object, case: Case) -> dict:
+        if case.mixer == "conv":
+            return {"status": "not with a class token"}
+        return {"status": "ok", "parameters": 0, "kept_mib": 0, "peak_mib": 64.0 * case.batch}
+
+    monkeypatch.setattr(program, "measure_one", measure)
+    program.main(["plan", "--memory", "1GB", "--name", "vin_test"])
+    head, _, *lines = capsys.readouterr().out.splitlines()
+    assert "vin_test at 32 pixels in 1GB, fp32, measured on" in head
+    assert lines[0].split() == ["its", "own", "0", "64.0", "16"]
+    assert len(lines) == len(vx.list_mixers())  # its own is one of them
+    assert lines[-1] == "conv: not with a class token"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["hybrid_vit", "vip"])
 def test_plan_foretells_a_larger_batch(name: str) -> None:

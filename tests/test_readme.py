@@ -74,6 +74,8 @@ def benchmark_blocks() -> dict[str, str]:
 def test_benchmark_tables_and_pictures_are_those_of_the_results() -> None:
     for name, text in benchmark_blocks().items():
         assert between(name) == text
+    [plan] = (ROOT / "results" / "benchmark").rglob("plan-*.txt")
+    assert between("plan") == f"```text\n{plan.read_text()}```"
     drawn = {fingerprint(file) for file in (ROOT / "results" / "benchmark").rglob("*.csv")}
     pictures = re.findall(r"!\[.*?\]\((docs/benchmark/.*?)\)", README)
     assert len(pictures) >= 2

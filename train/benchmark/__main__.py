@@ -265,7 +265,9 @@ def answer(args: argparse.Namespace, arguments: Sequence[str]) -> str:
                 bar.write(f"{line[0]}: {line[-1]}", file=sys.stderr)
         where = machine()[0].partition(": ")[2]
         head = f"{args.name} at {args.image_size} pixels in {args.memory}, {args.dtype}"
-        return f"{head}, measured on {where}\n{Table(HEADINGS, lines).text()}"
+        table = Table(HEADINGS, [line for line in lines if line[1]]).text()
+        notes = [f"{line[0]}: {line[-1]}" for line in lines if not line[1]]
+        return "\n".join([f"{head}, measured on {where}", table, *notes])
     out = args.out or default_out(args.command)
     if out.is_dir() or (args.out and not out.parent.is_dir()):
         raise ValueError(f"--out {out} must be a file in a folder that exists")
