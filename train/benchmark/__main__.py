@@ -81,8 +81,7 @@ def run(cases: Sequence[Case], out: Path, arguments: Sequence[str]) -> list[Row]
     code = {"revision": revision()}
     commands = [f"command: python -m train.benchmark {' '.join(arguments)}"]
     if out.is_file():
-        comments, found = read_rows(out)
-        rows = found
+        comments, rows = read_rows(out)
         if tuple(comments[:2]) != machine():
             raise ValueError(f"{out} is of {comments[0]}, {comments[1]}: choose another --out")
         commands = list(dict.fromkeys([c for c in comments if c.startswith("command")] + commands))

@@ -130,9 +130,9 @@ def peer(row: Row, rows: Sequence[Row]) -> Row | None:
 
 
 def is_noisy(row: Row, column: str) -> bool:
-    """Whether p20 and p80 of a median are further apart than ``NOISY`` of it."""
-    low, middle, high = (row[column.replace("p50", p)] for p in ("p20", "p50", "p80"))
-    return bool((high - low) > NOISY * middle)
+    """Whether p20 and p80 of a median are further apart than ``NOISY`` of it, where known."""
+    low, high = (row[column.replace("p50", p)] for p in ("p20", "p80"))
+    return None not in (low, high) and bool(high - low > NOISY * row[column])
 
 
 def ratio(first: Row | None, second: Row | None, column: str) -> float | None:
