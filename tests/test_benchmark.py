@@ -589,6 +589,8 @@ def test_errors_of_a_trained_model_and_the_page(
     assert "rank &lt;is&gt; odd" in text
     assert "<td>OOM</td>" in text
     assert "vit, compiled" in text
+    _, _, costs_of_runs = text.partition("<h2>Accuracy and cost")
+    assert "mine: " in costs_of_runs  # its command
     images = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
     assert len(images) == 6  # the last is accuracy against cost
     for image in images:
