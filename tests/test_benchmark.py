@@ -278,6 +278,7 @@ def test_a_step_of_minutes_ends_with_the_process_that_asked() -> None:
         (["models", "--names", "vig"], "--names vig: no model is called so"),
         (["plan", "--memory", "much", "--name", "vit"], "--memory much must be a number with"),
         (["plan", "--memory", "1GB", "--name", "vi?"], "unknown model 'vi?'"),
+        (["plan", "--memory", "1GB", "--name", "vin_test", "--image-size", "7"], "7x7 is not"),
         (["compare", "a.csv", "b.csv", "--threshold", "nan"], "nan must be a number of at least 0"),
         (["page", "--runs", "nowhere", "--", "a.csv"], "--runs nowhere is not a folder"),
         (["compare", "a.csv", "b.csv"], "a.csv is not a file"),
@@ -488,8 +489,8 @@ def test_plan() -> None:
     assert lines["performer"] == ["16", "80.0", "12"]
     assert lines["softmax"][-1] == "does not fit"
     assert lines["softmax_eager"] == ["", "", "more than this machine has"]
-    with pytest.raises(ValueError, match="too small"):  # once, not for each mixer
-        list(plan(cases, 2**30, lambda case: {"status": "image_size 3 is too small"}))
+    killed = list(plan(cases, 2**30, lambda case: {"status": "the process ended with -9"}))
+    assert [line[-1] for line in killed] == ["the process ended with -9"] * len(lines)
 
 
 def test_plan_says_what_fits_in_a_table_and_below_it_why_others_do_not(

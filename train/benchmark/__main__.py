@@ -37,11 +37,11 @@ from .rows import (
     Row,
     column_table,
     key,
-    label,
     machine,
     package_table,
     read_csv,
     read_rows,
+    refusals,
     revision,
     write_csv,
 )
@@ -216,10 +216,7 @@ def tables(rows: Sequence[Row]) -> str:
     if rows[0]["kind"] == "mixer":
         found += [package_table(rows), wins([row for row in rows if row["mode"] == "eager"])]
     shown = [f"{table.caption}\n{table.text()}" for table in found if table.rows]
-    notes = [
-        f"{label(row)} at {row['size']:,}: {row['status']}" for row in rows if row["status"] != "ok"
-    ]
-    return "\n\n".join(shown + notes)
+    return "\n\n".join(shown + refusals(rows))
 
 
 def measure_one(bar: Any, case: Case) -> Row:

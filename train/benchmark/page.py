@@ -11,7 +11,7 @@ from ..page import Section, write_page
 from ..pictures import save
 from .errors import error_section
 from .pictures import bars, lengths, wins
-from .rows import Row, column_table, label, package_table, read_csv, read_rows
+from .rows import Row, column_table, package_table, read_csv, read_rows, refusals
 
 PANELS = {
     "Memory": [("kept_mib", "kept for backward, MiB"), ("peak_mib", "peak of a step, MiB")],
@@ -67,18 +67,9 @@ def sections(file: Path) -> dict[str, Section]:
                 f"{name}: {file.stem}",
                 draw(measured, panels, title) if panels else None,
                 [table for table in tables if table.rows],
-                [*comments, *_refusals(some), LIMITS],
+                [*comments, *refusals(some), LIMITS],
             )
     return made
-
-
-def _refusals(rows: Sequence[Row]) -> list[str]:
-    """Why a row has no figures."""
-    return [
-        f"{label(row)} at {row['size']:,}: {row['status']}"
-        for row in rows
-        if row["status"] not in ("ok", "out of memory")
-    ]
 
 
 def fingerprint(file: Path) -> str:

@@ -121,6 +121,15 @@ def label(row: Row) -> str:
     return ", ".join(p for p in (*parts, "checkpointing" if row["checkpointing"] else "") if p)
 
 
+def refusals(rows: Sequence[Row]) -> list[str]:
+    """Why a row has no figures; out of memory, the tables say."""
+    return [
+        f"{label(row)} at {row['size']:,}: {row['status']}"
+        for row in rows
+        if row["status"] not in ("ok", "out of memory")
+    ]
+
+
 def peer(row: Row, rows: Sequence[Row]) -> Row | None:
     """The public package's row beside one of ours, of the same sizes and mode."""
     if row["kind"] != "mixer" or row["name"] not in PAIRS:
