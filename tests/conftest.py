@@ -1,7 +1,8 @@
-"""Shared by all tests: one thread (they run in parallel), a fixed seed, the published package."""
+"""Shared by all tests: tiny sizes of each backbone, one thread (tests run in parallel), a seed."""
 
 from __future__ import annotations
 
+import presets  # noqa: F401 - registers the sizes
 import pytest
 import torch
 

@@ -11,6 +11,8 @@ import math
 
 import torch
 
+from vision_xformer import Site
+
 
 def relative_error(x, expected):
     """|x - expected| / |expected|, over all elements, in float64."""
@@ -77,8 +79,8 @@ def favor_features(x, w, form, is_query, eps):
     """phi of x (B, H, L, K) with features w (m, K): (B, H, L, m).
 
     (1 / sqrt(m)) (exp(w.x' - |x'|^2/2 - shift) + eps), x' = x / K^(1/4), Performer, lemma 1. The
-    shift is the largest exponent ("exponent") or the largest w.x' ("package", "published"): of the
-    query; of all keys of the head; in "published" of all keys of the batch. It is a constant to
+    shift is the largest exponent ("exponent") or the largest w.x' ("package", "v0.2"): of the
+    query; of all keys of the head; in "v0.2" of all keys of the batch. It is a constant to
     autograd, but for the |x'|^2 of a query, which its exponents share: that cancels ("exponent").
     "relu": relu(w.x') + eps.
     """
@@ -94,7 +96,7 @@ def favor_features(x, w, form, is_query, eps):
     for b, h, i in itertools.product(*map(range, x.shape[:3])):
         if is_query:
             shift = shifted[b, h, i].max()
-        elif form == "published":
+        elif form == "v0.2":
             shift = shifted.max()
         else:
             shift = shifted[b, h].max()
@@ -171,18 +173,18 @@ def key_under(query, q_grid, q_prefix, k_grid, k_prefix):
     return k_prefix + key
 
 
-def nystrom_attention(q, k, v, q_layout, k_layout, parts, iterations, taps=None):
+def nystrom_attention(q, k, v, queries, keys, parts, iterations, taps=None):
     """Nystromformer, eq. 13-15. ``parts``: boxes on each axis, or one number of runs.
 
-    ``q_layout``, ``k_layout``: (grid, prefix).
+    ``queries``, ``keys``: (grid, prefix).
     """
 
-    def boxes(layout):
-        grid, prefix = layout
+    def boxes(grid):
+        grid, prefix = grid
         return (grid if len(parts) == len(grid) else (math.prod(grid),)), prefix
 
     def one_head(q, k, v, _):
-        ql, kl = (cell_means(x, *boxes(at), parts) for x, at in ((q, q_layout), (k, k_layout)))
+        ql, kl = (cell_means(x, *boxes(at), parts) for x, at in ((q, queries), (k, keys)))
         scale = 1 / math.sqrt(q.shape[-1])
         first, core, last = (softmax_rows(a @ b.T * scale) for a, b in ((q, kl), (ql, kl), (ql, k)))
         return first @ newton_schulz(core, iterations) @ last @ v
@@ -191,7 +193,7 @@ def nystrom_attention(q, k, v, q_layout, k_layout, parts, iterations, taps=None)
     if taps is None:
         return out
     local = convolve(v, taps)
-    under = [key_under(i, *q_layout, *k_layout) for i in range(q.shape[2])]
+    under = [key_under(i, *queries, *keys) for i in range(q.shape[2])]
     return out + torch.stack([local[:, :, j] for j in under], 2)
 
 
@@ -357,3 +359,8 @@ def shake(module):
         if key.endswith("running_var"):
             buffer.uniform_(0.3, 2.0)
     return module
+
+
+def site(heads, key_dim, keys, queries=None, value_dim=None):
+    """The site of a kernel; queries lie on the grid of the keys, values are as wide as keys."""
+    return Site(heads, key_dim, value_dim or key_dim, queries or keys, keys)

@@ -20,7 +20,7 @@ from test_train import TINY
 
 import vision_xformer as vx
 from train.benchmark import __main__ as program
-from train.benchmark.cases import DIM, PAIRS, Case, build, facts, layout_of, with_weights
+from train.benchmark.cases import DIM, PAIRS, Case, build, facts, grid_of, with_weights
 from train.benchmark.controls import CONTROLS
 from train.benchmark.errors import error_of, fields, measure_errors, picture, trained
 from train.benchmark.page import write
@@ -63,7 +63,7 @@ def put(path: Path, rows: list[dict], lines: tuple[str, str] = ("device: A", "ve
 
 
 def test_mixers_and_packages_compute_the_same() -> None:
-    x, layout = torch.randn(1, 256, DIM), layout_of(256)
+    x, layout = torch.randn(1, 256, DIM), grid_of(256)
     for name, (peer, _, _) in PAIRS.items():
         if name != "nystrom":  # the package shares its start among heads
             ours, theirs = with_weights(name, 256), with_weights(peer, 256)
@@ -72,7 +72,7 @@ def test_mixers_and_packages_compute_the_same() -> None:
 
 
 def test_controls_are_what_they_say() -> None:
-    x, layout = torch.randn(2, 16, DIM), layout_of(16)
+    x, layout = torch.randn(2, 16, DIM), grid_of(16)
     made = {name: kind(DIM, None, layout) for name, kind in CONTROLS.items()}
     assert torch.equal(made["identity"](x, layout), x)
     wanted = x.new_zeros(x.shape)
@@ -93,7 +93,7 @@ def test_bytes_kept_grow_as_the_papers_say(name: str) -> None:
     few = {key: 16 for key in ("landmarks", "rank", "features") if key in known}
 
     def kept(side: int) -> int:
-        layout = vx.Layout((side, side))
+        layout = vx.TokenGrid((side, side))
         heads = 2 if takes_heads(name) else None
         mixer = vx.create_mixer(name, dim=64, heads=heads, layout=layout, **few)
         x = torch.randn(1, side * side, 64, requires_grad=True)
@@ -108,7 +108,7 @@ def test_bytes_kept_grow_as_the_papers_say(name: str) -> None:
 
 
 def test_nystrom_keeps_nothing_of_the_steps_of_its_inverse() -> None:
-    layout, x = vx.Layout((8, 8)), torch.randn(1, 64, 64, requires_grad=True)
+    layout, x = vx.TokenGrid((8, 8)), torch.randn(1, 64, 64, requires_grad=True)
     kept = []
     for iterations in (1, 12):
         mixer = vx.create_mixer("nystrom", dim=64, heads=2, layout=layout, iterations=iterations)
@@ -118,7 +118,7 @@ def test_nystrom_keeps_nothing_of_the_steps_of_its_inverse() -> None:
 
 @pytest.mark.skipif(torch.__version__ < (2, 12), reason="PyTorch takes it for an export")
 def test_performer_keeps_no_features_where_it_is_compiled() -> None:
-    layout, x = vx.Layout((8, 8)), torch.randn(1, 64, 64, requires_grad=True)
+    layout, x = vx.TokenGrid((8, 8)), torch.randn(1, 64, 64, requires_grad=True)
     kept = []
     for features in (100, 400):
         mixer = vx.create_mixer("performer", dim=64, heads=2, layout=layout, features=features)
@@ -134,7 +134,7 @@ def test_facts_of_a_mixer(name: str) -> None:
     assert (found["tokens"], found["width"]) == (64, DIM)
     mixer = with_weights(name, 64)
     assert found["parameters"] == sum(p.numel() for p in mixer.parameters())
-    assert found["flops"] == vx.count_flops(mixer, torch.randn(1, 64, DIM), layout_of(64))
+    assert found["flops"] == vx.count_flops(mixer, torch.randn(1, 64, DIM), grid_of(64))
 
 
 @pytest.mark.parametrize(
@@ -550,7 +550,7 @@ def test_errors_against_exact_attention() -> None:
         )
     # a landmark for each token and a converged inverse are exact attention
     q, k, v, _ = given["smooth fields, 1"]
-    layout = vx.Layout((6, 6))
+    layout = vx.TokenGrid((6, 6))
     few = tuple(x[:1, :, :36].clone() for x in (q, k, v))
     converged = (*grid[:3], grid[3] | {"iterations": 60})
     assert error_of(converged, 36, (*few, layout)).max() < 1e-6
@@ -651,7 +651,7 @@ def test_pictures_of_errors_leave_out_what_was_not_measured() -> None:
         def update(self) -> None:
             pass
 
-    rows = measure_errors([("small", (*few, vx.Layout((8, 8))))], Bar())
+    rows = measure_errors([("small", (*few, vx.TokenGrid((8, 8))))], Bar())
     assert {(r["kernel"], r["size"]) for r in rows if "nystrom" in r["kernel"]} == {
         ("nystrom, grid", 16), ("nystrom, sequence", 16)
     }  # fmt: skip

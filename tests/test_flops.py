@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from reference import site
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -35,7 +36,7 @@ def newton_schulz(a, iterations):
     return z
 
 
-def equation(name, kernel, q, k, v, layouts):
+def equation(name, kernel, q, k, v, grids):
     """Every product of a paper's equation, and nothing else."""
     if name.startswith("softmax"):
         return (q @ k.mT) @ v
@@ -48,13 +49,14 @@ def equation(name, kernel, q, k, v, layouts):
         for weight in torch.randn(2, HEADS, HEADS):
             maps = (weight @ maps.flatten(2)).view_as(maps)
         return maps @ v
-    if name == "linformer":  # k and v are those that were compressed
-        return (q @ k.mT) @ v
+    if name == "linformer":
+        e, f = torch.randn(2, kernel.rank, k.shape[2])
+        return (q @ (e @ k).mT) @ (f @ v)
     if name == "performer":
         w = torch.randn(kernel.projection_matrix.shape[0], KEY)
         context = (k @ w.mT).mT @ F.pad(v, (0, 1))
         return (q @ w.mT) @ context
-    marks = math.prod(kernel._parts(*layouts))
+    marks = math.prod(kernel._parts(*grids))
     ql, kl = torch.randn(2, BATCH, HEADS, marks, KEY)
     inner = newton_schulz(ql @ kl.mT, kernel.iterations) @ ((ql @ k.mT) @ v)
     conv = nn.Conv2d(HEADS, HEADS, (33, 1), padding=(16, 0), groups=HEADS)
@@ -65,28 +67,27 @@ def equation(name, kernel, q, k, v, layouts):
 @pytest.mark.parametrize("name", vx.KERNELS.names())
 @pytest.mark.parametrize(("queries", "keys"), [((6, 5), (6, 5)), ((6, 8), (3, 4))])
 def test_kernels_state_the_products_of_their_equation(name, queries, keys):
-    layouts = vx.Layout(queries), vx.Layout(keys)
-    kernel = vx.KERNELS.create(name, HEADS, KEY, layouts[1], options={})
-    length = 9 if name == "linformer" else math.prod(keys)
-    q, k, v = operands(math.prod(queries), length)
-    want = counted(lambda: equation(name, kernel, q, k, v, layouts))
-    assert kernel.flops(q, k, v, *layouts) == want > 0
+    grids = vx.TokenGrid(queries), vx.TokenGrid(keys)
+    kernel = vx.KERNELS.create(name, site(HEADS, KEY, grids[1]), options={})
+    q, k, v = operands(math.prod(queries), math.prod(keys))
+    want = counted(lambda: equation(name, kernel, q, k, v, grids))
+    assert kernel.flops(q, k, v, *grids) == want > 0
 
 
 def test_fourier_is_a_real_fft():
-    mixer = vx.create_mixer("fourier", dim=16, layout=vx.Layout((8, 8)))
+    mixer = vx.create_mixer("fourier", dim=16, grid=vx.TokenGrid((8, 8)))
     x = torch.randn(2, 64, 16)
-    assert vx.count_flops(mixer, x, vx.Layout((8, 8))) == 2 * 2.5 * 1024 * 10
-    assert counted(lambda: mixer(x, vx.Layout((8, 8)))) == 0  # what a counter sees
+    assert vx.count_flops(mixer, x, vx.TokenGrid((8, 8))) == 2 * 2.5 * 1024 * 10
+    assert counted(lambda: mixer(x, vx.TokenGrid((8, 8)))) == 0  # what a counter sees
 
 
 @pytest.mark.parametrize("name", vx.list_mixers())
 def test_every_mixer_is_counted(name):
-    layout = vx.Layout((8, 8))
+    grid = vx.TokenGrid((8, 8))
     heads = 4 if takes_heads(name) else None
-    mixer = vx.create_mixer(name, dim=32, heads=heads, layout=layout).train()
+    mixer = vx.create_mixer(name, dim=32, heads=heads, grid=grid).train()
     x = torch.randn(2, 64, 32)
-    total = vx.count_flops(mixer, x, layout)
+    total = vx.count_flops(mixer, x, grid)
     assert total > 0
     assert mixer.training
     assert not any(module._forward_hooks for module in mixer.modules())
@@ -96,7 +97,8 @@ def test_every_mixer_is_counted(name):
             maps = 2 * 2 * 32 * (2 * 64 * 32 + 2 * 64 * 32 + 2 * 64 * 64) + 2 * 2 * 64 * 64
         q = torch.randn(2, 4, 64, 8)
         k = torch.randn(2, 4, 64, 8)
-        assert total == maps + mixer.kernel.flops(q, k, k, layout, layout)
+        shortened = {"shortened": True} if name == "linformer" else {}
+        assert total == maps + mixer.kernel.flops(q, k, k, grid, grid, **shortened)
 
 
 @pytest.mark.parametrize(

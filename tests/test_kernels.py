@@ -13,46 +13,46 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from reference import assert_same, relative_error
+from reference import assert_same, relative_error, site
 from torch.autograd import forward_ad
 
-from vision_xformer import KERNELS, Layout, create_mixer
+from vision_xformer import KERNELS, TokenGrid, create_mixer
 from vision_xformer.kernels import performer
 from vision_xformer.kernels.nystrom import depthwise_conv, newton_schulz_pinv
-from vision_xformer.layout import grid_parts, pool_grid, segment_means
+from vision_xformer.grid import grid_parts, pool_grid, segment_means
 
 HEADS, K, V = 3, 5, 7
 
 SELF = [
-    Layout((13,)),
-    Layout((13,), 2),
-    Layout((5, 7)),
-    Layout((5, 7), 1),
-    Layout((2, 3, 5)),
-    Layout((2, 3, 5), 1),
+    TokenGrid((13,)),
+    TokenGrid((13,), 2),
+    TokenGrid((5, 7)),
+    TokenGrid((5, 7), 1),
+    TokenGrid((2, 3, 5)),
+    TokenGrid((2, 3, 5), 1),
 ]
 CROSS = [  # queries, keys
-    (Layout((11,)), Layout((7,))),
-    (Layout((5, 7), 1), Layout((3, 5), 1)),
-    (Layout((3, 5)), Layout((5, 7))),
-    (Layout((3, 5), 3), Layout((5, 7), 2)),
-    (Layout((2, 3, 5), 1), Layout((3, 2, 3), 1)),
+    (TokenGrid((11,)), TokenGrid((7,))),
+    (TokenGrid((5, 7), 1), TokenGrid((3, 5), 1)),
+    (TokenGrid((3, 5)), TokenGrid((5, 7))),
+    (TokenGrid((3, 5), 3), TokenGrid((5, 7), 2)),
+    (TokenGrid((2, 3, 5), 1), TokenGrid((3, 2, 3), 1)),
 ]
-PAIRS = [*((layout, layout) for layout in SELF), *CROSS]
-pairs = pytest.mark.parametrize(("q_layout", "k_layout"), PAIRS, ids=str)
+PAIRS = [*((grid, grid) for grid in SELF), *CROSS]
+pairs = pytest.mark.parametrize(("queries", "keys"), PAIRS, ids=str)
 
 
-def operands(q_layout, k_layout, kv_heads=HEADS, scale=1.0):
+def operands(queries, keys, kv_heads=HEADS, scale=1.0):
     """Random q, k, v in float64 that require gradients."""
-    q = scale * torch.randn(2, HEADS, q_layout.length, K, dtype=torch.float64)
-    k = scale * torch.randn(2, kv_heads, k_layout.length, K, dtype=torch.float64)
-    v = torch.randn(2, kv_heads, k_layout.length, V, dtype=torch.float64)
+    q = scale * torch.randn(2, HEADS, queries.length, K, dtype=torch.float64)
+    k = scale * torch.randn(2, kv_heads, keys.length, K, dtype=torch.float64)
+    v = torch.randn(2, kv_heads, keys.length, V, dtype=torch.float64)
     return tuple(t.requires_grad_() for t in (q, k, v))
 
 
-def build(name, layout, **options):
+def build(name, grid, **options):
     """A kernel in float64 whose parameters are far from their start."""
-    kernel = KERNELS.create(name, HEADS, K, layout, options=options).double()
+    kernel = KERNELS.create(name, site(HEADS, K, grid), options=options).double()
     for parameter in kernel.parameters():
         torch.nn.init.normal_(parameter)
     return kernel
@@ -63,45 +63,43 @@ def build(name, layout, **options):
 
 @pytest.mark.parametrize("name", ["softmax", "softmax_eager"])
 @pairs
-def test_softmax_is_its_loop(name, q_layout, k_layout):
-    qkv = operands(q_layout, k_layout, scale=2)
-    kernel = build(name, k_layout)
-    assert_same(
-        lambda: kernel(*qkv, q_layout, k_layout), lambda: reference.softmax_attention(*qkv), qkv
-    )
+def test_softmax_is_its_loop(name, queries, keys):
+    qkv = operands(queries, keys, scale=2)
+    kernel = build(name, keys)
+    assert_same(lambda: kernel(*qkv, queries, keys), lambda: reference.softmax_attention(*qkv), qkv)
 
 
 @pytest.mark.parametrize("name", ["softmax", "softmax_eager"])
 @pairs
-def test_softmax_with_bias_is_its_loop(name, q_layout, k_layout):
+def test_softmax_with_bias_is_its_loop(name, queries, keys):
     """Of each head, query and key, alike for all samples; it gets a gradient too."""
-    qkv = operands(q_layout, k_layout)
-    shape = HEADS, q_layout.length, k_layout.length
+    qkv = operands(queries, keys)
+    shape = HEADS, queries.length, keys.length
     bias = torch.randn(*shape, dtype=torch.float64, requires_grad=True)
-    kernel = build(name, k_layout)
+    kernel = build(name, keys)
     assert kernel.takes_bias
     kept = bias.detach().clone()
     assert_same(
-        lambda: kernel(*qkv, q_layout, k_layout, bias),
+        lambda: kernel(*qkv, queries, keys, bias),
         lambda: reference.biased_attention(*qkv, bias),
         (*qkv, bias),
     )
     assert torch.equal(bias, kept)
-    plain = kernel(*qkv, q_layout, k_layout)
-    assert relative_error(kernel(*qkv, q_layout, k_layout, bias), plain) > 0.1
-    zero = kernel(*qkv, q_layout, k_layout, torch.zeros_like(bias))
+    plain = kernel(*qkv, queries, keys)
+    assert relative_error(kernel(*qkv, queries, keys, bias), plain) > 0.1
+    zero = kernel(*qkv, queries, keys, torch.zeros_like(bias))
     assert relative_error(zero, plain) < 1e-12
 
 
 @pytest.mark.parametrize("name", ["softmax", "softmax_eager"])
 def test_softmax_of_values_wider_than_keys_in_half_precision_with_bias(name):
-    layout = Layout((5, 7))
-    q, k, v = (t.detach() for t in operands(layout, layout))
+    grid = TokenGrid((5, 7))
+    q, k, v = (t.detach() for t in operands(grid, grid))
     bias = torch.randn(HEADS, 35, 35, dtype=torch.float64)
     exact = reference.biased_attention(q, k, v, bias)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
         low = [t.to(dtype) for t in (q, k, v, bias)]
-        out = build(name, layout).to(dtype)(*low[:3], layout, layout, low[3])
+        out = build(name, grid).to(dtype)(*low[:3], grid, grid, low[3])
         assert out.dtype == dtype
         assert relative_error(out, exact) < tolerance
 
@@ -110,26 +108,26 @@ def test_softmax_of_values_wider_than_keys_in_half_precision_with_bias(name):
 @pytest.mark.parametrize("biased", [False, True])
 def test_dropout_of_the_biased_map_keeps_its_mean(name, biased):
     """Weights are dropped after the softmax and scaled up: the mean over draws is the plain one."""
-    layout = Layout((7,))
-    q, k, v = (t.detach() for t in operands(layout, layout))
+    grid = TokenGrid((7,))
+    q, k, v = (t.detach() for t in operands(grid, grid))
     bias = (torch.randn(HEADS, 7, 7, dtype=torch.float64),) if biased else ()
-    kernel = build(name, layout, dropout=0.5)
-    exact = build(name, layout)(q, k, v, layout, layout, *bias)
-    assert torch.equal(kernel.eval()(q, k, v, layout, layout, *bias), exact)
+    kernel = build(name, grid, dropout=0.5)
+    exact = build(name, grid)(q, k, v, grid, grid, *bias)
+    assert torch.equal(kernel.eval()(q, k, v, grid, grid, *bias), exact)
     kernel.train()
-    draws = [kernel(q, k, v, layout, layout, *bias) for _ in range(3000)]
+    draws = [kernel(q, k, v, grid, grid, *bias) for _ in range(3000)]
     assert relative_error(draws[0], exact) > 0.1
     assert relative_error(sum(draws) / len(draws), exact) < 0.05
 
 
 @pytest.mark.parametrize("name", ["softmax", "softmax_eager", "linformer"])
 def test_attention_dropout_acts_in_training_only(name):
-    layout = Layout((13,))
-    qkv = operands(layout, layout)
-    plain, dropping = build(name, layout), build(name, layout, dropout=0.5)
-    expected = plain(*qkv, layout, layout)
-    assert torch.equal(dropping.eval()(*qkv, layout, layout), expected)
-    assert relative_error(dropping.train()(*qkv, layout, layout), expected) > 0.1
+    grid = TokenGrid((13,))
+    qkv = operands(grid, grid)
+    plain, dropping = build(name, grid), build(name, grid, dropout=0.5)
+    expected = plain(*qkv, grid, grid)
+    assert torch.equal(dropping.eval()(*qkv, grid, grid), expected)
+    assert relative_error(dropping.train()(*qkv, grid, grid), expected) > 0.1
 
 
 # Linformer
@@ -144,51 +142,43 @@ def length_matrix(projection):
 @pytest.mark.parametrize("share_kv", [False, True])
 @pytest.mark.parametrize("one_kv_head", [False, True])
 @pairs
-def test_linformer_is_its_loop(q_layout, k_layout, share_kv, one_kv_head):
+def test_linformer_is_its_loop(queries, keys, share_kv, one_kv_head):
     kv_heads = 1 if one_kv_head else HEADS
-    q, k, v = operands(q_layout, k_layout, kv_heads)
-    kernel = build("linformer", k_layout, rank=11, share_kv=share_kv, one_kv_head=one_kv_head)
+    q, k, v = operands(queries, keys, kv_heads)
+    kernel = build("linformer", keys, rank=11, share_kv=share_kv, one_kv_head=one_kv_head)
     assert (kernel.kv_heads, kernel.share_kv) == (kv_heads, share_kv)
-
-    def ours():
-        flat = (t.transpose(1, 2).flatten(2) for t in (k, v))
-        short = (t.unflatten(2, (kv_heads, -1)).transpose(1, 2) for t in kernel.compress(*flat))
-        return kernel(q, *short, q_layout, k_layout)
 
     def expected():
         e = length_matrix(kernel.proj_k)
         f = e if share_kv else length_matrix(kernel.proj_v)
         return reference.linformer_attention(q, k, v, e, f)
 
-    assert_same(ours, expected, (q, k, v, *kernel.parameters()))
+    leaves = (q, k, v, *kernel.parameters())
+    assert_same(lambda: kernel(q, k, v, queries, keys), expected, leaves)
 
 
-@pytest.mark.parametrize("layout", SELF, ids=str)
-def test_linformer_with_identity_projections_is_softmax(layout):
-    q, k, v = operands(layout, layout)
-    kernel = build("linformer", layout, rank=layout.length)
-    eye = torch.eye(layout.length, dtype=torch.float64)
+@pytest.mark.parametrize("grid", SELF, ids=str)
+def test_linformer_with_identity_projections_is_softmax(grid):
+    q, k, v = operands(grid, grid)
+    kernel = build("linformer", grid, rank=grid.length)
+    eye = torch.eye(grid.length, dtype=torch.float64)
     with torch.no_grad():
         for projection in (kernel.proj_k, kernel.proj_v):
-            projection.grid.copy_(eye[layout.prefix :].view_as(projection.grid))
-            if layout.prefix:
-                projection.prefix.copy_(eye[: layout.prefix])
-    short = (
-        t.unflatten(2, (HEADS, -1)).transpose(1, 2)
-        for t in kernel.compress(*(t.transpose(1, 2).flatten(2) for t in (k, v)))
-    )
-    out = kernel(q, *short, layout, layout)
+            projection.grid.copy_(eye[grid.prefix :].view_as(projection.grid))
+            if grid.prefix:
+                projection.prefix.copy_(eye[: grid.prefix])
+    out = kernel(q, k, v, grid, grid)
     exact = reference.softmax_attention(q, k, v)
     assert relative_error(out, exact) <= 1e-12
     assert relative_error(reference.linformer_attention(q, k, v, eye, eye.flip(0)), exact) > 0.1
 
 
 def test_linformer_starts_as_pooling_of_patches():
-    layout = Layout((6, 10), 1)
-    kernel = KERNELS.create("linformer", HEADS, K, layout, options={"rank": 17})
-    x = torch.randn(1, layout.length, 7)
-    pooled = pool_grid(x, layout, (3, 5))
-    keys, _ = kernel.compress(x, x)
+    grid = TokenGrid((6, 10), 1)
+    kernel = KERNELS.create("linformer", site(HEADS, K, grid), options={"rank": 17})
+    x = torch.randn(1, grid.length, 7)
+    pooled = pool_grid(x, grid, (3, 5))
+    keys, _ = kernel.shorten(x, x)
     assert (keys[:, :15] - pooled).abs().max() < 0.5 * pooled.abs().max()
     assert keys[:, 15:].abs().max() < 0.5 * pooled.abs().max()
 
@@ -198,7 +188,7 @@ def test_linformer_starts_as_pooling_of_patches():
 FORMS = {
     "exponent": {},
     "package": {"stabilizer": "package"},
-    "published": {"stabilizer": "published"},
+    "v0.2": {"stabilizer": "v0.2"},
     "relu": {"feature_map": "relu"},
 }
 forms = pytest.mark.parametrize("form", FORMS)
@@ -207,24 +197,24 @@ forms = pytest.mark.parametrize("form", FORMS)
 @forms
 @pytest.mark.parametrize("features", [3, 17])
 @pairs
-def test_performer_is_its_loop(form, features, q_layout, k_layout):
-    qkv = operands(q_layout, k_layout)
-    kernel = build("performer", k_layout, features=features, **FORMS[form])
+def test_performer_is_its_loop(form, features, queries, keys):
+    qkv = operands(queries, keys)
+    kernel = build("performer", keys, features=features, **FORMS[form])
     assert_same(
-        lambda: kernel(*qkv, q_layout, k_layout),
+        lambda: kernel(*qkv, queries, keys),
         lambda: reference.performer_attention(*qkv, kernel.projection_matrix, form),
         qkv,
     )
 
 
 def test_performer_default_features_and_stabilizer():
-    layout = Layout((13,))
-    kernel = KERNELS.create("performer", HEADS, 64, layout, options={})
+    grid = TokenGrid((13,))
+    kernel = KERNELS.create("performer", site(HEADS, 64, grid), options={})
     assert kernel.projection_matrix.shape == (int(64 * math.log(64)), 64)
     q, k, v = (torch.randn(2, HEADS, 13, 64, dtype=torch.float64) for _ in range(3))
     kernel = kernel.double()
     expected = reference.performer_attention(q, k, v, kernel.projection_matrix, "exponent")
-    assert relative_error(kernel(q, k, v, layout, layout), expected) <= 1e-10
+    assert relative_error(kernel(q, k, v, grid, grid), expected) <= 1e-10
     package = reference.performer_attention(q, k, v, kernel.projection_matrix, "package")
     assert relative_error(expected, package) > 0.1
 
@@ -234,24 +224,24 @@ def test_performer_default_features_and_stabilizer():
 def test_performer_in_blocks_is_the_equations_as_they_stand(form, elements, monkeypatch):
     """``elements``: 1, 2, 4 (of 6: an uneven rest) and all heads at a time."""
     monkeypatch.setitem(performer._BLOCK_ELEMENTS, "cpu", elements)
-    q_layout, k_layout = Layout((5, 7), 1), Layout((3, 5), 1)
-    qkv = operands(q_layout, k_layout)
-    kernel = build("performer", k_layout, features=11, **FORMS[form])
+    queries, keys = TokenGrid((5, 7), 1), TokenGrid((3, 5), 1)
+    qkv = operands(queries, keys)
+    kernel = build("performer", keys, features=11, **FORMS[form])
     w = kernel.projection_matrix * K**-0.25
 
     def whole():
         return performer._attend(*qkv, w, kernel.form, kernel.eps)
 
-    assert_same(lambda: kernel(*qkv, q_layout, k_layout), whole, qkv, 1e-12)
+    assert_same(lambda: kernel(*qkv, queries, keys), whole, qkv, 1e-12)
     with torch.no_grad():  # overwrites its temporaries there
-        assert relative_error(whole(), kernel(*qkv, q_layout, k_layout)) <= 1e-12
+        assert relative_error(whole(), kernel(*qkv, queries, keys)) <= 1e-12
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # within opcheck
 @pytest.mark.parametrize("form", ["exponent", "relu"])
 def test_performer_blocks_are_sound_for_compilers_and_autocast(form):
-    layout = Layout((5, 7))
-    q, k, v = (t.detach().flatten(0, 1).float() for t in operands(layout, layout))
+    grid = TokenGrid((5, 7))
+    q, k, v = (t.detach().flatten(0, 1).float() for t in operands(grid, grid))
     inputs = [t.requires_grad_() for t in (q, k, v)]
     w = torch.randn(11, K)
     torch.library.opcheck(performer._blocked, (*inputs, w, form, 1e-3))
@@ -268,31 +258,31 @@ def test_performer_blocks_are_sound_for_compilers_and_autocast(form):
 @pytest.mark.filterwarnings("ignore:`torch.jit.script`")  # within make_dual
 @pytest.mark.parametrize("form", ["exponent", "package", "relu"])
 def test_performer_has_the_same_derivatives_forward_and_backward(form):
-    layout = Layout((5, 7))
-    kernel = build("performer", layout, **FORMS[form])
-    qkv = operands(layout, layout)
+    grid = TokenGrid((5, 7))
+    kernel = build("performer", grid, **FORMS[form])
+    qkv = operands(grid, grid)
     tangents = [torch.randn_like(t) for t in qkv]
     with forward_ad.dual_level():
         duals = map(forward_ad.make_dual, qkv, tangents)
-        forward = forward_ad.unpack_dual(kernel(*duals, layout, layout)).tangent
+        forward = forward_ad.unpack_dual(kernel(*duals, grid, grid)).tangent
     direction = torch.randn_like(forward)
-    backward = torch.autograd.grad(kernel(*qkv, layout, layout), qkv, direction)
+    backward = torch.autograd.grad(kernel(*qkv, grid, grid), qkv, direction)
     along = sum((t * d).sum() for t, d in zip(tangents, backward, strict=True))
     assert relative_error((forward * direction).sum(), along) <= 1e-10
 
 
 def performer_error(draws, scale=0.25, width=8, tokens=53, **options):
     """Root mean square error against exact softmax over new draws of the features."""
-    layout = Layout((tokens,))
+    grid = TokenGrid((tokens,))
     same = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 1, 1, tokens, width, dtype=torch.float64, generator=same)
     q, k = q * scale, k * scale
     exact = F.scaled_dot_product_attention(q, k, v)
-    kernel = KERNELS.create("performer", 1, width, layout, options=options)
+    kernel = KERNELS.create("performer", site(1, width, grid), options=options)
     total = 0.0
     for _ in range(draws):
         kernel.redraw()
-        total += relative_error(kernel(q, k, v, layout, layout), exact) ** 2
+        total += relative_error(kernel(q, k, v, grid, grid), exact) ** 2
     return math.sqrt(total / draws)
 
 
@@ -341,29 +331,29 @@ def test_orthogonal_features_are_orthogonal_within_blocks():
 
 
 def test_features_change_by_redraw_only():
-    layout = Layout((13,))
-    qkv = operands(layout, layout)
-    kernel = build("performer", layout).train()
+    grid = TokenGrid((13,))
+    qkv = operands(grid, grid)
+    kernel = build("performer", grid).train()
     assert list(kernel.state_dict()) == ["projection_matrix"]
     before = kernel.projection_matrix.clone()
-    first = kernel(*qkv, layout, layout)
+    first = kernel(*qkv, grid, grid)
     first.sum().backward()
     for _ in range(3):
-        assert torch.equal(kernel(*qkv, layout, layout), first)
+        assert torch.equal(kernel(*qkv, grid, grid), first)
     assert torch.equal(kernel.projection_matrix, before)
     kernel.redraw()
     assert kernel.projection_matrix.dtype == torch.float64
     assert relative_error(kernel.projection_matrix, before) > 0.5
-    assert relative_error(kernel(*qkv, layout, layout), first) > 0.01
+    assert relative_error(kernel(*qkv, grid, grid), first) > 0.01
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_performer_is_finite_at_large_scales(dtype):
-    layout = Layout((37,), 1)
-    kernel = KERNELS.create("performer", HEADS, 64, layout, options={})
-    q, k, v = torch.randn(3, 2, HEADS, layout.length, 64)
+    grid = TokenGrid((37,), 1)
+    kernel = KERNELS.create("performer", site(HEADS, 64, grid), options={})
+    q, k, v = torch.randn(3, 2, HEADS, grid.length, 64)
     q, k, v = ((t * s).to(dtype).requires_grad_() for t, s in ((q, 30), (k, 30), (v, 1)))
-    out = kernel(q, k, v, layout, layout)
+    out = kernel(q, k, v, grid, grid)
     assert out.dtype == dtype
     assert out.isfinite().all()
     out.float().square().sum().backward()
@@ -373,60 +363,58 @@ def test_performer_is_finite_at_large_scales(dtype):
 
 def test_package_stabilizer_collapses_to_the_mean_where_exponent_does_not():
     """q, k of twice unit size, K = 64: eps is all of the package's mass."""
-    layout = Layout((101,))
-    q, k, v = torch.randn(3, 2, HEADS, layout.length, 64, dtype=torch.float64)
+    grid = TokenGrid((101,))
+    q, k, v = torch.randn(3, 2, HEADS, grid.length, 64, dtype=torch.float64)
     mean = v.mean(2, keepdim=True).expand_as(v)
     error = {}
     for form in ("exponent", "package"):
-        kernel = KERNELS.create("performer", HEADS, 64, layout, options=FORMS[form])
-        error[form] = relative_error(kernel(2 * q, 2 * k, v, layout, layout), mean)
+        kernel = KERNELS.create("performer", site(HEADS, 64, grid), options=FORMS[form])
+        error[form] = relative_error(kernel(2 * q, 2 * k, v, grid, grid), mean)
     assert error["package"] < 0.05
     assert error["exponent"] > 0.5
 
 
 def test_published_stabilizer_alone_sees_the_batch():
-    layout = Layout((13,))
-    q, k, v = operands(layout, layout)
+    grid = TokenGrid((13,))
+    q, k, v = operands(grid, grid)
     scale = torch.tensor([1.0, 8.0], dtype=torch.float64).view(2, 1, 1, 1)
     for form, options in FORMS.items():
-        kernel = build("performer", layout, features=17, **options)
-        alone = kernel(q[:1], k[:1], v[:1], layout, layout)
-        moved = relative_error(kernel(q * scale, k * scale, v, layout, layout)[:1], alone)
-        assert moved > 1e-3 if form == "published" else moved < 1e-12
+        kernel = build("performer", grid, features=17, **options)
+        alone = kernel(q[:1], k[:1], v[:1], grid, grid)
+        moved = relative_error(kernel(q * scale, k * scale, v, grid, grid)[:1], alone)
+        assert moved > 1e-3 if form == "v0.2" else moved < 1e-12
 
 
 # Nystrom
 
 NYSTROM = [  # queries, keys, landmarks, boxes of the grid, runs of the sequence
-    (Layout((13,)), Layout((13,)), 5, (5,), (5,)),
-    (Layout((13,), 2), Layout((13,), 2), 17, (13,), (13,)),
-    (Layout((5, 7)), Layout((5, 7)), 1, (1, 1), (1,)),
-    (Layout((5, 7)), Layout((5, 7)), 6, (2, 3), (6,)),
-    (Layout((5, 7), 1), Layout((5, 7), 1), 64, (5, 7), (35,)),
-    (Layout((3, 11), 1), Layout((3, 11), 1), 22, (2, 11), (22,)),
-    (Layout((2, 3, 5)), Layout((2, 3, 5)), 11, (1, 2, 5), (11,)),
-    (Layout((2, 3, 5), 1), Layout((2, 3, 5), 1), 30, (2, 3, 5), (30,)),
-    (Layout((11,)), Layout((7,)), 5, (5,), (5,)),
-    (Layout((5, 7), 1), Layout((3, 5), 1), 17, (3, 5), (15,)),
-    (Layout((3, 5)), Layout((5, 7)), 6, (2, 3), (6,)),
-    (Layout((3, 5), 3), Layout((5, 7), 2), 11, (2, 5), (11,)),
-    (Layout((2, 3, 5), 1), Layout((2, 5, 7), 1), 11, (1, 2, 5), (11,)),
+    (TokenGrid((13,)), TokenGrid((13,)), 5, (5,), (5,)),
+    (TokenGrid((13,), 2), TokenGrid((13,), 2), 17, (13,), (13,)),
+    (TokenGrid((5, 7)), TokenGrid((5, 7)), 1, (1, 1), (1,)),
+    (TokenGrid((5, 7)), TokenGrid((5, 7)), 6, (2, 3), (6,)),
+    (TokenGrid((5, 7), 1), TokenGrid((5, 7), 1), 64, (5, 7), (35,)),
+    (TokenGrid((3, 11), 1), TokenGrid((3, 11), 1), 22, (2, 11), (22,)),
+    (TokenGrid((2, 3, 5)), TokenGrid((2, 3, 5)), 11, (1, 2, 5), (11,)),
+    (TokenGrid((2, 3, 5), 1), TokenGrid((2, 3, 5), 1), 30, (2, 3, 5), (30,)),
+    (TokenGrid((11,)), TokenGrid((7,)), 5, (5,), (5,)),
+    (TokenGrid((5, 7), 1), TokenGrid((3, 5), 1), 17, (3, 5), (15,)),
+    (TokenGrid((3, 5)), TokenGrid((5, 7)), 6, (2, 3), (6,)),
+    (TokenGrid((3, 5), 3), TokenGrid((5, 7), 2), 11, (2, 5), (11,)),
+    (TokenGrid((2, 3, 5), 1), TokenGrid((2, 5, 7), 1), 11, (1, 2, 5), (11,)),
 ]
 
 
 @pytest.mark.parametrize("segments", ["grid", "sequence"])
 @pytest.mark.parametrize("taps", [0, 33])
-@pytest.mark.parametrize(("q_layout", "k_layout", "landmarks", "boxes", "runs"), NYSTROM, ids=str)
-def test_nystrom_is_its_loop(q_layout, k_layout, landmarks, boxes, runs, taps, segments):
-    qkv = operands(q_layout, k_layout)
-    kernel = build(
-        "nystrom", k_layout, landmarks=landmarks, residual_kernel=taps, segments=segments
-    )
+@pytest.mark.parametrize(("queries", "keys", "landmarks", "boxes", "runs"), NYSTROM, ids=str)
+def test_nystrom_is_its_loop(queries, keys, landmarks, boxes, runs, taps, segments):
+    qkv = operands(queries, keys)
+    kernel = build("nystrom", keys, landmarks=landmarks, residual_kernel=taps, segments=segments)
     parts = boxes if segments == "grid" else runs
     assert_same(
-        lambda: kernel(*qkv, q_layout, k_layout),
+        lambda: kernel(*qkv, queries, keys),
         lambda: reference.nystrom_attention(
-            *qkv, q_layout, k_layout, parts, 6, kernel.residual if taps else None
+            *qkv, queries, keys, parts, 6, kernel.residual if taps else None
         ),
         (*qkv, *kernel.parameters()),
     )
@@ -435,34 +423,34 @@ def test_nystrom_is_its_loop(q_layout, k_layout, landmarks, boxes, runs, taps, s
 @pytest.mark.parametrize("iterations", [0, 1, 13])
 @pytest.mark.parametrize("taps", [1, 5])
 def test_nystrom_iterations_and_taps(iterations, taps):
-    layout = Layout((5, 7), 1)
-    qkv = operands(layout, layout)
-    kernel = build("nystrom", layout, landmarks=6, iterations=iterations, residual_kernel=taps)
+    grid = TokenGrid((5, 7), 1)
+    qkv = operands(grid, grid)
+    kernel = build("nystrom", grid, landmarks=6, iterations=iterations, residual_kernel=taps)
     assert_same(
-        lambda: kernel(*qkv, layout, layout),
-        lambda: reference.nystrom_attention(
-            *qkv, layout, layout, (2, 3), iterations, kernel.residual
-        ),
+        lambda: kernel(*qkv, grid, grid),
+        lambda: reference.nystrom_attention(*qkv, grid, grid, (2, 3), iterations, kernel.residual),
         (*qkv, *kernel.parameters()),
     )
 
 
 @pytest.mark.parametrize("segments", ["grid", "sequence"])
-@pytest.mark.parametrize("layout", [Layout((13,)), Layout((5, 7)), Layout((2, 3, 5))], ids=str)
-def test_nystrom_with_a_landmark_for_each_token_is_softmax_once_converged(layout, segments):
-    qkv = operands(layout, layout, scale=2)
+@pytest.mark.parametrize(
+    "grid", [TokenGrid((13,)), TokenGrid((5, 7)), TokenGrid((2, 3, 5))], ids=str
+)
+def test_nystrom_with_a_landmark_for_each_token_is_softmax_once_converged(grid, segments):
+    qkv = operands(grid, grid, scale=2)
     exact = reference.softmax_attention(*qkv)
 
     def error(iterations):
         kernel = build(
             "nystrom",
-            layout,
+            grid,
             landmarks=37,
             iterations=iterations,
             residual_kernel=0,
             segments=segments,
         )
-        return relative_error(kernel(*qkv, layout, layout), exact)
+        return relative_error(kernel(*qkv, grid, grid), exact)
 
     assert error(40) <= 1e-8
     assert error(6) > 1e-4
@@ -481,7 +469,7 @@ def test_grid_landmarks_beat_strips_on_pictures(scale):
 
     at scale 0.75: 64 patches 0.033, 64 strips 0.25, 256 strips 0.030; at 1.25: 0.053, 0.67, 0.041.
     """
-    layout = Layout((32, 32))
+    grid = TokenGrid((32, 32))
     kinds = [("grid", 64), ("sequence", 64), ("sequence", 256)]
     errors = dict.fromkeys(kinds, 0.0)
     for _ in range(3):
@@ -489,10 +477,8 @@ def test_grid_landmarks_beat_strips_on_pictures(scale):
         exact = F.scaled_dot_product_attention(q, k, v)
         for segments, landmarks in kinds:
             options = {"landmarks": landmarks, "segments": segments, "residual_kernel": 0}
-            kernel = KERNELS.create("nystrom", 1, 32, layout, options=options)
-            errors[segments, landmarks] += (
-                relative_error(kernel(q, k, v, layout, layout), exact) / 3
-            )
+            kernel = KERNELS.create("nystrom", site(1, 32, grid), options=options)
+            errors[segments, landmarks] += relative_error(kernel(q, k, v, grid, grid), exact) / 3
     patches, strips, many_strips = (errors[kind] for kind in kinds)
     assert patches < 0.1
     assert 4 * patches < strips
@@ -501,12 +487,12 @@ def test_grid_landmarks_beat_strips_on_pictures(scale):
 
 
 def test_nystrom_sees_no_batch_mate():
-    layout = Layout((5, 7), 1)
-    q, k, v = operands(layout, layout)
+    grid = TokenGrid((5, 7), 1)
+    q, k, v = operands(grid, grid)
     scale = torch.tensor([1.0, 8.0], dtype=torch.float64).view(2, 1, 1, 1)
-    kernel = build("nystrom", layout, landmarks=6)
-    alone = kernel(q[:1], k[:1], v[:1], layout, layout)
-    together = kernel(q * scale, k * scale, v * scale, layout, layout)
+    kernel = build("nystrom", grid, landmarks=6)
+    alone = kernel(q[:1], k[:1], v[:1], grid, grid)
+    together = kernel(q * scale, k * scale, v * scale, grid, grid)
     assert relative_error(together[:1], alone) <= 1e-12
 
 
@@ -566,61 +552,67 @@ def test_depthwise_conv_is_right_in_float32(length):
 # Fourier
 
 
-def fourier(layout, dim, **options):
-    return create_mixer("fourier", dim=dim, layout=layout, **options)
+def fourier(grid, dim, **options):
+    return create_mixer("fourier", dim=dim, grid=grid, **options)
 
 
 @pytest.mark.parametrize("dim", [1, 2, 7, 8])
 @pytest.mark.parametrize(
-    "layout",
-    [Layout((1,)), Layout((11,)), Layout((12,), 1), Layout((5, 6)), Layout((2, 3, 5), 2)],
+    "grid",
+    [
+        TokenGrid((1,)),
+        TokenGrid((11,)),
+        TokenGrid((12,), 1),
+        TokenGrid((5, 6)),
+        TokenGrid((2, 3, 5), 2),
+    ],
     ids=str,
 )
-def test_fourier_over_the_sequence_is_dft_matrices(layout, dim):
-    x = torch.randn(2, layout.length, dim, dtype=torch.float64, requires_grad=True)
-    for norm, factor in (("backward", 1.0), ("ortho", (layout.length * dim) ** -0.5)):
-        mixer = fourier(layout, dim, norm=norm)
+def test_fourier_over_the_sequence_is_dft_matrices(grid, dim):
+    x = torch.randn(2, grid.length, dim, dtype=torch.float64, requires_grad=True)
+    for norm, factor in (("backward", 1.0), ("ortho", (grid.length * dim) ** -0.5)):
+        mixer = fourier(grid, dim, norm=norm)
         assert_same(
-            lambda mixer=mixer: mixer(x, layout),
-            lambda factor=factor: factor * reference.real_fourier(x, (layout.length,)),
+            lambda mixer=mixer: mixer(x, grid),
+            lambda factor=factor: factor * reference.real_fourier(x, (grid.length,)),
             (x,),
         )
 
 
 @pytest.mark.parametrize("dim", [7, 8])
-@pytest.mark.parametrize("grid", [(11,), (12,), (5, 7), (6, 5), (4, 6), (2, 3, 5), (3, 2, 4)])
-def test_fourier_over_the_grid_is_dft_matrices(grid, dim):
-    layout = Layout(grid)
-    x = torch.randn(2, layout.length, dim, dtype=torch.float64, requires_grad=True)
-    for norm, factor in (("backward", 1.0), ("ortho", (layout.length * dim) ** -0.5)):
-        mixer = fourier(layout, dim, axes="grid", norm=norm)
+@pytest.mark.parametrize("shape", [(11,), (12,), (5, 7), (6, 5), (4, 6), (2, 3, 5), (3, 2, 4)])
+def test_fourier_over_the_grid_is_dft_matrices(shape, dim):
+    grid = TokenGrid(shape)
+    x = torch.randn(2, grid.length, dim, dtype=torch.float64, requires_grad=True)
+    for norm, factor in (("backward", 1.0), ("ortho", (grid.length * dim) ** -0.5)):
+        mixer = fourier(grid, dim, axes="grid", norm=norm)
         assert_same(
-            lambda mixer=mixer: mixer(x, layout),
-            lambda factor=factor: factor * reference.real_fourier(x, grid),
+            lambda mixer=mixer: mixer(x, grid),
+            lambda factor=factor: factor * reference.real_fourier(x, shape),
             (x,),
         )
-    sequence = fourier(layout, dim)(x, layout)
-    far = relative_error(fourier(layout, dim, axes="grid")(x, layout), sequence)
-    assert far < 1e-12 if len(grid) == 1 else far > 0.1
+    sequence = fourier(grid, dim)(x, grid)
+    far = relative_error(fourier(grid, dim, axes="grid")(x, grid), sequence)
+    assert far < 1e-12 if len(shape) == 1 else far > 0.1
 
 
 @pytest.mark.parametrize("axes", ["sequence", "grid"])
 @pytest.mark.parametrize("norm", ["backward", "ortho"])
 def test_fourier_gradcheck(axes, norm):
-    layout = Layout((3, 4))
+    grid = TokenGrid((3, 4))
     x = torch.randn(2, 12, 5, dtype=torch.float64, requires_grad=True)
-    mixer = fourier(layout, 5, axes=axes, norm=norm)
-    assert torch.autograd.gradcheck(lambda x: mixer(x, layout), (x,))
+    mixer = fourier(grid, 5, axes=axes, norm=norm)
+    assert torch.autograd.gradcheck(lambda x: mixer(x, grid), (x,))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_fourier_of_half_precision_is_computed_in_float32(dtype):
-    layout = Layout((5, 7), 1)
-    mixer = fourier(layout, 11)
+    grid = TokenGrid((5, 7), 1)
+    mixer = fourier(grid, 11)
     x = torch.randn(2, 36, 11).to(dtype)
-    out = mixer(x, layout)
+    out = mixer(x, grid)
     assert out.dtype == dtype
-    assert torch.equal(out, mixer(x.float(), layout).to(dtype))
+    assert torch.equal(out, mixer(x.float(), grid).to(dtype))
 
 
 # Segments and pooling
@@ -677,7 +669,7 @@ def test_segment_means_cut_nearly_equal_runs(size):
 
 @pytest.mark.parametrize("prefix", [0, 2])
 @pytest.mark.parametrize(
-    ("grid", "parts"),
+    ("shape", "parts"),
     [
         ((13,), (5,)),
         ((13,), (13,)),
@@ -689,12 +681,12 @@ def test_segment_means_cut_nearly_equal_runs(size):
         ((4, 3, 5), (2, 3, 1)),
     ],
 )
-def test_pool_grid_is_its_loop(grid, parts, prefix):
-    layout = Layout(grid, prefix)
-    x = torch.randn(2, layout.length, 3, dtype=torch.float64, requires_grad=True)
+def test_pool_grid_is_its_loop(shape, parts, prefix):
+    grid = TokenGrid(shape, prefix)
+    x = torch.randn(2, grid.length, 3, dtype=torch.float64, requires_grad=True)
     assert_same(
-        lambda: pool_grid(x, layout, parts),
-        lambda: torch.stack([reference.cell_means(s, grid, prefix, parts) for s in x]),
+        lambda: pool_grid(x, grid, parts),
+        lambda: torch.stack([reference.cell_means(s, shape, prefix, parts) for s in x]),
         (x,),
         1e-12,
     )

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from reference import assert_same, relative_error
 
-from vision_xformer import Layout
-from vision_xformer.layers import TokenTable, resize_grid
+from vision_xformer import TokenGrid
+from vision_xformer.positions import TokenTable, resize_grid
 from vision_xformer.positions import (
     LearnedPosition,
     PositionBias,
@@ -23,43 +23,43 @@ from vision_xformer.positions import (
     rotate,
 )
 
-LAYOUTS = [
-    Layout((13,)),
-    Layout((11,), 2),
-    Layout((5, 7)),
-    Layout((7, 5), 1),
-    Layout((2, 3, 5)),
-    Layout((5, 2, 3), 3),
+GRIDS = [
+    TokenGrid((13,)),
+    TokenGrid((11,), 2),
+    TokenGrid((5, 7)),
+    TokenGrid((7, 5), 1),
+    TokenGrid((2, 3, 5)),
+    TokenGrid((5, 2, 3), 3),
 ]
 BASE = {"axial": 100, "raster": 10000}
-every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+every_layout = pytest.mark.parametrize("grid", GRIDS, ids=str)
 both_kinds = pytest.mark.parametrize("kind", ["axial", "raster"])
 
 
-def coordinates(layout, kind):
+def coordinates(grid, kind):
     """Of every token: its place on each axis, or in the sequence; None for the prefix."""
-    cells = list(itertools.product(*map(range, layout.grid)))
+    cells = list(itertools.product(*map(range, grid.shape)))
     if kind == "raster":
-        cells = [(layout.prefix + i,) for i in range(len(cells))]
-    return [None] * layout.prefix + cells
+        cells = [(grid.prefix + i,) for i in range(len(cells))]
+    return [None] * grid.prefix + cells
 
 
-def axis_dim(layout, kind, head_dim):
+def axis_dim(grid, kind, head_dim):
     """Channels an axis turns: an equal share, in pairs."""
-    return head_dim // (2 * len(layout.grid) if kind == "axial" else 2) * 2
+    return head_dim // (2 * len(grid.shape) if kind == "axial" else 2) * 2
 
 
 # 12: all channels; 13: one is left over; 17 also where there are two or three axes
 @pytest.mark.parametrize("head_dim", [12, 13, 17])
 @both_kinds
 @every_layout
-def test_rotation_is_pair_by_pair(layout, kind, head_dim):
-    dim = axis_dim(layout, kind, head_dim)
-    angles = RotaryPosition(layout, head_dim, kind)()
+def test_rotation_is_pair_by_pair(grid, kind, head_dim):
+    dim = axis_dim(grid, kind, head_dim)
+    angles = RotaryPosition(grid, head_dim, kind)()
     assert angles.dtype == torch.float32
-    assert angles.shape == (layout.length, dim * (len(layout.grid) if kind == "axial" else 1))
-    x = torch.randn(2, layout.length, 3, head_dim, dtype=torch.float64, requires_grad=True)
-    places = coordinates(layout, kind)
+    assert angles.shape == (grid.length, dim * (len(grid.shape) if kind == "axial" else 1))
+    x = torch.randn(2, grid.length, 3, head_dim, dtype=torch.float64, requires_grad=True)
+    places = coordinates(grid, kind)
     assert_same(
         lambda: rotate(x, angles),
         lambda: reference.rotate(x, places, dim, BASE[kind]),
@@ -69,43 +69,43 @@ def test_rotation_is_pair_by_pair(layout, kind, head_dim):
     with torch.no_grad():
         turned = rotate(x, angles)
     assert torch.equal(turned[..., angles.shape[1] :], x[..., angles.shape[1] :])
-    assert relative_error(turned[:, layout.prefix :], x[:, layout.prefix :]) > 0.1
+    assert relative_error(turned[:, grid.prefix :], x[:, grid.prefix :]) > 0.1
 
 
 @both_kinds
 @every_layout
-def test_rotation_by_float64_angles_is_exact(layout, kind):
-    dim = axis_dim(layout, kind, 13)
-    places = coordinates(layout, kind)
+def test_rotation_by_float64_angles_is_exact(grid, kind):
+    dim = axis_dim(grid, kind, 13)
+    places = coordinates(grid, kind)
     frequencies = [BASE[kind] ** (-2 * i / dim) for i in range(dim // 2)]
     rows = []
     for place in places:
         row = [p * f for p in place or (0,) * len(places[-1]) for f in frequencies for _ in "ab"]
         rows.append(row)
     angles = torch.tensor(rows, dtype=torch.float64)
-    assert (RotaryPosition(layout, 13, kind)() - angles).abs().max() < 1e-5
-    x = torch.randn(2, layout.length, 3, 13, dtype=torch.float64)
+    assert (RotaryPosition(grid, 13, kind)() - angles).abs().max() < 1e-5
+    x = torch.randn(2, grid.length, 3, 13, dtype=torch.float64)
     assert relative_error(rotate(x, angles), reference.rotate(x, places, dim, BASE[kind])) < 1e-14
 
 
 @every_layout
-def test_prefix_has_angle_zero_and_the_raster_counts_it(layout):
-    axial, raster = (RotaryPosition(layout, 12, kind)() for kind in ("axial", "raster"))
+def test_prefix_has_angle_zero_and_the_raster_counts_it(grid):
+    axial, raster = (RotaryPosition(grid, 12, kind)() for kind in ("axial", "raster"))
     for angles in (axial, raster):
-        assert (angles[: layout.prefix] == 0).all()
-    assert (axial[layout.prefix] == 0).all()
-    assert raster[layout.prefix, 0] == layout.prefix
-    assert raster[-1, 0] == layout.length - 1
+        assert (angles[: grid.prefix] == 0).all()
+    assert (axial[grid.prefix] == 0).all()
+    assert raster[grid.prefix, 0] == grid.prefix
+    assert raster[-1, 0] == grid.length - 1
 
 
 @pytest.mark.parametrize("grid", [(13,), (5, 7), (2, 3, 5)])
 @both_kinds
 def test_scores_depend_on_the_offset_only(grid, kind):
-    layout = Layout(grid, 1)
-    places = coordinates(layout, kind)[1:]
+    grid = TokenGrid(grid, 1)
+    places = coordinates(grid, kind)[1:]
     q, k = torch.randn(2, 1, 1, 1, 13, dtype=torch.float64)
-    angles = RotaryPosition(layout, 13, kind)()
-    q, k = (rotate(t.expand(-1, layout.length, -1, -1), angles)[0, 1:, 0] for t in (q, k))
+    angles = RotaryPosition(grid, 13, kind)()
+    q, k = (rotate(t.expand(-1, grid.length, -1, -1), angles)[0, 1:, 0] for t in (q, k))
     scores = q @ k.T
     of_offset = {}
     for i, j in itertools.product(range(len(places)), repeat=2):
@@ -130,8 +130,8 @@ def test_scores_depend_on_the_offset_only(grid, kind):
     ],
 )
 def test_angles_stay_float32_in_a_module_of_any_type(kind, cast):
-    layout = Layout((211, 5), 1)
-    module = torch.nn.Sequential(RotaryPosition(layout, 13, kind), torch.nn.Linear(3, 3))
+    grid = TokenGrid((211, 5), 1)
+    module = torch.nn.Sequential(RotaryPosition(grid, 13, kind), torch.nn.Linear(3, 3))
     before = module[0]().clone()
     module = cast(module)
     assert module[0]().dtype == torch.float32
@@ -142,12 +142,12 @@ def test_angles_stay_float32_in_a_module_of_any_type(kind, cast):
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("position", ["axial", "raster", "sincos"])
 def test_positions_do_not_depend_on_the_default_type(default, position):
-    layout = Layout((1009,), 1)
+    grid = TokenGrid((1009,), 1)
 
     def build():
         if position == "sincos":
-            return SinCosPosition(layout, 13)()
-        return RotaryPosition(layout, 13, position)()
+            return SinCosPosition(grid, 13)()
+        return RotaryPosition(grid, 13, position)()
 
     expected = build()
     try:
@@ -165,12 +165,12 @@ def test_positions_do_not_depend_on_the_default_type(default, position):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_rotates_right_at_position_1000(kind, dtype):
     """Equal to float64 up to the rounding of the result: positions are not rounded."""
-    layout = Layout((1009,))
-    module = RotaryPosition(layout, 8, kind).to(dtype)
+    grid = TokenGrid((1009,))
+    module = RotaryPosition(grid, 8, kind).to(dtype)
     x = torch.randn(1, 1009, 2, 8).to(dtype)
     out = rotate(x, module())
     assert out.dtype == dtype
-    expected = reference.rotate(x, coordinates(layout, kind), 8, BASE[kind])
+    expected = reference.rotate(x, coordinates(grid, kind), 8, BASE[kind])
     error = (out.double() - expected).abs()
     assert (error <= 0.5 * torch.finfo(dtype).eps * expected.abs() + 1e-3).all()
     if dtype == torch.bfloat16:  # what rounding them would do
@@ -194,12 +194,12 @@ def test_half_precision_rotates_right_at_position_1000(kind, dtype):
     ],
 )
 def test_narrow_and_odd_heads_are_rotated_in_part(grid, kind, head_dim, rotated):
-    layout = Layout(grid, 1)
-    module = RotaryPosition(layout, head_dim, kind)
-    assert module().shape == (layout.length, rotated)
-    x = torch.randn(1, layout.length, 1, head_dim, dtype=torch.float64)
-    dim = axis_dim(layout, kind, head_dim)
-    expected = reference.rotate(x, coordinates(layout, kind), dim, BASE[kind])
+    grid = TokenGrid(grid, 1)
+    module = RotaryPosition(grid, head_dim, kind)
+    assert module().shape == (grid.length, rotated)
+    x = torch.randn(1, grid.length, 1, head_dim, dtype=torch.float64)
+    dim = axis_dim(grid, kind, head_dim)
+    expected = reference.rotate(x, coordinates(grid, kind), dim, BASE[kind])
     assert relative_error(rotate(x, module()), expected) < 1e-6
 
 
@@ -209,14 +209,14 @@ def test_narrow_and_odd_heads_are_rotated_in_part(grid, kind, head_dim, rotated)
 )
 def test_too_narrow_heads_are_refused(grid, kind, head_dim):
     with pytest.raises(ValueError, match=f"head_dim {head_dim} must be at least"):
-        RotaryPosition(Layout(grid), head_dim, kind)
+        RotaryPosition(TokenGrid(grid), head_dim, kind)
 
 
 def test_unknown_kinds_are_refused_with_the_nearest():
     with pytest.raises(ValueError, match="'axail'; did you mean 'axial'"):
-        RotaryPosition(Layout((5,)), 8, "axail")
+        RotaryPosition(TokenGrid((5,)), 8, "axail")
     with pytest.raises(ValueError, match="'sincoss'; did you mean 'sincos'"):
-        make_position("sincoss", Layout((5,)), 8, 1.0)
+        make_position("sincoss", TokenGrid((5,)), 8, 1.0)
 
 
 # Sin-cos
@@ -224,18 +224,18 @@ def test_unknown_kinds_are_refused_with_the_nearest():
 
 @pytest.mark.parametrize("dim", [6, 11, 24])
 @every_layout
-def test_sincos_is_its_formula(layout, dim):
+def test_sincos_is_its_formula(grid, dim):
     """Of each axis, the last first: the sines of all frequencies, then the cosines."""
-    axes = len(layout.grid)
+    axes = len(grid.shape)
     pairs = dim // (2 * axes)
-    table = torch.zeros(layout.length, dim, dtype=torch.float64)
-    for n, place in enumerate(itertools.product(*map(range, layout.grid)), layout.prefix):
+    table = torch.zeros(grid.length, dim, dtype=torch.float64)
+    for n, place in enumerate(itertools.product(*map(range, grid.shape)), grid.prefix):
         for axis, coordinate in enumerate(reversed(place)):
             for i in range(pairs):
                 angle = coordinate * 10000 ** (-i / max(1, pairs - 1))
                 table[n, 2 * pairs * axis + i] = math.sin(angle)
                 table[n, 2 * pairs * axis + pairs + i] = math.cos(angle)
-    module = SinCosPosition(layout, dim)
+    module = SinCosPosition(grid, dim)
     assert module().shape == table.shape
     assert (module() - table).abs().max() < 1e-5
     assert not list(module.parameters())
@@ -244,38 +244,44 @@ def test_sincos_is_its_formula(layout, dim):
 
 def test_sincos_of_too_few_channels_is_refused():
     with pytest.raises(ValueError, match="dim 3 must be at least 4 for sin-cos on 2 axes"):
-        SinCosPosition(Layout((3, 5)), 3)
+        SinCosPosition(TokenGrid((3, 5)), 3)
 
 
 @pytest.mark.parametrize("dim", [6, 11, 24])
 @every_layout
-def test_raster_sincos_is_its_formula(layout, dim):
+def test_raster_sincos_is_its_formula(grid, dim):
     """Of the place in the sequence, prefix included: sines on even channels, cosines on odd."""
-    module = RasterSinCosPosition(layout, dim)
-    table = reference.raster_sincos(layout.length, dim)
+    module = RasterSinCosPosition(grid, dim)
+    table = reference.raster_sincos(grid.length, dim)
     assert module().shape == table.shape
     assert (module() - table).abs().max() < 1e-5
     assert not list(module.parameters())
     assert not module.state_dict()
-    assert torch.equal(make_position("raster_sincos", layout, dim, 1.0)(), module())
+    assert torch.equal(make_position("raster_sincos", grid, dim, 1.0)(), module())
 
 
 # A bias for each distance
 
-BIASED = [Layout((13,)), Layout((5, 7)), Layout((7, 5)), Layout((2, 3, 5)), Layout((1, 1))]
+BIASED = [
+    TokenGrid((13,)),
+    TokenGrid((5, 7)),
+    TokenGrid((7, 5)),
+    TokenGrid((2, 3, 5)),
+    TokenGrid((1, 1)),
+]
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3])
-@pytest.mark.parametrize("layout", BIASED, ids=str)
-def test_position_bias_is_looked_up_by_distance(layout, stride):
-    module = PositionBias(layout, 3, stride).double()
-    assert module.grid.shape == (*layout.grid, 3)
+@pytest.mark.parametrize("grid", BIASED, ids=str)
+def test_position_bias_is_looked_up_by_distance(grid, stride):
+    module = PositionBias(grid, 3, stride).double()
+    assert module.grid.shape == (*grid.shape, 3)
     assert not module.grid.any(), "starts as zero"
     torch.nn.init.normal_(module.grid)
-    assert module().shape == (3, layout.strided(stride).length, layout.length)
+    assert module().shape == (3, grid.strided(stride).length, grid.length)
     assert_same(
         module,
-        lambda: reference.distance_bias(module.grid, layout.grid, stride),
+        lambda: reference.distance_bias(module.grid, grid.shape, stride),
         (module.grid,),
         1e-12,
     )
@@ -283,26 +289,26 @@ def test_position_bias_is_looked_up_by_distance(layout, stride):
 
 
 def test_position_bias_does_not_know_the_direction():
-    module = PositionBias(Layout((5, 7)), 2)
+    module = PositionBias(TokenGrid((5, 7)), 2)
     torch.nn.init.normal_(module.grid)
     bias = module()
     assert torch.equal(bias, bias.mT)
     assert bias[0, 0].unique().numel() == 35, "but both axes"
 
 
-def test_position_bias_has_no_place_for_prefix_tokens():
-    with pytest.raises(ValueError, match=r"no place for the 2 prefix token\(s\)"):
-        PositionBias(Layout((5, 7), 2), 3)
+def test_position_bias_has_no_distance_to_prefix_tokens():
+    with pytest.raises(ValueError, match=r"no distance to 2 prefix token\(s\)"):
+        PositionBias(TokenGrid((5, 7), 2), 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: PositionBias(Layout((5, 7)), 3, 2),
-        lambda: RasterSinCosPosition(Layout((5, 7), 1), 11),
-        lambda: SinCosPosition(Layout((5, 7), 1), 11),
-        lambda: RotaryPosition(Layout((5, 7), 1), 11, "axial"),
+        lambda: PositionBias(TokenGrid((5, 7)), 3, 2),
+        lambda: RasterSinCosPosition(TokenGrid((5, 7), 1), 11),
+        lambda: SinCosPosition(TokenGrid((5, 7), 1), 11),
+        lambda: RotaryPosition(TokenGrid((5, 7), 1), 11, "axial"),
     ],
 )
 def test_computed_tables_are_right_after_the_meta_device(make, dtype):
@@ -322,26 +328,26 @@ def test_computed_tables_are_right_after_the_meta_device(make, dtype):
 
 
 @every_layout
-def test_learned_position_has_a_row_for_each_token(layout):
-    module = LearnedPosition(layout, 7)
-    assert module().shape == (layout.length, 7)
-    assert module.grid.shape == (*layout.grid, 7)
-    if layout.prefix:
-        assert torch.equal(module()[: layout.prefix], module.prefix)
+def test_learned_position_has_a_row_for_each_token(grid):
+    module = LearnedPosition(grid, 7)
+    assert module().shape == (grid.length, 7)
+    assert module.grid.shape == (*grid.shape, 7)
+    if grid.prefix:
+        assert torch.equal(module()[: grid.prefix], module.prefix)
     else:
         assert module.prefix is None
-    for n, place in enumerate(itertools.product(*map(range, layout.grid)), layout.prefix):
+    for n, place in enumerate(itertools.product(*map(range, grid.shape)), grid.prefix):
         assert torch.equal(module()[n], module.grid[place])
     module().sum().backward()
     assert all((p.grad == 1).all() for p in module.parameters())
 
 
 def test_positions_by_name():
-    layout = Layout((31, 37), 1)
-    assert make_position("none", layout, 7, 1.0) is None
-    assert torch.equal(make_position("sincos", layout, 7, 1.0)(), SinCosPosition(layout, 7)())
+    grid = TokenGrid((31, 37), 1)
+    assert make_position("none", grid, 7, 1.0) is None
+    assert torch.equal(make_position("sincos", grid, 7, 1.0)(), SinCosPosition(grid, 7)())
     for std in (0.02, 1.0):
-        learned = make_position("learned", layout, 7, std)
+        learned = make_position("learned", grid, 7, std)
         assert isinstance(learned, LearnedPosition)
         assert learned().std().item() == pytest.approx(std, rel=0.05)
 
@@ -433,7 +439,7 @@ def test_another_number_of_axes_is_refused(old, new):
 
 
 def test_token_table_rows_follow_the_layout():
-    layout = Layout((3, 5), 2)
-    table = TokenTable(layout, 7)
+    grid = TokenGrid((3, 5), 2)
+    table = TokenTable(grid, 7)
     expected = torch.cat((table.prefix, table.grid.reshape(15, 7)))
     assert torch.equal(table(), expected)

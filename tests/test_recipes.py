@@ -15,7 +15,7 @@ import vision_xformer as vx
 from train.__main__ import parse
 from train.config import AugmentConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
 from train.loop import Run
-from vision_xformer.zoo import parse_name
+from vision_xformer.names import parse_name
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 PAPER = [f"{kind}vi{letter}" for kind in ("", "hybrid_") for letter in "tlpnf"]

@@ -23,7 +23,7 @@ from train.files import read_state
 from train.loop import Interrupted, Run
 
 ROOT = Path(__file__).parents[1]
-TINY = {"dim": 12, "depth": 1, "heads": 2, "mlp_dim": 14, "dropout": 0.1, "drop_path": 0.2}
+TINY = {"dim": 12, "depth": 1, "heads": 2, "mlp_ratio": 1.2, "dropout": 0.1, "drop_path": 0.2}
 
 
 @pytest.fixture(autouse=True)

@@ -11,14 +11,8 @@ import torch.nn.functional as F
 from reference import assert_same, relative_error
 
 from vision_xformer import STEMS
-from vision_xformer.stems import (
-    ConvStem,
-    LeViTStem,
-    PatchStem,
-    PublishedStem,
-    Tokenizer,
-    deal_strides,
-)
+from vision_xformer.stems.convolutional import ConvStem, LeViTStem, Tokenizer, distribute_strides
+from vision_xformer.stems.patches import NormPatchStem, PatchStem
 
 SHAPES = [  # shape, patch, grid
     ((15,), 5, (3,)),
@@ -46,7 +40,7 @@ def pixels(channels, shape):
 @shapes
 def test_patch_stem_is_its_loop(shape, patch, grid):
     stem = PatchStem((3, *shape), patch, 11).double()
-    assert stem.grid == grid
+    assert stem.grid.shape == grid
     x = pixels(3, shape)
     assert stem(x).shape == (2, math.prod(grid), 11)
     assert torch.equal(stem.patches(x), reference.patches(x, sizes(patch, shape)))
@@ -60,10 +54,10 @@ def test_patch_stem_is_its_loop(shape, patch, grid):
 
 @shapes
 def test_published_stem_is_its_loop(shape, patch, grid):
-    stem = PublishedStem((3, *shape), patch, 11).double()
+    stem = NormPatchStem((3, *shape), patch, 11).double()
     for parameter in stem.parameters():
         torch.nn.init.normal_(parameter)
-    assert stem.grid == grid
+    assert stem.grid.shape == grid
     x = pixels(3, shape)
 
     def norm(y, layer):
@@ -84,11 +78,11 @@ def test_published_stem_at_patch_1_cannot_see_grey_pictures():
     first, second = (
         torch.randn(1, 1, *shape, dtype=torch.float64).expand(-1, 3, -1, -1) for _ in "ab"
     )
-    published = PublishedStem((3, *shape), 1, 11).double()
+    published = NormPatchStem((3, *shape), 1, 11).double()
     assert (published(first) - published(second)).abs().max() < 1e-9
     patch = PatchStem((3, *shape), 1, 11).double()
     assert relative_error(patch(first), patch(second)) > 0.1
-    larger = PublishedStem((3, *shape), (5, 7), 11).double()
+    larger = NormPatchStem((3, *shape), (5, 7), 11).double()
     assert relative_error(larger(first), larger(second)) > 0.1
 
 
@@ -102,7 +96,7 @@ def convolutions(stem):
 @pytest.mark.parametrize("shape", [(13,), (5, 7), (2, 3, 5)])
 def test_conv_stem_at_patch_1_is_three_convolutions(shape):
     stem = ConvStem((3, *shape), 1, 11).double()
-    assert stem.grid == shape
+    assert stem.grid.shape == shape
     x = pixels(3, shape)
     conv = CONV[len(shape)]
     first, second, third = convolutions(stem)
@@ -158,7 +152,7 @@ def test_conv_stem_has_the_grid_of_the_patches_and_uses_every_pixel(shape, patch
     stem = ConvStem((3, *shape), patch, 11, channels=(5,), activation="gelu").double()
     x = pixels(3, shape)
     out = stem(x)
-    assert stem.grid == grid
+    assert stem.grid.shape == grid
     assert out.shape == (2, math.prod(grid), 11)
     assert convolutions(stem)[-1].kernel_size == tuple(p + 2 for p in sizes(patch, shape))
     (dx,) = torch.autograd.grad((out * torch.randn_like(out)).sum(), x)
@@ -212,11 +206,11 @@ def test_tokenizer_is_convolution_relu_and_pool(shape, options, patch, strides):
         for weight, stride in zip(weights, strides, strict=True):
             y = conv(y, weight, None, stride, kernel // 2)
             y = pool(y.relu(), 3, pool_stride, 1)
-        assert tuple(y.shape[2:]) == stem.grid
+        assert tuple(y.shape[2:]) == stem.grid.shape
         return y.flatten(2).mT
 
-    assert stem.grid == rounded_up(shape, patch)
-    assert stem(x).shape == (2, math.prod(stem.grid), 11)
+    assert stem.grid.shape == rounded_up(shape, patch)
+    assert stem(x).shape == (2, math.prod(stem.grid.shape), 11)
     assert_same(lambda: stem(x), expected, (x, *weights))
 
 
@@ -226,7 +220,7 @@ def test_tokenizer_with_a_patch_for_each_axis():
     first, second = stem.parameters()
     y = F.max_pool2d(F.conv2d(x, first, None, (1, 3), 1).relu(), 3, 2, 1)
     y = F.max_pool2d(F.conv2d(y, second, None, 1, 1).relu(), 3, 2, 1)
-    assert stem.grid == (4, 3)
+    assert stem.grid.shape == (4, 3)
     assert relative_error(stem(x), y.flatten(2).mT) < 1e-12
 
 
@@ -272,7 +266,7 @@ def test_levit_stem_is_convolution_norm_and_hard_swish(shape, layers, patch, str
             y = reference.normalise(y.movedim(1, -1), norm).movedim(-1, 1)
         return y.flatten(2).mT
 
-    assert stem.grid == rounded_up(shape, patch)
+    assert stem.grid.shape == rounded_up(shape, patch)
     if training:  # what is the same in all places, before a batch norm, has a gradient of zero
         assert relative_error(stem(x), expected()) < 1e-8
         moved = [
@@ -292,7 +286,7 @@ def test_strides_come_to_the_patch(layers, pool_stride):
     """Their product with the pools is the patch on each axis, and none is above the one before."""
     patches = [f * pool_stride**layers for f in (1, 2, 6, 7, 16, 30, 36)]
     for patch in [(p, q) for p in patches for q in patches]:
-        strides = deal_strides(patch, layers, pool_stride)
+        strides = distribute_strides(patch, layers, pool_stride)
         assert len(strides) == layers
         for axis, size in enumerate(patch):
             dealt = [s[axis] for s in strides]
@@ -312,17 +306,21 @@ def test_strides_come_to_the_patch(layers, pool_stride):
     ],
     ids=str,
 )
-def test_strides_are_dealt_in_turn_the_largest_first(patch, layers, pool_stride, strides):
-    assert deal_strides(patch, layers, pool_stride) == strides
+def test_strides_are_assigned_in_turn_starting_with_the_largest(
+    patch, layers, pool_stride, strides
+):
+    assert distribute_strides(patch, layers, pool_stride) == strides
 
 
 @pytest.mark.parametrize(
     ("patch", "layers", "pool_stride"), [((6,), 2, 2), ((2,), 2, 2), ((4, 3), 1, 2), ((8,), 1, 3)]
 )
-def test_a_patch_beside_the_pools_is_refused(patch, layers, pool_stride):
+def test_a_patch_size_that_the_pools_do_not_divide_is_refused(patch, layers, pool_stride):
     bad = next(p for p in patch if p % pool_stride**layers)
-    with pytest.raises(ValueError, match=rf"patch {bad} is not a multiple of .*{pool_stride} come"):
-        deal_strides(patch, layers, pool_stride)
+    with pytest.raises(
+        ValueError, match=rf"patch_size {bad} is not a multiple of .*stride {pool_stride}"
+    ):
+        distribute_strides(patch, layers, pool_stride)
 
 
 @pytest.mark.parametrize(
@@ -339,7 +337,13 @@ def test_a_patch_beside_the_pools_is_refused(patch, layers, pool_stride):
         ("tokenizer", 2, 11, dict(layers=0), "layers of stem 'tokenizer': 0 must be at least 1"),
         ("tokenizer", 2, 11, dict(channels=0), "channels of stem 'tokenizer': 0 must be"),
         ("tokenizer", 2, 11, dict(pool_stride=0), "pool_stride of stem 'tokenizer': 0 must be"),
-        ("tokenizer", 3, 11, dict(), "patch 3 is not a multiple of 2, to which 1 pool"),
+        (
+            "tokenizer",
+            3,
+            11,
+            dict(),
+            "patch_size 3 is not a multiple of 2, the total stride of 1 pool",
+        ),
         ("tokenizer", 2, 11, dict(kernels=3), "'kernels'; did you mean 'kernel'"),
         ("levit", 2, 12, dict(layers=0), "layers of stem 'levit': 0 must be at least 1"),
         ("levit", 2, 12, dict(layers=4), "dim 12 must be a multiple of 8: stem 'levit' of 4"),
@@ -352,18 +356,18 @@ def test_options_that_cannot_be_are_refused(name, patch, dim, options, message):
 
 
 @pytest.mark.parametrize(("name", "dim"), [("tokenizer", 11), ("levit", 16)])
-def test_overlapping_patches_take_any_size_but_not_any_shape(name, dim):
+def test_overlapping_patches_accept_any_size_but_not_any_shape(name, dim):
     stem = STEMS.create(name, (3, 13, 7), 4 if name == "levit" else 2, dim, options={})
-    assert stem(torch.randn(2, 3, 13, 7)).shape == (2, math.prod(stem.grid), dim)
+    assert stem(torch.randn(2, 3, 13, 7)).shape == (2, math.prod(stem.grid.shape), dim)
     for shape, patch in (((3,), 2), ((3, 0, 7), 2), ((3, 13, 7), (2, 2, 2)), ((3, 13, 7), 0)):
-        with pytest.raises(ValueError, match=r"input_shape \(|patch "):
+        with pytest.raises(ValueError, match=r"input_shape \(|patch_size "):
             STEMS.create(name, shape, patch, dim, options={})
 
 
 # Order
 
 
-@pytest.mark.parametrize("name", ["patch", "published", "conv"])
+@pytest.mark.parametrize("name", ["patch", "v0.2", "conv"])
 def test_tokens_are_in_row_major_order_of_the_grid(name):
     """A pixel far inside one patch changes that token only."""
     options = {"channels": ()} if name == "conv" else {}
@@ -380,20 +384,20 @@ def test_tokens_are_in_row_major_order_of_the_grid(name):
 # Refusals
 
 
-@pytest.mark.parametrize("name", ["patch", "published", "conv"])
+@pytest.mark.parametrize("name", ["patch", "v0.2", "conv"])
 @pytest.mark.parametrize(
     ("input_shape", "patch", "message"),
     [
-        ((3, 13), 5, r"image size 13 is not divisible by patch 5: 13 could be 10 or 15"),
-        ((3, 6, 7), 2, r"image size 6x7 is not divisible by patch 2: 7 could be 6 or 8"),
-        ((3, 6, 7), (2, 3), r"6x7 is not divisible by patch \(2, 3\): 7 could be 6 or 9"),
+        ((3, 13), 5, r"image size 13 is not divisible by patch_size 5: 13 could be 10 or 15"),
+        ((3, 6, 7), 2, r"image size 6x7 is not divisible by patch_size 2: 7 could be 6 or 8"),
+        ((3, 6, 7), (2, 3), r"6x7 is not divisible by patch_size \(2, 3\): 7 could be 6 or 9"),
         ((3, 6, 7, 2), (2, 7, 3), r"6x7x2 is not divisible .* 2 could be 3"),
-        ((3, 6, 7), (2,), r"patch \(2,\) must be one positive size, or one for each axis"),
-        ((3, 6, 7), (2, 7, 1), r"patch \(2, 7, 1\) must be .* each axis of \(6, 7\)"),
-        ((3, 6, 7), (), r"patch \(\) must be"),
-        ((3, 6, 7), 0, r"patch 0 must be"),
-        ((3, 6, 7), (2, 0), r"patch \(2, 0\) must be"),
-        ((3, 6, 7), -1, r"patch -1 must be"),
+        ((3, 6, 7), (2,), r"patch_size \(2,\) must be one positive size, or one for each axis"),
+        ((3, 6, 7), (2, 7, 1), r"patch_size \(2, 7, 1\) must be .* each axis of \(6, 7\)"),
+        ((3, 6, 7), (), r"patch_size \(\) must be"),
+        ((3, 6, 7), 0, r"patch_size 0 must be"),
+        ((3, 6, 7), (2, 0), r"patch_size \(2, 0\) must be"),
+        ((3, 6, 7), -1, r"patch_size -1 must be"),
         ((0, 6, 7), 1, r"input_shape \(0, 6, 7\) must be"),
         ((3, 0, 7), 1, r"input_shape \(3, 0, 7\) must be"),
         ((3, 6, -7), 1, r"input_shape \(3, 6, -7\) must be"),
@@ -407,9 +411,9 @@ def test_shapes_that_do_not_fit_are_refused(name, input_shape, patch, message):
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="norm 'layer' of stem 'conv' must be 'batch' or None"):
+    with pytest.raises(ValueError, match="norm 'layer' must be 'batch'"):
         ConvStem((3, 5, 7), 1, 11, norm="layer")
-    with pytest.raises(ValueError, match=r"activation of stem 'conv' 'gleu'; did you mean 'gelu'"):
+    with pytest.raises(ValueError, match=r"activation 'gleu' must be 'gelu' or 'relu'"):
         ConvStem((3, 5, 7), 1, 11, activation="gleu")
     with pytest.raises(ValueError, match="unknown stem 'pach'; did you mean 'patch'"):
         STEMS.create("pach", (3, 5, 7), 1, 11, options={})

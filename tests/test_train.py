@@ -37,7 +37,7 @@ from train.measure import bytes_kept
 from train.optim import average, learning_rate, parameter_groups
 
 ROOT = Path(__file__).parents[1]
-TINY = {"dim": 12, "depth": 1, "heads": 2, "mlp_dim": 14}
+TINY = {"dim": 12, "depth": 1, "heads": 2, "mlp_ratio": 1.2}
 
 
 @pytest.fixture(autouse=True)

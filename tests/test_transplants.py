@@ -81,7 +81,7 @@ class Case(NamedTuple):
     sizes: tuple[Size, ...]
     tolerance: float = 1e-10
 
-    def ours(self, size: Size, model: str = "", **fields: Any) -> vx.Backbone:
+    def ours(self, size: Size, model: str = "", **fields: Any) -> vx.VisionModel:
         """Ours; of another mixer by another name."""
         name = model or self.model
         return vx.create_model(name, **{"image_size": size, **self.fields, **fields})
@@ -109,19 +109,19 @@ COMPACT: dict[str, Any] = dict(
     positional_embedding="learnable", **NO_DROPOUT,
 )  # fmt: skip
 OUR_COMPACT: dict[str, Any] = dict(
-    channels=2, num_classes=7, mlp_dim=36, drop_path=0.0, mixer_options={"dropout": 0.0}
+    channels=2, num_classes=7, mlp_ratio=1.5, drop_path=0.0, mixer_options={"dropout": 0.0}
 )
 VIT: dict[str, Any] = dict(
     in_chans=2, num_classes=7, patch_size=(2, 3), embed_dim=24, depth=2, num_heads=3, mlp_ratio=1.5
 )
 OUR_VIT: dict[str, Any] = dict(
-    channels=2, num_classes=7, patch=(2, 3), mlp_dim=36, norm_eps=1e-6,
+    channels=2, num_classes=7, patch_size=(2, 3), mlp_ratio=1.5, norm_eps=1e-6,
     mixer_options={"qkv_bias": True},
 )  # fmt: skip
 MIXER: dict[str, Any] = dict(
     in_chans=2, num_classes=7, patch_size=(2, 3), embed_dim=24, num_blocks=2
 )
-OUR_MIXER: dict[str, Any] = dict(channels=2, num_classes=7, patch=(2, 3), norm_eps=1e-6)
+OUR_MIXER: dict[str, Any] = dict(channels=2, num_classes=7, patch_size=(2, 3), norm_eps=1e-6)
 # Both round a table of sines to float32, each on its own way.
 SINE = dict(oracle=dict(positional_embedding="sine"), ours=dict(position="raster_sincos"))
 
@@ -134,14 +134,14 @@ def small_cct(size: Size, layers: int = 2, **rest: Any) -> nn.Module:
 SMALL = {
     "levit": Case(
         "levit_test",
-        dict(patch=16, stem_layers=4, dims=(24, 20), depths=(2, 1), heads=(3, 2), **OUR_LEVIT),
+        dict(patch_size=16, stem_layers=4, dims=(24, 20), depths=(2, 1), heads=(3, 2), **OUR_LEVIT),
         lambda size: Levit(img_size=size, **TWO_STAGES, **LEVIT),
         ((48, 80), (64, 64)),
     ),
     "levit, distilled": Case(
         "levit_test",
         dict(
-            patch=16, stem_layers=4, dims=(16, 24, 20), depths=(1, 2, 1), heads=(2, 3, 5),
+            patch_size=16, stem_layers=4, dims=(16, 24, 20), depths=(1, 2, 1), heads=(2, 3, 5),
             distilled=True, **OUR_LEVIT,
         ),
         lambda size: LevitDistilled(
@@ -151,13 +151,13 @@ SMALL = {
     ),
     "levit, patch 8": Case(
         "levit_test",
-        dict(patch=8, stem_layers=3, dims=(24, 20), depths=(2, 1), heads=(3, 2), **OUR_LEVIT),
+        dict(patch_size=8, stem_layers=3, dims=(24, 20), depths=(2, 1), heads=(3, 2), **OUR_LEVIT),
         lambda size: Levit(img_size=size, stem_type="s8", **TWO_STAGES, **LEVIT),
         ((24, 40), (56, 16)),
     ),
     "levit, 1x1 convolutions": Case(
         "levit_test",
-        dict(patch=16, stem_layers=4, dims=(24, 20), depths=(2, 1), heads=(3, 2), **OUR_LEVIT),
+        dict(patch_size=16, stem_layers=4, dims=(24, 20), depths=(2, 1), heads=(3, 2), **OUR_LEVIT),
         lambda size: Levit(img_size=size, use_conv=True, **TWO_STAGES, **LEVIT),
         ((48, 80), (64, 64)),
     ),
@@ -184,7 +184,7 @@ SMALL = {
     "cct, many sines": Case(
         # a token for each 2 x 2 pixels, as CCT-7/3x1 has at 32 pixels
         "cct_test",
-        {**OUR_COMPACT, **SINE["ours"], "patch": 2, "stem_options": {"layers": 1}},
+        {**OUR_COMPACT, **SINE["ours"], "patch_size": 2, "stem_options": {"layers": 1}},
         lambda size: small_cct(size, 1, **SINE["oracle"]),
         ((32, 32), (44, 60)),
         1e-6,
@@ -268,7 +268,7 @@ SMALL = {
     ),
     "convmixer": Case(
         "convmixer_test",
-        dict(channels=2, num_classes=7, patch=2),
+        dict(channels=2, num_classes=7, patch_size=2),
         lambda size: ConvMixer(
             dim=12, depth=2, kernel_size=3, patch_size=2, in_chans=2, num_classes=7
         ),
@@ -276,7 +276,7 @@ SMALL = {
     ),
     "convmixer, relu": Case(
         "convmixer_test",
-        dict(channels=2, num_classes=7, patch=2, activation="relu"),
+        dict(channels=2, num_classes=7, patch_size=2, activation="relu"),
         lambda size: ConvMixer(
             dim=12, depth=2, kernel_size=3, patch_size=2, in_chans=2, num_classes=7,
             act_layer=nn.ReLU,
@@ -284,8 +284,8 @@ SMALL = {
         ((14, 10), (22, 8)),
     ),
     "mixer": Case(
-        "mixer_test",
-        {**OUR_MIXER, "mlp_dim": 36},
+        "mlp_mixer_test",
+        {**OUR_MIXER, "mlp_ratio": 1.5},
         lambda size: MlpMixer(img_size=size, mlp_ratio=(0.5, 1.5), **MIXER),
         ((14, 15), (10, 24)),
     ),
@@ -514,7 +514,10 @@ PUBLISHED = {
                 ("1024_20", "convmixer_1024_20_ks9_p14"),
             )
         ),
-        *(published_timm(f"mixer_{s}", f"mixer_{s}_224", (64, 96)) for s in ("s32", "s16", "b16")),
+        *(
+            published_timm(f"mlp_mixer_{s}", f"mixer_{s}_224", (64, 96))
+            for s in ("s32", "s16", "b16")
+        ),
         *(published_timm(f"gmlp_{s}", f"gmlp_{s}_224", (80, 112)) for s in ("ti16", "s16")),
         published_cvt("cvt_13", (1, 2, 10)),
         published_cvt("cvt_21", (1, 4, 16)),
@@ -532,7 +535,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("case", PUBLISHED.values(), ids=PUBLISHED)
 @pytest.mark.parametrize("which", [0, 1], ids=["size 1", "size 2"])
 def test_the_logits_of_published_sizes(case: Case, which: int) -> None:
-    large = case.model in ("vit_base", "levit_384", "cait_s24", "mixer_b16") and which == 0
+    large = case.model in ("vit_base", "levit_384", "cait_s24", "mlp_mixer_b16") and which == 0
     dtypes = (torch.float32,) if large else (torch.float32, torch.float64)
     assert_same_logits(case, case.sizes[which], dtypes)
 
@@ -737,9 +740,9 @@ def levit_modules(theirs: Levit, ours: Any) -> Modules:
     for i, conv in enumerate(ours.stem.convs):
         yield f"stem.conv{i + 1}", conv
     for i, stage in enumerate(ours.stages):
-        blocks = [(f"stages.{i}.blocks.{j}", "attn", b) for j, b in enumerate(stage.blocks)]
-        if stage.shrink is not None:
-            blocks.append((f"stages.{i + 1}.downsample", "attn_downsample", stage.shrink))
+        blocks = [(f"stages.{i}.blocks.{j}", "attn", b) for j, b in enumerate(stage)]
+        if stage.downsample is not None:
+            blocks.append((f"stages.{i}.downsample", "attn_downsample", stage.downsample.block))
         for name, attention, block in blocks:
             yield f"{name}.mlp.ln1", block.mlp[0]
             yield f"{name}.mlp.ln2", block.mlp[2]
@@ -758,21 +761,12 @@ def levit_modules(theirs: Levit, ours: Any) -> Modules:
         yield "head", ours.head
 
 
-class Rows(nn.Module):
-    """One of q, k, v of a linear map to all three."""
-
-    def __init__(self, linear: nn.Linear, which: int) -> None:
-        super().__init__()
-        self.register_buffer("weight", linear.weight.chunk(3)[which])
-        self.register_buffer("bias", linear.bias.chunk(3)[which])
-
-
 def cvt_modules(theirs: nn.Module, ours: Any) -> Modules:
     for i, stage in enumerate(ours.stages):
         prefix = f"cvt.encoder.stages.{i}"
-        yield f"{prefix}.embedding.convolution_embeddings.projection", stage.embed
-        yield f"{prefix}.embedding.convolution_embeddings.normalization", stage.embed_norm
-        for j, block in enumerate(stage.blocks):
+        yield f"{prefix}.embedding.convolution_embeddings.projection", stage.downsample.conv
+        yield f"{prefix}.embedding.convolution_embeddings.normalization", stage.downsample.norm
+        for j, block in enumerate(stage):
             layer = f"{prefix}.layers.{j}"
             yield f"{layer}.layernorm_before", block.norm1
             yield f"{layer}.layernorm_after", block.norm2
@@ -781,13 +775,21 @@ def cvt_modules(theirs: nn.Module, ours: Any) -> Modules:
             projection = getattr(block.mixer, "projection", None)
             for which, kind in enumerate(("query", "key", "value") if projection else ()):
                 attention = f"{layer}.attention.attention"
-                yield f"{attention}.projection_{kind}", Rows(projection.qkv, which)
+                yield f"{attention}.projection_{kind}", getattr(projection, "qkv"[which])
                 conv = f"{attention}.convolution_projection_{kind}.convolution_projection"
                 yield conv, projection.convs[which]
             if projection is not None:
                 yield f"{layer}.attention.output.dense", block.mixer.proj
     yield "layernorm", ours.norm
     yield "classifier", ours.head
+
+
+class Joined(nn.Module):
+    """The weights of several linear layers without bias as one."""
+
+    def __init__(self, *layers: nn.Linear) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.cat([layer.weight for layer in layers]))
 
 
 def cct_modules(theirs: CCT, ours: Any) -> Modules:
@@ -800,7 +802,8 @@ def cct_modules(theirs: CCT, ours: Any) -> Modules:
         yield f"{prefix}.linear1", block.mlp.fc1
         yield f"{prefix}.linear2", block.mlp.fc2
         if hasattr(block.mixer, "projection"):
-            yield f"{prefix}.self_attn.qkv", block.mixer.projection.qkv
+            p = block.mixer.projection
+            yield f"{prefix}.self_attn.qkv", p.qkv if hasattr(p, "qkv") else Joined(p.q, p.k, p.v)
             yield f"{prefix}.self_attn.proj", block.mixer.proj
     yield "classifier.attention_pool", ours.pool.attention
     yield "classifier.norm", ours.norm
@@ -818,7 +821,7 @@ PARTIAL: dict[str, tuple[str, str, dict[str, Any], str, str]] = {
         # the map behind the heads fits where they are as wide as the model
         "levit", "levif_test", {"heads": None, "key_dim": None},
         r"attention_biases$|\.(qkv|kv|q)\.|(stages\.0\..*|attn_downsample)\.proj\.ln\.linear",
-        r"stages\.0\..*\.proj\.1\.linear",
+        r"(stages\.0\..*|downsample\..*)\.proj\.1\.linear",
     ),
     "levit without bias": (
         "levit", "levit_test", {"position_bias": False}, LEVIT_BIAS, "(?!)"
@@ -897,7 +900,7 @@ def test_weights_for_another_mixer(
         assert str(warning.message) == (
             f"weights of model {model!r}: {len(used)} tensors used"
             + counts(unused, "left out")
-            + counts(missing, "of the module's not given")
+            + counts(missing, "missing from the weights")
         )
         pairs = ours_by_their_key(theirs, created)
         tables = {"classifier.positional_emb", "cvt.encoder.stages.1.cls_token"}
@@ -945,7 +948,9 @@ def test_one_tensor_that_fits_is_enough() -> None:
     size = case.sizes[0]
     key = "tokenizer.conv_layers.0.0.weight"
     weight = case.theirs(size).state_dict()[key]
-    with pytest.warns(UserWarning, match=r"'cct_test': 1 tensor used; 1 left out: spam; \d+ of"):
+    with pytest.warns(
+        UserWarning, match=r"'cct_test': 1 tensor used; 1 left out: spam; \d+ missing"
+    ):
         model = case.ours(size, weights={key: weight, "spam": weight})
     assert torch.equal(model.stem.convs[0].weight, weight)
 
@@ -1007,7 +1012,7 @@ def test_models_of_other_libraries_are_not_filled(case: Case, wrapped: bool) -> 
     libraries = {
         "levit": "timm LeViT", "vit": "timm ViT", "cvt": "transformers CvT", "cait": "timm CaiT",
         "crossvit": "timm CrossViT", "swin": "timm Swin", "convmixer": "timm ConvMixer",
-        "mixer": "timm MLP-Mixer", "gmlp": "timm gMLP",
+        "mlp_mixer": "timm MLP-Mixer", "gmlp": "timm gMLP",
     }  # fmt: skip
     library = libraries.get(case.model.removesuffix("_test"), "Compact-Transformers")
     assert library in message
@@ -1068,7 +1073,7 @@ LEVIT_GRIDS: list[tuple[Size, Size]] = [
 def test_distance_tables_are_resized(old: Size, new: Size) -> None:
     """What is smooth in the distance stays so, and the bias of a token on itself stays."""
     source, target = (
-        vx.create_model("levit_test", patch=1, image_size=s).eval() for s in (old, new)
+        vx.create_model("levit_test", patch_size=1, image_size=s).eval() for s in (old, new)
     )
     fill(source, "position_bias", bump)
     resized(source, target, ("position_bias",))
@@ -1095,7 +1100,7 @@ def test_distance_tables_of_signals_and_volumes(
     old: tuple[int, ...], new: tuple[int, ...], tolerance: float
 ) -> None:
     source, target = (
-        vx.create_model("levit_test", patch=1, input_shape=(2, *s)).eval() for s in (old, new)
+        vx.create_model("levit_test", patch_size=1, input_shape=(2, *s)).eval() for s in (old, new)
     )
     fill(source, "position_bias", bump)
     resized(source, target, ("position_bias",))
@@ -1108,7 +1113,7 @@ def test_distance_tables_of_signals_and_volumes(
 @pytest.mark.parametrize(("old", "new"), [((13, 17), (13, 23)), ((13, 17), (8, 17))], ids=str)
 def test_distances_along_an_axis_that_stays_are_exact(old: Size, new: Size) -> None:
     """However rough the table is along it."""
-    source, target = (vx.create_model("levit_test", patch=1, image_size=s) for s in (old, new))
+    source, target = (vx.create_model("levit_test", patch_size=1, image_size=s) for s in (old, new))
     axis = 0 if old[0] == new[0] else 1
     lines = {size: torch.randn(size) for size in (old[axis], -(-old[axis] // 2))}
     shape = (-1, 1) if axis == 0 else (1, -1)
@@ -1161,7 +1166,7 @@ def test_positions_of_others_are_resized_like_ours(
     assert_refused(got, state, key, "resize=True interpolates it")
     assert vx.load_weights(got, state, resize=True).resized == [key]
     assert_same(got.state_dict(), want.state_dict())
-    prefix = got.layout.prefix
+    prefix = got.grid.prefix
     assert torch.equal(got.position()[:prefix], state[key][0, :prefix])
 
 
@@ -1218,5 +1223,5 @@ def test_a_report_reads_as_a_sentence() -> None:
     seven = [f"x{i}" for i in (6, 5, 4, 3, 2, 1, 0)]
     assert str(LoadReport([], [], seven[:5], seven)) == (
         "0 tensors used; 5 left out: x2, x3, x4, x5, x6; "
-        "7 of the module's not given: x0, x1, x2, x3, x4 and 2 more"
+        "7 missing from the weights: x0, x1, x2, x3, x4 and 2 more"
     )

@@ -18,18 +18,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import vision_xformer as vx
-import vision_xformer.saving
-from vision_xformer.zoo import parse_name
+import vision_xformer.factory
+from vision_xformer.names import parse_name
 
 TEST_MODELS = [n for n in vx.list_models() if parse_name(n).size == "test"]
 State = dict[str, Tensor]
 
 
-def create(name: str = "vit_test", **overrides: Any) -> vx.Backbone:
+def create(name: str = "vit_test", **overrides: Any) -> vx.VisionModel:
     return vx.create_model(name, **overrides).eval()
 
 
-def images(model: vx.Backbone) -> Tensor:
+def images(model: vx.VisionModel) -> Tensor:
     return torch.randn(3, *model.config.input_shape)
 
 
@@ -105,7 +105,7 @@ def test_save_model_of_other_memory_formats_and_heads(tmp_path: Path) -> None:
     ("name", "fields"),
     [
         ("levit_test", {"distilled": True}),
-        ("levip_test", {"patch": 1}),
+        ("levip_test", {"patch_size": 1}),
         ("cvt_test", {"class_token": False}),
         ("cvl_test", {"kernel": 5}),
         ("ccn_test", {"position": "raster_sincos", "registers": 2}),
@@ -317,7 +317,7 @@ def test_load_model_of_another_configuration(
 def test_another_models_weights(tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     save_safetensors(create("vil_test").state_dict(), path)
-    words = [str(path), "VisionTransformer", "not in the module", "mixer.kernel.proj_k.grid"]
+    words = [str(path), "ViT", "not in the module", "mixer.kernel.proj_k.grid"]
     assert_not_loaded(create(), path, *words)
     words = ["missing", "blocks.0.mixer.kernel.proj_k.grid"]
     assert_not_loaded(create("vil_test"), create().state_dict(), *words)
@@ -333,8 +333,8 @@ def test_another_models_weights(tmp_path: Path) -> None:
     assert_not_loaded(create(), {}, "missing")
 
 
-FAMILIES = {"vit_test": "VisionTransformer", "levit_test": "LeViT", "cvt_test": "CvT",
-            "cct_test": "CompactTransformer", "vit_lite_test": "ViTLite"}  # fmt: skip
+FAMILIES = {"vit_test": "ViT", "levit_test": "LeViT", "cvt_test": "CvT",
+            "cct_test": "CCT", "vit_lite_test": "ViTLite"}  # fmt: skip
 
 
 @pytest.mark.parametrize("target", FAMILIES)
@@ -356,10 +356,10 @@ def test_another_familys_weights(source: str, target: str) -> None:
         ("vit_test", "blocks.1.mlp.fc2.bias"),
         ("vit_test", "head.weight"),
         ("levit_test", "stem.convs.1.norm.running_var"),
-        ("levit_test", "stages.0.shrink.mixer.projection.kv.linear.weight"),
+        ("levit_test", "stages.1.downsample.block.mixer.projection.kv.linear.weight"),
         ("levit_test", "head.norm.bias"),
-        ("cvt_test", "stages.1.embed.weight"),
-        ("cvt_test", "stages.1.blocks.0.mixer.projection.convs.2.conv.weight"),
+        ("cvt_test", "stages.1.downsample.conv.weight"),
+        ("cvt_test", "stages.1.0.mixer.projection.convs.2.conv.weight"),
         ("cct_test", "stem.convs.1.weight"),
         ("cct_test", "pool.attention.weight"),
     ],
@@ -387,7 +387,7 @@ def test_one_tensor_under_two_names() -> None:
 # Another grid
 
 
-def assert_resized(source: vx.Backbone, target: vx.Backbone, tables: set[str]) -> State:
+def assert_resized(source: vx.VisionModel, target: vx.VisionModel, tables: set[str]) -> State:
     """Refused without resize=True; with it only the tables change. Returns the new state."""
     state = state_of(source)
     grids = [k for k in tables if k.endswith(".grid")]
@@ -476,7 +476,7 @@ def test_fresh_length_projections_keep_their_sums(
     """Of signals and volumes too: what lies between two new places is not skipped."""
     options = {"rank": 4}
     source, target = (
-        vx.create_model("vil_test", input_shape=(1, *s), patch=1, mixer_options=options)
+        vx.create_model("vil_test", input_shape=(1, *s), patch_size=1, mixer_options=options)
         for s in (old, new)
     )
     vx.load_weights(target, source.state_dict(), resize=True)
@@ -533,9 +533,9 @@ def test_a_model_made_on_the_meta_device_gets_its_fixed_tables(
     [
         ("vit_test", {}, "position.grid", 24),
         ("vil_test", {}, "position.grid", 24),
-        ("levit_test", {}, "stages.0.shrink.mixer.position_bias.grid", 3),
+        ("levit_test", {}, "stages.1.downsample.block.mixer.position_bias.grid", 3),
         ("cvl_test", {"embed_strides": (1, 1), "mixer_options": {"rank": 5}},
-         "stages.0.blocks.0.mixer.kernel.proj_k.grid", 5),
+         "stages.0.0.mixer.kernel.proj_k.grid", 5),
         ("cct_test", {"stem_options": {"layers": 1, "pool_stride": 1}}, "position.grid", 24),
     ],
     ids=["vit", "vil", "levit", "cvl", "cct"],
@@ -545,7 +545,7 @@ def test_as_many_rows_of_another_grid(
 ) -> None:
     """(4, 8) and (8, 4) have as many tokens, at other places."""
     if not name.startswith("cv"):
-        fields = {**fields, "patch": 1}
+        fields = {**fields, "patch_size": 1}
     kv_stride = 2 if name.startswith("cv") else 1
     low, high = 4 // kv_stride, 8 // kv_stride
     wide, tall, again = (create(name, image_size=s, **fields) for s in ((4, 8), (8, 4), (4, 8)))
@@ -572,7 +572,7 @@ def test_as_many_rows_of_another_grid(
 def test_what_resizing_cannot_do(
     old: dict[str, Any], new: dict[str, Any], words: list[str], resize: bool
 ) -> None:
-    source, target = (create(patch=1, **fields) for fields in (old, new))
+    source, target = (create(patch_size=1, **fields) for fields in (old, new))
     assert_not_loaded(target, source.state_dict(), *words, resize=resize)
 
 
@@ -589,8 +589,8 @@ def published_spelling(state: State) -> State:
 )
 def test_tables_that_do_not_say_their_grid(old: tuple[int, int], new: tuple[int, int]) -> None:
     """Their grid has the proportions of the target's, or else is square."""
-    source = create(patch=1, image_size=old)
-    same, other, want = (create(patch=1, image_size=s) for s in (old, new, new))
+    source = create(patch_size=1, image_size=old)
+    same, other, want = (create(patch_size=1, image_size=s) for s in (old, new, new))
     state = published_spelling(state_of(source))
     assert "pos_embedding" in vx.load_weights(same, state).used
     assert_same(same.state_dict(), source.state_dict())
@@ -601,9 +601,9 @@ def test_tables_that_do_not_say_their_grid(old: tuple[int, int], new: tuple[int,
 
 
 def test_a_table_of_no_known_grid() -> None:
-    state = published_spelling(state_of(create(patch=1, image_size=(3, 11))))
+    state = published_spelling(state_of(create(patch_size=1, image_size=(3, 11))))
     words = ["pos_embedding", "(1, 34, 24)"]
-    assert_not_loaded(create(patch=1, image_size=8), state, *words, resize=True)
+    assert_not_loaded(create(patch_size=1, image_size=8), state, *words, resize=True)
 
 
 # Writing
@@ -619,7 +619,7 @@ def test_a_failed_save_leaves_the_old_file(
     if existed:
         vx.save_model(old, path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    real = vision_xformer.saving.save_file
+    real = vision_xformer.factory.save_file
 
     def half(state: State, file: Path, metadata: dict[str, str]) -> None:
         real(state, file, metadata)
@@ -627,7 +627,7 @@ def test_a_failed_save_leaves_the_old_file(
         Path(file).write_bytes(data[: len(data) // 2])
         raise error
 
-    monkeypatch.setattr(vision_xformer.saving, "save_file", half)
+    monkeypatch.setattr(vision_xformer.factory, "save_file", half)
     with pytest.raises(type(error)):
         vx.save_model(create(), path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before

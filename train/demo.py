@@ -41,7 +41,7 @@ HYBRID_STEM = {"norm": "batch", "activation": "gelu"}
 
 def run_config(name: str, mixer: str, epochs: int, folder: Path) -> RunConfig:
     """One model of the demo."""
-    options: dict[str, Any] = {"dim": 64, "depth": 2, "mlp_dim": 128}
+    options: dict[str, Any] = {"dim": 64, "depth": 2, "mlp_ratio": 2.0}
     if mixer != "FNet":
         options["heads"] = 4
     if name.startswith("Hybrid"):

@@ -74,11 +74,11 @@ class Example(NamedTuple):
 
 
 EXAMPLES = {
-    "signals": Example(lambda: digits(64), dict(patch=2)),
-    "images": Example(lambda: digits(8, 8), dict(patch=1)),
+    "signals": Example(lambda: digits(64), dict(patch_size=2)),
+    "images": Example(lambda: digits(8, 8), dict(patch_size=1)),
     # positions as faint as the tokens of large patches are
-    "volumes": Example(volumes, dict(patch=3, position_std=0.1)),
-    "video": Example(video, dict(patch=(2, 3, 3), position_std=0.1, factorised=True)),
+    "volumes": Example(volumes, dict(patch_size=3, position_std=0.1)),
+    "video": Example(video, dict(patch_size=(2, 3, 3), position_std=0.1, factorized=True)),
 }
 
 
@@ -92,7 +92,7 @@ def train(name: str, model_name: str, epochs: int, progress: tqdm[Any]) -> tuple
     )
     model = vx.create_model(
         model_name, input_shape=tuple(x.shape[1:]), num_classes=int(y.max()) + 1, dim=64, depth=2,
-        mlp_dim=128, **example.fields,
+        mlp_ratio=2.0, **example.fields,
     )  # fmt: skip
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, x, y = model.to(device), x.to(device), y.to(device)

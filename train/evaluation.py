@@ -25,7 +25,11 @@ class Accuracy(NamedTuple):
 
 @torch.no_grad()
 def predict(
-    model: vx.Backbone, images: Images, accelerator: Accelerator, batch_size: int, workers: int = 0
+    model: vx.VisionModel,
+    images: Images,
+    accelerator: Accelerator,
+    batch_size: int,
+    workers: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Logits (N, classes) of all images in order, and their classes (N,), on the CPU.
 

@@ -49,7 +49,7 @@ class Interrupted(Exception):  # noqa: N818 - not an error
         self.number = number
 
 
-def build_model(config: ModelConfig, data: Splits) -> vx.Backbone:
+def build_model(config: ModelConfig, data: Splits) -> vx.VisionModel:
     """The model a configuration names, for the images and classes of a data set."""
     taken = {"image_size", "channels", "input_shape", "num_classes", "mixer", "mixer_options"}
     if clash := taken & config.options.keys():
@@ -238,7 +238,7 @@ class Run:
         return self.images_seen / max(self.seconds, 1e-9)
 
     @property
-    def best_model(self) -> vx.Backbone:
+    def best_model(self) -> vx.VisionModel:
         """What is evaluated and kept: the average of the weights where there is one."""
         model: Any = self.model if self.ema is None else self.ema.module
         return model
@@ -415,7 +415,7 @@ class Run:
             raise ValueError(f"{path} is not a state of this run: {error}") from error
 
 
-def _teacher(path: str | None, model: vx.Backbone, device: torch.device) -> nn.Module | None:
+def _teacher(path: str | None, model: vx.VisionModel, device: torch.device) -> nn.Module | None:
     """The teacher, for the same images and classes; a LeViT with two heads trains both."""
     if path is None:
         return None

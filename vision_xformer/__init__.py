@@ -1,69 +1,77 @@
-"""Vision classifiers whose stem, backbone and token mixer are chosen apart."""
+"""Image classifiers whose stem, backbone and token mixer are chosen independently."""
 
-from .backbones import BACKBONES, Backbone, Config
+from . import compat
+from .backbones import BACKBONES, Config, Stage, VisionModel
+from .backbones.cait import CaiT
+from .backbones.cct import CCT, CVTLite, ViTLite
+from .backbones.convmixer import ConvMixer
+from .backbones.crossformer import CrossFormer
+from .backbones.crossvit import CrossViT
+from .backbones.cvt import CvT
+from .backbones.levit import LeViT
+from .backbones.mlp_mixer import GMLP, MlpMixer
+from .backbones.simple_vit import SimpleViT
+from .backbones.swin import Swin
+from .backbones.vit import ViT
+from .compat import FNet, FNet2D, ViL, ViN, ViP
+from .factory import create_model, load_model, save_model
 from .flops import count_flops
-from .kernels import KERNELS, Kernel
-from .layout import Layout
-from .mixers import (
-    MIXERS,
-    ClassSlot,
-    ConvSlot,
-    Mixer,
-    NormSlot,
-    Slot,
-    WindowSlot,
-    create_mixer,
-    list_mixers,
-    mixer_options,
-)
-from .published import (
-    FNet,
-    FNet2D,
-    HybridFNet,
-    HybridViL,
-    HybridViN,
-    HybridViP,
-    HybridViT,
-    ViL,
-    ViN,
-    ViP,
-    ViT,
-)
-from .saving import load_model, save_model
+from .grid import TokenGrid
+from .kernels import KERNELS, Kernel, Site
+from .kernels.linformer import Linformer
+from .kernels.nystrom import Nystrom
+from .kernels.performer import Performer, redraw_features
+from .kernels.softmax import Softmax
+from .mixers import MIXERS, Mixer, create_mixer, list_mixers, mixer_options
+from .mixers.attention import Attention, Projection
+from .mixers.fourier import Fourier
+from .names import list_models
 from .stems import STEMS, Stem
 from .version import __version__
 from .weights import LoadReport, load_weights
-from .zoo import create_model, list_models
 
 __all__ = [
     "BACKBONES",
+    "CCT",
+    "GMLP",
     "KERNELS",
     "MIXERS",
     "STEMS",
-    "Backbone",
-    "ClassSlot",
+    "Attention",
+    "CVTLite",
+    "CaiT",
     "Config",
-    "ConvSlot",
+    "ConvMixer",
+    "CrossFormer",
+    "CrossViT",
+    "CvT",
     "FNet",
     "FNet2D",
-    "HybridFNet",
-    "HybridViL",
-    "HybridViN",
-    "HybridViP",
-    "HybridViT",
+    "Fourier",
     "Kernel",
-    "Layout",
+    "LeViT",
+    "Linformer",
     "LoadReport",
     "Mixer",
-    "NormSlot",
-    "Slot",
+    "MlpMixer",
+    "Nystrom",
+    "Performer",
+    "Projection",
+    "SimpleViT",
+    "Site",
+    "Softmax",
+    "Stage",
     "Stem",
+    "Swin",
+    "TokenGrid",
     "ViL",
     "ViN",
     "ViP",
     "ViT",
-    "WindowSlot",
+    "ViTLite",
+    "VisionModel",
     "__version__",
+    "compat",
     "count_flops",
     "create_mixer",
     "create_model",
@@ -72,5 +80,6 @@ __all__ = [
     "load_model",
     "load_weights",
     "mixer_options",
+    "redraw_features",
     "save_model",
 ]

@@ -1,32 +1,81 @@
-"""Positions of tokens on a grid of one, two or three axes: learned, sin-cos and rotary."""
+"""Positions of tokens on a grid of one, two or three axes: learned, sin-cos, rotary and biases."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from rotary_embedding_torch import RotaryEmbedding, apply_rotary_emb
 from torch import Tensor, nn
 
-from .layers import TokenTable
-from .layout import Layout
-from .registry import unknown
+from .grid import TokenGrid
+from .options import unknown_name_error
 
-POSITIONS = ("learned", "sincos", "raster_sincos", "none")
-ROPE_KINDS = ("axial", "raster")
+PositionKind = Literal["learned", "sincos", "raster_sincos", "none"]
+RopeKind = Literal["axial", "raster"]
+POSITIONS: tuple[PositionKind, ...] = get_args(PositionKind)
+ROPE_KINDS: tuple[RopeKind, ...] = get_args(RopeKind)
+
+
+class TokenTable(nn.Module):
+    """Learned per-token table that stores its grid shape. Shape: () -> (N, C).
+
+    The part on the grid keeps its axes, (*shape, C), so that a saved table can be resized.
+
+    Args:
+        grid: positions of the N tokens.
+        dim: width C of a row.
+        std: standard deviation of the initial values.
+    """
+
+    prefix: nn.Parameter | None
+
+    def __init__(self, grid: TokenGrid, dim: int, std: float = 0.02) -> None:
+        super().__init__()
+        self.grid = nn.Parameter(torch.randn(*grid.shape, dim) * std)
+        prefix = nn.Parameter(torch.randn(grid.prefix, dim) * std) if grid.prefix else None
+        self.register_parameter("prefix", prefix)
+
+    def forward(self) -> Tensor:
+        rows = self.grid.flatten(0, -2)
+        return rows if self.prefix is None else torch.cat((self.prefix, rows))
+
+
+def resize_grid(table: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Interpolate a table over a grid: bicubic on images, else linear along each axis.
+
+    Shape: (*old, C) -> (*shape, C)
+
+    Raises:
+        ValueError: for a shape of another number of axes.
+    """
+    old = tuple(table.shape[:-1])
+    if len(shape) != len(old):
+        raise ValueError(f"a table over the grid {old} cannot be resized to the grid {shape}")
+    x = table.detach().to(torch.promote_types(table.dtype, torch.float32)).movedim(-1, 0)[None]
+    if len(shape) == 2:
+        x = F.interpolate(x, shape, mode="bicubic", antialias=True, align_corners=False)
+    else:  # one axis after another: only the two-dimensional modes support antialiasing
+        for axis, size in enumerate(shape, start=2):
+            lines = x.movedim(axis, -1)
+            flat = lines.reshape(1, 1, -1, lines.shape[-1])
+            flat = F.interpolate(flat, (flat.shape[2], size), mode="bilinear", antialias=True)
+            x = flat.view(*lines.shape[:-1], size).movedim(-1, axis)
+    return x[0].movedim(0, -1).to(table.dtype)
 
 
 class LearnedPosition(TokenTable):
-    """A learned vector for each token, prefix included: () -> (N, D)."""
+    """A learned vector for each token, including the prefix. Shape: () -> (N, D)."""
 
 
 class FixedTable(nn.Module):
-    """A table that is computed, not learned nor saved: () -> (N, C).
+    """A computed, non-persistent table. Shape: () -> (N, C).
 
-    It is made again wherever the module goes, so that it has its values after ``to_empty``, and is
-    computed in float32 whatever the module's type; ``follows_type`` says what it is rounded to.
+    It is recomputed after every move of the module, so that it has its values after ``to_empty``,
+    and in float32 whatever the type of the module; with ``follows_type`` it is then rounded to it.
     """
 
     table: Tensor
@@ -47,68 +96,80 @@ class FixedTable(nn.Module):
 
 
 class SinCosPosition(FixedTable):
-    """Fixed sines and cosines of each coordinate (Beyer et al. 2022, arXiv 2205.01580): -> (N, D).
+    """Fixed sines and cosines of each coordinate (Beyer et al. 2022, arXiv 2205.01580).
 
-    The width is shared equally by the axes, the last one first: its sines, then its cosines, of
-    frequencies from 1 to 1/10000. What does not divide, and the prefix, is zero.
+    Each axis gets an equal share of the width, the last axis first: its sines, then its cosines, at
+    frequencies from 1 to 1/10000. Remaining channels and the rows of prefix tokens are zero.
+
+    Shape: () -> (N, D)
+
+    Args:
+        grid: positions of the N tokens.
+        dim: width D.
+
+    Raises:
+        ValueError: for a width without a pair of channels for each axis.
     """
 
-    def __init__(self, layout: Layout, dim: int) -> None:
+    def __init__(self, grid: TokenGrid, dim: int) -> None:
         super().__init__()
-        axes = len(layout.grid)
+        axes = len(grid.shape)
         pairs = dim // (2 * axes)
         if pairs == 0:
             raise ValueError(f"dim {dim} must be at least {2 * axes} for sin-cos on {axes} axes")
-        self.layout, self.dim, self.pairs = layout, dim, pairs
+        self.tokens, self.dim, self.pairs = grid, dim, pairs
         table = self._make(torch.get_default_device()).to(torch.get_default_dtype())
         self.register_buffer("table", table, persistent=False)
 
     def _make(self, device: torch.device) -> Tensor:
-        layout, dim, pairs = self.layout, self.dim, self.pairs
+        grid, dim, pairs = self.tokens, self.dim, self.pairs
         with torch.device(device):
             powers = torch.arange(pairs, dtype=torch.float32) / max(1, pairs - 1)
             frequency = 1 / 10000.0**powers
-            table = torch.zeros(layout.length, dim, dtype=torch.float32)
-            coordinates = torch.meshgrid(*(torch.arange(g) for g in layout.grid), indexing="ij")
+            table = torch.zeros(grid.length, dim, dtype=torch.float32)
+            coordinates = torch.meshgrid(*(torch.arange(g) for g in grid.shape), indexing="ij")
         for axis, coordinate in enumerate(reversed(coordinates)):
             angle = coordinate.flatten()[:, None] * frequency
             start = axis * 2 * pairs
-            table[layout.prefix :, start : start + 2 * pairs] = torch.cat(
+            table[grid.prefix :, start : start + 2 * pairs] = torch.cat(
                 (angle.sin(), angle.cos()), 1
             )
         return table
 
 
 class RasterSinCosPosition(SinCosPosition):
-    """Sines and cosines of the place in the row-major sequence, prefix included: () -> (N, D).
+    """Sines and cosines of the position in the row-major sequence, which includes the prefix.
 
-    Sines on even channels and cosines on odd ones (Vaswani et al. 2017, 3.5), as in CCT.
+    Even channels are sines and odd ones cosines (Vaswani et al. 2017, section 3.5), as in CCT.
+
+    Shape: () -> (N, D)
     """
 
     def _make(self, device: torch.device) -> Tensor:
-        places = torch.arange(self.layout.length, dtype=torch.float32, device=device)
+        positions = torch.arange(self.tokens.length, dtype=torch.float32, device=device)
         channels = torch.arange(self.dim, device=device)
-        angle = places[:, None] / 10000.0 ** ((channels // 2 * 2).float() / self.dim)
+        angle = positions[:, None] / 10000.0 ** ((channels // 2 * 2).float() / self.dim)
         return torch.where(channels % 2 == 0, angle.sin(), angle.cos())
 
 
 class _Offsets(FixedTable):
-    """Row-major index of the place of each query as seen from each key: () -> (N * M,).
+    """Row-major index of the offset between each query and each key. Shape: () -> (N * M,).
 
-    That is the distance on each axis, 0 to g - 1, or with ``signed`` 1 - g to g - 1, from 0 on.
+    The offset on each axis is a distance from 0 to g - 1, or with ``signed`` from 1 - g to g - 1,
+    counted from 0.
     """
 
-    def __init__(self, layout: Layout, stride: int = 1, signed: bool = False) -> None:
+    def __init__(self, grid: TokenGrid, stride: int = 1, signed: bool = False) -> None:
         super().__init__()
-        self.layout, self.stride, self.signed = layout, stride, signed
+        self.tokens, self.stride, self.signed = grid, stride, signed
         self.register_buffer("table", self._make(torch.get_default_device()), persistent=False)
 
     def _make(self, device: torch.device) -> Tensor:
         index = torch.zeros((), dtype=torch.long, device=device)
-        places = [torch.arange(size, device=device) for size in self.layout.grid]
-        queries = torch.cartesian_prod(*(p[:: self.stride] for p in places)).view(-1, len(places))
-        keys = torch.cartesian_prod(*places).view(-1, len(places))
-        for axis, size in enumerate(self.layout.grid):
+        axes = [torch.arange(size, device=device) for size in self.tokens.shape]
+        queries = torch.cartesian_prod(*(a[:: self.stride] for a in axes)).view(-1, len(axes))
+        keys = torch.cartesian_prod(*axes).view(-1, len(axes))
+        for axis, size in enumerate(self.tokens.shape):
             offset = queries[:, None, axis] - keys[:, axis]
             if self.signed:
                 index = index * (2 * size - 1) + offset + size - 1
@@ -117,139 +178,173 @@ class _Offsets(FixedTable):
         return index.flatten().int()
 
 
-class PositionBias(TokenTable):
-    """A learned number for each head and distance (LeViT, Graham et al. 2021, eq. 1): -> (H, N, M).
+class AttentionBias(nn.Module):
+    """A position bias that is added to the logits. Shape: () -> (H, N, M).
 
-    The distance of a query and a key is that along each axis. Starts as zero.
-
-    Args:
-        layout: of the M keys; it has no prefix.
-        heads: number of heads H.
-        stride: the N queries are those of ``layout.strided(stride)``.
+    Attributes:
+        fixed: whether it is tied to the grid of its tokens.
     """
 
-    def __init__(self, layout: Layout, heads: int, stride: int = 1) -> None:
-        if layout.prefix:
-            raise ValueError(
-                f"a position bias has no place for the {layout.prefix} prefix token(s)"
-            )
-        super().__init__(layout, heads, std=0.0)
-        self.shape = (layout.strided(stride).length, layout.length)
-        self.offsets = _Offsets(layout, stride)
+    fixed: bool = False
+
+    def forward(self) -> Tensor:
+        """The bias (H, N, M)."""
+        raise NotImplementedError
+
+
+class PositionBias(TokenTable, AttentionBias):
+    """A learned value for each head and distance (LeViT, Graham et al. 2021, eq. 1).
+
+    The distance between a query and a key is taken along each axis. Values are initialized to zero.
+
+    Shape: () -> (H, N, M)
+
+    Args:
+        grid: positions of the M keys, without prefix tokens.
+        heads: number of heads H.
+        stride: the N queries are at ``grid.strided(stride)``.
+
+    Raises:
+        ValueError: for a grid with prefix tokens.
+    """
+
+    fixed = True
+
+    def __init__(self, grid: TokenGrid, heads: int, stride: int = 1) -> None:
+        if grid.prefix:
+            raise ValueError(f"a position bias has no distance to {grid.prefix} prefix token(s)")
+        super().__init__(grid, heads, std=0.0)
+        self.shape = (grid.strided(stride).length, grid.length)
+        self.offsets = _Offsets(grid, stride)
 
     def forward(self) -> Tensor:
         return _bias_map(self.grid.flatten(0, -2), self.offsets(), self.shape)
 
 
-class RelativeBias(nn.Module):
-    """A learned number for each head and offset (Swin, Liu et al. 2021, eq. 4): -> (H, N, N).
+class RelativeBias(AttentionBias):
+    """A learned value for each head and signed offset (Swin, Liu et al. 2021, eq. 4).
 
-    Offsets are signed. Starts as zero.
+    Values are initialized to zero.
+
+    Shape: () -> (H, N, N)
 
     Args:
-        grid: of the N tokens.
+        shape: grid shape of the N tokens of a window.
         heads: number of heads H.
     """
 
-    def __init__(self, grid: tuple[int, ...], heads: int) -> None:
+    def __init__(self, shape: tuple[int, ...], heads: int) -> None:
         super().__init__()
-        self.length = math.prod(grid)
-        self.table = TokenTable(Layout(tuple(2 * g - 1 for g in grid)), heads, std=0.0)
-        self.offsets = _Offsets(Layout(grid), signed=True)
+        self.length = math.prod(shape)
+        self.table = TokenTable(TokenGrid(tuple(2 * size - 1 for size in shape)), heads, std=0.0)
+        self.offsets = _Offsets(TokenGrid(shape), signed=True)
 
     def forward(self) -> Tensor:
         return _bias_map(self.table(), self.offsets(), (self.length, self.length))
 
 
-class DynamicBias(nn.Module):
-    """A number for each head and offset, of a small network (CrossFormer, Wang et al. 2021, section
-    3.3): () -> (H, N, N).
+class DynamicBias(AttentionBias):
+    """A value for each head and signed offset, predicted by a small network.
+
+    The network is that of CrossFormer (Wang et al. 2021, section 3.3).
+
+    Shape: () -> (H, N, N)
 
     Args:
-        grid: of the N tokens.
+        shape: grid shape of the N tokens of a window.
         heads: number of heads H.
         hidden_dim: width of the network.
     """
 
-    def __init__(self, grid: tuple[int, ...], heads: int, hidden_dim: int) -> None:
+    def __init__(self, shape: tuple[int, ...], heads: int, hidden_dim: int) -> None:
         super().__init__()
-        layers: list[nn.Module] = [nn.Linear(len(grid), hidden_dim)]
+        layers: list[nn.Module] = [nn.Linear(len(shape), hidden_dim)]
         for width in (hidden_dim, hidden_dim, heads):
             layers += [nn.LayerNorm(hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, width)]
         self.layers = nn.Sequential(*layers)
-        self.grid, self.length = grid, math.prod(grid)
-        self.offsets = _Offsets(Layout(grid), signed=True)
+        self.shape, self.length = shape, math.prod(shape)
+        self.offsets = _Offsets(TokenGrid(shape), signed=True)
 
     def forward(self) -> Tensor:
         like = next(self.parameters())
-        places = [torch.arange(1 - g, g, device=like.device, dtype=like.dtype) for g in self.grid]
-        rows = self.layers(torch.cartesian_prod(*places).view(-1, len(places)))
+        axes = [torch.arange(1 - g, g, device=like.device, dtype=like.dtype) for g in self.shape]
+        rows = self.layers(torch.cartesian_prod(*axes).view(-1, len(axes)))
         return _bias_map(rows, self.offsets(), (self.length, self.length))
 
 
 def _bias_map(rows: Tensor, offsets: Tensor, shape: tuple[int, int]) -> Tensor:
-    """A row of H numbers for each offset, (P, H), as (H, N, M)."""
+    """Look up a row of H values for each offset: (P, H) -> (H, N, M)."""
     return rows.mT.index_select(1, offsets).unflatten(1, shape)
 
 
 class RotaryPosition(FixedTable):
-    """Angles of rotary position embedding (Su et al. 2021, arXiv 2104.09864): () -> (N, A).
-
-    Args:
-        layout: the tokens; prefix tokens get angle 0.
-        head_dim: width K per head; the first A <= K channels are rotated, in pairs.
-        kind: "axial" gives each axis an equal share of the pairs, base 100 as for pictures (Heo et
-            al. 2024, arXiv 2403.13298); "raster" is the form of the X-formers paper: the place in
-            the row-major sequence, base 10000.
+    """Angles of rotary position embedding (Su et al. 2021, arXiv 2104.09864), in radians.
 
     Angles are float32 in a module of any type: in half precision a position of 1000 is off by
     several radians.
+
+    Shape: () -> (N, A)
+
+    Args:
+        grid: positions of the N tokens; prefix tokens get angle 0.
+        head_dim: width K per head; the first A <= K channels are rotated, in pairs.
+        kind: "axial" gives each axis an equal share of the pairs, with base 100 as usual for images
+            (Heo et al. 2024, arXiv 2403.13298); "raster" is the form of the X-formers paper: the
+            position in the row-major sequence, with base 10000.
+
+    Raises:
+        ValueError: for an unknown kind, or a width without a pair of channels for each axis.
     """
 
     follows_type = False
 
-    def __init__(self, layout: Layout, head_dim: int, kind: str) -> None:
+    def __init__(self, grid: TokenGrid, head_dim: int, kind: str) -> None:
         super().__init__()
         if kind not in ROPE_KINDS:
-            raise unknown("rope", kind, ROPE_KINDS)
-        axes = len(layout.grid) if kind == "axial" else 1
+            raise unknown_name_error("rope", kind, ROPE_KINDS)
+        axes = len(grid.shape) if kind == "axial" else 1
         if head_dim < 2 * axes:
             raise ValueError(
                 f"head_dim {head_dim} must be at least {2 * axes} for rope={kind!r} on {axes} axes"
             )
-        self.layout, self.kind = layout, kind
+        self.tokens, self.kind = grid, kind
         self.axis_dim = head_dim // (2 * axes) * 2
         self.register_buffer("table", self._make(torch.get_default_device()), persistent=False)
 
     def _make(self, device: torch.device) -> Tensor:
-        grid, prefix = self.layout
+        shape, prefix = self.tokens
         axial = self.kind == "axial"
-        lines = [range(g) for g in grid] if axial else [range(prefix, self.layout.length)]
+        lines = [range(g) for g in shape] if axial else [range(prefix, self.tokens.length)]
         with torch.device(device):
-            places = torch.meshgrid(*(torch.tensor(line) for line in lines), indexing="ij")
-            # it cannot be built for a width of 2; that of 4 begins with the same frequency, 1
+            coordinates = torch.meshgrid(*map(torch.tensor, lines), indexing="ij")
+            # it cannot be built for width 2; width 4 begins with the same frequency, 1
             rotary = RotaryEmbedding(
                 max(4, self.axis_dim), theta=100 if axial else 10000, cache_if_possible=False
             )
-            angles = [rotary(place.flatten())[:, : self.axis_dim] for place in places]
+            angles = [rotary(c.flatten())[:, : self.axis_dim] for c in coordinates]
             table = torch.cat(angles, 1).detach()
         return torch.cat((table.new_zeros(prefix, table.shape[1]), table))
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
     """Rotate pairs of channels: x (B, N, H, K), angles (N, A) -> (B, N, H, K)."""
-    rotated: Tensor = apply_rotary_emb(angles[:, None], x)
-    return rotated
+    return apply_rotary_emb(angles[:, None], x)
 
 
-def make_position(kind: str, layout: Layout, dim: int, std: float) -> nn.Module | None:
-    """The table to add to the tokens for a ``kind`` of POSITIONS; "learned" starts from ``std``."""
+def make_position(kind: str, grid: TokenGrid, dim: int, std: float) -> nn.Module | None:
+    """The table of a ``kind`` of POSITIONS that is added to the tokens, () -> (N, D), or None.
+
+    ``std`` is the initial standard deviation of a learned table.
+
+    Raises:
+        ValueError: for an unknown kind.
+    """
     if kind == "none":
         return None
     if kind == "learned":
-        return LearnedPosition(layout, dim, std)
+        return LearnedPosition(grid, dim, std)
     if kind == "sincos":
-        return SinCosPosition(layout, dim)
+        return SinCosPosition(grid, dim)
     if kind == "raster_sincos":
-        return RasterSinCosPosition(layout, dim)
-    raise unknown("position", kind, POSITIONS)
+        return RasterSinCosPosition(grid, dim)
+    raise unknown_name_error("position", kind, POSITIONS)

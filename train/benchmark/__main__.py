@@ -21,7 +21,7 @@ from ..__main__ import parse
 from ..commands import Parser, folder_of, read_runs
 from ..page import Table
 from ..report import cost_sections
-from .cases import BASE, DTYPES, EAGER, Case, layout_of, mixer_of
+from .cases import BASE, DTYPES, EAGER, Case, grid_of, mixer_of
 from .compare import compare
 from .controls import CONTROLS
 from .errors import COLUMNS as ERROR_COLUMNS
@@ -182,7 +182,7 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
     checkpointing = [False]
     if args.command == "mixers":
         for tokens in args.lengths:
-            layout_of(tokens)
+            grid_of(tokens)
         wanted, sizes = [(name, "") for name in args.only], args.lengths
     else:
         for pattern in args.names:

@@ -70,12 +70,12 @@ class Subject:
     step: Callable[[], None]
 
 
-def layout_of(tokens: int) -> vx.Layout:
+def grid_of(tokens: int) -> vx.TokenGrid:
     """A square grid of that many tokens."""
     side = math.isqrt(tokens)
     if side * side != tokens:
         raise ValueError(f"length {tokens} must be a square: the tokens of a picture")
-    return vx.Layout((side, side))
+    return vx.TokenGrid((side, side))
 
 
 def mixer_of(model: str) -> str:
@@ -85,11 +85,11 @@ def mixer_of(model: str) -> str:
 
 def build_mixer(name: str, tokens: int) -> vx.Mixer:
     """One layer of ``DIM`` channels."""
-    layout = layout_of(tokens)
+    grid = grid_of(tokens)
     if name in CONTROLS:
-        return CONTROLS[name](DIM, None, layout)
+        return CONTROLS[name](DIM, None, grid)
     heads = HEADS if takes_heads(name) else None
-    return vx.create_mixer(name, dim=DIM, heads=heads, layout=layout, **_OPTIONS.get(name, {}))
+    return vx.create_mixer(name, dim=DIM, heads=heads, grid=grid, **_OPTIONS.get(name, {}))
 
 
 def with_weights(name: str, tokens: int) -> vx.Mixer:
@@ -102,14 +102,14 @@ def with_weights(name: str, tokens: int) -> vx.Mixer:
     return mixer
 
 
-def make(case: Case, batch: int) -> tuple[nn.Module, Tensor, tuple[vx.Layout, ...]]:
+def make(case: Case, batch: int) -> tuple[nn.Module, Tensor, tuple[vx.TokenGrid, ...]]:
     """The module, a batch of its input, and what else it is called with.
 
     A model is for square colour images and ``CLASSES`` classes.
     """
     if case.kind == "mixer":
         mixer = with_weights(case.name, case.size)
-        return mixer, torch.randn(batch, case.size, DIM), (layout_of(case.size),)
+        return mixer, torch.randn(batch, case.size, DIM), (grid_of(case.size),)
     torch.manual_seed(0)
     model = vx.create_model(
         case.name, image_size=case.size, num_classes=CLASSES, mixer=case.mixer or None
@@ -127,7 +127,7 @@ def facts(case: Case) -> dict[str, Any]:
             found.update(tokens=inputs[0].shape[1], width=mixer.dim, heads=mixer.heads)
 
     sketch, x, rest = make(case, 1)
-    if isinstance(sketch, vx.Backbone):
+    if isinstance(sketch, vx.VisionModel):
         found["backbone"] = sketch.config.to_dict()["backbone"]
     sketch.to("meta")  # not made there: performer-pytorch cannot be
     for part in sketch.modules():
@@ -140,7 +140,7 @@ def facts(case: Case) -> dict[str, Any]:
 def build(case: Case, device: str) -> Subject:
     """The case on a device. A ValueError says why a case cannot be."""
     module, x, rest = make(case, case.batch)
-    if case.checkpointing and isinstance(module, vx.Backbone):
+    if case.checkpointing and isinstance(module, vx.VisionModel):
         module.set_grad_checkpointing()
     module, x = module.to(device), x.to(device).requires_grad_(case.kind == "mixer")
     labels = torch.randint(CLASSES, (case.batch,), device=device)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import vision_xformer as vx
-from vision_xformer.projections import on_grid
+from vision_xformer.grid import on_grid
 
 
 class Identity(vx.Mixer):
@@ -16,7 +16,7 @@ class Identity(vx.Mixer):
 
     takes_heads = False
 
-    def forward(self, x: Tensor, layout: vx.Layout, rope: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, grid: vx.TokenGrid, rope: Tensor | None = None) -> Tensor:
         return x.clone()
 
 
@@ -25,12 +25,12 @@ class Pool(vx.Mixer):
 
     takes_heads = False
 
-    def __init__(self, dim: int, heads: None, layout: vx.Layout) -> None:
-        super().__init__(dim, heads, layout)
+    def __init__(self, dim: int, heads: None, grid: vx.TokenGrid) -> None:
+        super().__init__(dim, heads, grid)
         self.pool = nn.AvgPool2d(3, 1, 1, count_include_pad=False)
 
-    def forward(self, x: Tensor, layout: vx.Layout, rope: Tensor | None = None) -> Tensor:
-        return on_grid(self.pool, x, layout) - x
+    def forward(self, x: Tensor, grid: vx.TokenGrid, rope: Tensor | None = None) -> Tensor:
+        return on_grid(self.pool, x, grid) - x
 
 
 class Fft2(vx.Mixer):
@@ -38,10 +38,10 @@ class Fft2(vx.Mixer):
 
     takes_heads = False
 
-    def forward(self, x: Tensor, layout: vx.Layout, rope: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, grid: vx.TokenGrid, rope: Tensor | None = None) -> Tensor:
         return torch.fft.fft2(x.float()).real.to(x.dtype)
 
-    def flops(self, x: Tensor, layout: vx.Layout, rope: Tensor | None = None) -> int:
+    def flops(self, x: Tensor, grid: vx.TokenGrid, rope: Tensor | None = None) -> int:
         """5 n log2 n, as FFTW counts a complex transform."""
         size = x.shape[1] * x.shape[2]
         return round(5 * x.shape[0] * size * math.log2(size))

@@ -45,7 +45,7 @@ _STYLES = {"nystrom, grid": ("#1f6feb", "-"), "nystrom, sequence": ("#1f6feb", "
            "performer": ("#bf8700", "-"), "performer, package": ("#bf8700", "--")}  # fmt: skip
 _SIDE, _HEADS, _HEAD_DIM, _DRAWS, _IMAGES = 32, 4, 32, 2, 4
 
-Operands = tuple[Tensor, Tensor, Tensor, vx.Layout]
+Operands = tuple[Tensor, Tensor, Tensor, vx.TokenGrid]
 
 
 def smooth_field(generator: torch.Generator) -> Tensor:
@@ -62,13 +62,13 @@ def smooth_field(generator: torch.Generator) -> Tensor:
 def fields() -> Iterator[tuple[str, Operands]]:
     """Smooth fields at three scales, and noise, where no landmark can stand for its segment."""
     generator = torch.Generator().manual_seed(0)
-    layout = vx.Layout((_SIDE, _SIDE))
+    grid = vx.TokenGrid((_SIDE, _SIDE))
     for scale in (0.5, 1.0, 2.0):
         q, k, v = (smooth_field(generator) for _ in range(3))
-        yield f"smooth fields, {scale:g}", (scale * q, scale * k, v, layout)
+        yield f"smooth fields, {scale:g}", (scale * q, scale * k, v, grid)
     shape = _DRAWS, _HEADS, _SIDE * _SIDE, _HEAD_DIM
     q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3))
-    yield "noise, 1", (q, k, v, layout)
+    yield "noise, 1", (q, k, v, grid)
 
 
 def trained(folder: Path, config: RunConfig) -> Iterator[tuple[str, Operands]]:
@@ -81,9 +81,9 @@ def trained(folder: Path, config: RunConfig) -> Iterator[tuple[str, Operands]]:
     found: list[Operands] = []
 
     def look(kernel: Any, inputs: tuple[Any, ...]) -> None:
-        q, k, v, q_layout, k_layout, *bias = inputs
-        if q_layout == k_layout and bias in ([], [None]):
-            found.append((q, k, v, q_layout))
+        q, k, v, queries, keys, *bias = inputs
+        if queries == keys and bias in ([], [None]):
+            found.append((q, k, v, queries))
 
     for part in model.modules():
         if isinstance(part, (Softmax, SoftmaxEager)):
@@ -105,13 +105,12 @@ def trained(folder: Path, config: RunConfig) -> Iterator[tuple[str, Operands]]:
 def error_of(line: tuple[str, str, str, dict[str, Any]], size: int, given: Operands) -> Tensor:
     """(B, H) relative errors of a kernel with that many landmarks or features."""
     _, name, option, options = line
-    q, k, v, layout = given
+    q, k, v, grid = given
     torch.manual_seed(0)  # Performer draws its features
-    kernel = KERNELS.create(
-        name, q.shape[1], q.shape[-1], layout, options={option: size, **options}
-    )
+    site = vx.Site(q.shape[1], q.shape[-1], v.shape[-1], grid, grid)
+    kernel = KERNELS.create(name, site, options={option: size, **options})
     exact = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
-    away = kernel.double()(q, k, v, layout, layout) - exact
+    away = kernel.double()(q, k, v, grid, grid) - exact
     return away.flatten(2).norm(dim=-1) / exact.flatten(2).norm(dim=-1)
 
 

@@ -1,8 +1,9 @@
-"""Configuration, presets and class of each backbone."""
+"""Configuration, sizes and class of each backbone."""
 
 from ..registry import import_all
-from .base import BACKBONES, Backbone, Config
+from .base import BACKBONES, Stage, VisionModel
+from .config import Config
 
-__all__ = ["BACKBONES", "Backbone", "Config"]
+__all__ = ["BACKBONES", "Config", "Stage", "VisionModel"]
 
 import_all(__name__, __path__)

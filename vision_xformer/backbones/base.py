@@ -1,11 +1,10 @@
-"""What every backbone has: a frozen configuration, checks of what reaches it, blocks."""
+"""The contract of backbones: models, stages and blocks."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -13,91 +12,30 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
-from typing_extensions import Self
 
-from ..layers import LayerScale, Mlp
-from ..layout import Layout
+from ..grid import TokenGrid
 from ..mixers import Mixer
-from ..positions import RotaryPosition
-from ..registry import Registry, check_at_least, check_options, check_share, check_types
+from ..positions import RopeKind, RotaryPosition
+from ..registry import Registry
 from ..summary import summary
+from .config import Config
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """Base of the configurations: plain values only, so that YAML and JSON hold it exactly.
-
-    Args:
-        input_shape: (C, *shape) of one sample.
-        num_classes: width of the logits; 0 for a model without head.
-    """
-
-    backbone: ClassVar[str]
-    input_shape: tuple[int, ...] = (3, 32, 32)
-    num_classes: int = 10
-
-    def __post_init__(self) -> None:
-        check_types(vars(self), type(self))
-        for field in dataclasses.fields(self):  # YAML and JSON have lists only
-            value = getattr(self, field.name)
-            if isinstance(value, list):
-                object.__setattr__(self, field.name, tuple(value))
-            elif isinstance(value, Mapping):
-                plain = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
-                object.__setattr__(self, field.name, plain)
-        check_at_least("num_classes", self.num_classes, 0)
-        values = vars(self)
-        for name in ("dropout", "emb_dropout", "drop_path"):
-            check_share(name, values.get(name, 0.0))
-        if not values.get("norm_eps", 1.0) > 0:  # nor is NaN
-            raise ValueError(f"norm_eps {values['norm_eps']} must be above 0")
-        if not values.get("position_std", 0.0) >= 0:
-            raise ValueError(f"position_std {values['position_std']} must be at least 0")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values under field names, and the backbone's name: rebuilds the model."""
-
-        def plain(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {k: plain(v) for k, v in value.items()}
-            return [plain(v) for v in value] if isinstance(value, tuple) else value
-
-        values = {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
-        return {"backbone": self.backbone, **values}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The inverse of :meth:`to_dict`; an unknown field is a ValueError."""
-        fields = {k: v for k, v in values.items() if k != "backbone"}
-        check_options(
-            f"backbone {cls.backbone!r}", fields, [f.name for f in dataclasses.fields(cls)]
-        )
-        return cls(**fields)
-
-
-def check_stages(config: Config, names: Iterable[str]) -> None:
-    """Raise a ValueError for fields that do not have a positive number for each of ``dims``."""
-    dims = vars(config)["dims"]
-    for name in names:
-        values = getattr(config, name)
-        if not values or len(values) != len(dims) or min(values) < 1:
-            raise ValueError(f"{name} {values} must be one number for each of dims {dims}, above 0")
-
-
-class Backbone(nn.Module):
-    """A classifier: (B, C, *shape) -> (B, num_classes). ``config`` rebuilds it.
+class VisionModel(nn.Module):
+    """An image classifier: (B, C, *shape) -> (B, num_classes). ``config`` rebuilds it.
 
     Subclasses are registered under the name in their ``config_class`` and list sizes in
-    ``presets``; the size "" is of the size class of the X-formers paper for CIFAR-10.
+    ``presets``; the size "" is the configuration of the X-formers paper for CIFAR-10.
+
+    Args:
+        config: an instance of ``config_class``.
 
     Attributes:
-        hybrid: whether names may ask for the convolutional stem.
         num_features: width of the pooled features.
     """
 
     config_class: ClassVar[type[Config]]
     presets: ClassVar[dict[str, dict[str, Any]]]
-    hybrid: ClassVar[bool] = False
     config: Config
     num_features: int
     head: nn.Module
@@ -105,42 +43,34 @@ class Backbone(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.grad_checkpointing = False
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only the blocks' inputs for the backward pass and compute the rest again."""
-        self.grad_checkpointing = enable
-
-    def run(self, block: nn.Module, *args: Any) -> Tensor:
-        """``block(*args)``, checkpointed where that is asked for."""
-        call: Callable[..., Any] = block
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            more: dict[str, Any] = {}
-            if any(isinstance(module, _BatchNorm) for module in block.modules()):
-                if torch.compiler.is_compiling():
-                    raise ValueError("gradient checkpointing of batch norms cannot be compiled")
-                more["context_fn"] = lambda: (contextlib.nullcontext(), _statistics_kept(block))
-            call = functools.partial(checkpoint, block, use_reentrant=False, **more)
-        y: Tensor = call(*args)
-        return y
+        """Store only the inputs of the blocks for the backward pass, and recompute the rest."""
+        for module in self.modules():
+            if isinstance(module, Checkpointed):
+                module.grad_checkpointing = enable
 
     def forward_features(self, x: Tensor) -> Tensor:
+        """Compute the final tokens, (B, C, *shape) -> (B, N, D)."""
         raise NotImplementedError
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        raise NotImplementedError
+        """Classify tokens (B, N, D): (B, num_classes), or pooled (B, D) with ``pre_logits``."""
+        x = x.mean(1)
+        return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Classify a batch: (B, C, *shape) -> (B, num_classes)."""
         return self.forward_head(self.forward_features(x))
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Put a fresh head for ``num_classes`` in place; 0 leaves the pooled features."""
+        """Replace the head by a new one for ``num_classes``; 0 returns the pooled features."""
         self.config = dataclasses.replace(self.config, num_classes=num_classes)
         reference = next(self.parameters())
         self.head = self.make_head(num_classes).to(reference).train(self.training)
 
     def make_head(self, num_classes: int) -> nn.Module:
-        """A linear classifier, small at first; the identity for 0 classes."""
+        """A linear classifier with small initial weights; the identity for 0 classes."""
         if num_classes == 0:
             return nn.Identity()
         head = nn.Linear(self.num_features, num_classes)
@@ -148,36 +78,63 @@ class Backbone(nn.Module):
         return head
 
     def weight_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and type of every saved tensor by its name."""
+        """Shape and type of every saved tensor by name."""
         return {k: (tuple(v.shape), v.dtype) for k, v in self.state_dict().items()}
 
     def summary(self, depth: int = 2) -> str:
-        """A table of the parts down to ``depth``: kind, output shape of one sample, parameters."""
+        """A table of modules down to ``depth``: type, output shape for one sample, parameters."""
         sample = torch.zeros(1, *self.config.input_shape).to(next(self.parameters()))
         return summary(self, sample, depth)
 
-    def check_input(self, x: Tensor, any_size: bool = False) -> None:
-        """Raise a ValueError for a batch that is not (B, *input_shape)."""
+    def check_channels(self, x: Tensor) -> None:
+        """Raise a ValueError unless the batch has the axes and channels of ``input_shape``."""
         want = self.config.input_shape
         if x.ndim != len(want) + 1:
             sizes = ", ".join(map(str, want))
             raise ValueError(f"input of shape {tuple(x.shape)} must be (B, {sizes})")
         if x.shape[1] != want[0]:
             raise ValueError(f"input has {x.shape[1]} channels; the model was built for {want[0]}")
-        if not any_size and x.shape[2:] != torch.Size(want[1:]):
+
+    def check_input(self, x: Tensor) -> None:
+        """Raise a ValueError unless the batch is (B, *input_shape)."""
+        self.check_channels(x)
+        want = self.config.input_shape[1:]
+        if x.shape[2:] != torch.Size(want):
+            got, built = ("x".join(map(str, size)) for size in (x.shape[2:], want))
             raise ValueError(
-                f"input of size {_by(x.shape[2:])}; the model was built for {_by(want[1:])}: build "
-                "it for that; load_weights(..., resize=True) carries tables of tokens over"
+                f"input of size {got}; the model was built for {built}: build it for that; "
+                "load_weights(..., resize=True) carries tables of tokens over"
             )
 
 
-def _by(sizes: tuple[int, ...]) -> str:
-    return "x".join(map(str, sizes))
+class Checkpointed(nn.Module):
+    """A module that can store only the inputs of its blocks for the backward pass.
+
+    Attributes:
+        grad_checkpointing: whether it does.
+    """
+
+    grad_checkpointing: bool = False
+
+    def checkpointed(self, block: nn.Module, *args: Any) -> Any:
+        """Call ``block(*args)``; with ``grad_checkpointing``, recompute it in the backward pass.
+
+        Raises:
+            ValueError: for blocks with batch norm under torch.compile.
+        """
+        if not (self.grad_checkpointing and torch.is_grad_enabled()):
+            return block(*args)
+        more: dict[str, Any] = {}
+        if any(isinstance(module, _BatchNorm) for module in block.modules()):
+            if torch.compiler.is_compiling():
+                raise ValueError("gradient checkpointing of batch norms cannot be compiled")
+            more["context_fn"] = lambda: (contextlib.nullcontext(), _statistics_kept(block))
+        return checkpoint(block, *args, use_reentrant=False, **more)
 
 
 @contextlib.contextmanager
 def _statistics_kept(block: nn.Module) -> Iterator[None]:
-    """Batch norms still normalise by their batch, but count it only once."""
+    """Keep running statistics unchanged during recomputation."""
     norms = [m for m in block.modules() if isinstance(m, _BatchNorm)]
     before = [(m.momentum, m.num_batches_tracked) for m in norms]
     for norm in norms:
@@ -189,31 +146,105 @@ def _statistics_kept(block: nn.Module) -> Iterator[None]:
             norm.momentum, norm.num_batches_tracked = momentum, batches
 
 
+class Stage(Checkpointed):
+    """Blocks on one grid: tokens (B, N, D) -> (B, N, D). It works alone, and indexes its blocks.
+
+    Args:
+        blocks: modules called as ``block(x, grid, rope)``.
+        grid: positions of their tokens.
+        rope: rotary positions of the grid.
+        downsample: brings the output of the previous stage to this grid, before the blocks.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        grid: TokenGrid,
+        rope: RotaryPosition | None = None,
+        downsample: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.downsample, self.grid, self.rope, self.depth = downsample, grid, rope, len(blocks)
+        for index, block in enumerate(blocks):
+            self.add_module(str(index), block)
+
+    def __len__(self) -> int:
+        return self.depth
+
+    def __getitem__(self, index: int) -> nn.Module:
+        return self.get_submodule(str(range(self.depth)[index]))
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return (self[index] for index in range(self.depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the stage to the output of the previous one."""
+        if self.downsample is not None:
+            x = self.checkpointed(self.downsample, x)
+        rope = None if self.rope is None else self.rope()
+        for block in self:
+            x = self.checkpointed(block, x, self.grid, rope)
+        return x
+
+
 def make_drop_path(rate: float) -> nn.Module:
-    """Stochastic depth (Huang et al. 2016): a sample skips the branch with probability ``rate``."""
+    """Stochastic depth (Huang et al. 2016): skip the branch for a sample with probability ``rate``.
+
+    Shape: (B, ...) -> same
+    """
     return StochasticDepth(rate, "row") if rate else nn.Identity()
 
 
+def drop_paths(last: float, depths: Sequence[int]) -> list[list[float]]:
+    """Stochastic depth of each block of each stage: rising linearly from 0 to ``last``."""
+    rates = iter(last * i / max(1, sum(depths) - 1) for i in range(sum(depths)))
+    return [[next(rates) for _ in range(depth)] for depth in depths]
+
+
+class Mlp(nn.Sequential):
+    """Linear, GELU, dropout, linear, dropout on the last axis. Shape: (..., D) -> (..., D)."""
+
+    def __init__(self, dim: int, hidden_dim: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.act = nn.GELU()
+        self.drop1 = nn.Dropout(dropout)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.drop2 = nn.Dropout(dropout)
+
+
+class LayerScale(nn.Module):
+    """A learned factor for each channel (Touvron et al. 2021, CaiT). Shape: (..., D) -> same."""
+
+    def __init__(self, dim: int, init: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), float(init)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
 class Block(nn.Module):
-    """x + mixer(norm x), then x + mlp(norm x): (B, N, D) -> (B, N, D).
+    """x + mixer(norm x), then x + mlp(norm x). Shape: (B, N, D) -> (B, N, D).
 
     Args:
         mixer: of width D.
-        mlp_dim: hidden width of the MLP; 0 for a block without.
-        dropout: in the MLP. drop_path: probability with which a sample skips a branch.
-        layer_scale: first value of LayerScale, or None for none.
+        mlp_ratio: hidden width of the MLP for a width of 1; 0 disables the MLP.
+        dropout: dropout in the MLP.
+        drop_path: probability with which a sample skips a branch.
+        layer_scale: initial value of LayerScale, or None for none.
         norm_eps: epsilon of the layer norms.
     """
 
     def __init__(
         self,
         mixer: Mixer,
-        mlp_dim: int,
+        mlp_ratio: float,
         *,
-        dropout: float,
-        drop_path: float,
-        layer_scale: float | None,
-        norm_eps: float,
+        dropout: float = 0.0,
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
+        norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
         dim = mixer.dim
@@ -221,25 +252,26 @@ class Block(nn.Module):
         self.mixer = mixer
         self.scale1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.mlp: Mlp | None = None
-        if mlp_dim:
+        if mlp_ratio:
             self.norm2 = nn.LayerNorm(dim, norm_eps)
-            self.mlp = Mlp(dim, mlp_dim, dropout)
+            self.mlp = Mlp(dim, mlp_width(dim, mlp_ratio), dropout)
             self.scale2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.drop_path = make_drop_path(drop_path)
 
-    def forward(self, x: Tensor, layout: Layout, rope: Tensor | None) -> Tensor:
-        x = x + self.drop_path(self.scale1(self.mixer(self.norm1(x), layout, rope)))
+    def forward(self, x: Tensor, grid: TokenGrid, rope: Tensor | None) -> Tensor:
+        """Apply the block to tokens (B, N, D) on ``grid``, with angles ``rope`` (N, A)."""
+        x = x + self.drop_path(self.scale1(self.mixer(self.norm1(x), grid, rope)))
         if self.mlp is None:
             return x
         return x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
 
 
-def drop_paths(last: float, depth: int) -> list[float]:
-    """Stochastic depth of each block: rising linearly from 0."""
-    return [last * i / max(1, depth - 1) for i in range(depth)]
+def mlp_width(dim: int, ratio: float) -> int:
+    """The hidden width of an MLP, at least 1."""
+    return max(1, round(dim * ratio))
 
 
-def make_rope(kind: str | None, mixer: Mixer, name: str) -> RotaryPosition | None:
+def make_rope(kind: RopeKind | None, mixer: Mixer, name: str) -> RotaryPosition | None:
     """Rotary positions of a ``kind`` for the mixer of that name; None for ``kind`` None.
 
     Raises:
@@ -247,23 +279,25 @@ def make_rope(kind: str | None, mixer: Mixer, name: str) -> RotaryPosition | Non
     """
     if kind is None:
         return None
-    if not mixer.takes_rope:
+    if mixer.rope_dim is None:
         raise ValueError(
             f"mixer {name!r} has no queries and keys to rotate: rope must be None, not {kind!r}"
         )
-    return RotaryPosition(mixer.layout, mixer.head_dim, kind)
+    return RotaryPosition(mixer.grid, mixer.rope_dim, kind)
 
 
-def check_prefix(blocks: nn.Module, name: str, instead: str) -> None:
-    """Raise a ValueError where class and register tokens would be passed by."""
-    if not all(part.reaches_prefix for part in blocks.modules() if isinstance(part, Mixer)):
+def check_prefix(blocks: Iterable[nn.Module], name: str, instead: str) -> None:
+    """Raise a ValueError if the mixer does not update class and register tokens."""
+    mixers = (part for block in blocks for part in block.modules() if isinstance(part, Mixer))
+    if not all(mixer.updates_prefix for mixer in mixers):
         raise ValueError(
-            f"mixer {name!r} passes the tokens in front by, they would learn nothing: {instead}"
+            f"mixer {name!r} does not update class and register tokens, so they would learn "
+            f"nothing: {instead}"
         )
 
 
 def init_linears(module: nn.Module) -> None:
-    """Start linear maps small: truncated normal weights of deviation 0.02, no bias."""
+    """Initialize linear layers: truncated normal weights (std 0.02), zero bias."""
     for linear in module.modules():
         if isinstance(linear, nn.Linear):
             nn.init.trunc_normal_(linear.weight, std=0.02)
@@ -271,4 +305,4 @@ def init_linears(module: nn.Module) -> None:
                 nn.init.zeros_(linear.bias)
 
 
-BACKBONES: Registry[Backbone] = Registry("backbone")
+BACKBONES: Registry[VisionModel] = Registry("backbone")

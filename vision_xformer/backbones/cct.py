@@ -1,8 +1,8 @@
 """Compact transformers (Hassani et al. 2021, arXiv 2104.05704): CCT, CVT and ViT-Lite.
 
 CCT: convolutional tokenizer -> positions -> blocks -> norm -> sequence pooling -> head. CVT ("CVT-
-Lite" here, to tell it from the convolutional CvT) has linear patches instead of the tokenizer, and
-ViT-Lite a class token instead of the pooling as well.
+Lite" here, to distinguish it from the convolutional CvT) has a patch embedding instead of the
+tokenizer; ViT-Lite also has a class token instead of the pooling.
 """
 
 from __future__ import annotations
@@ -12,47 +12,50 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..layout import Layout
+from ..grid import TokenGrid
 from .base import BACKBONES, Block
-from .vit import VisionTransformer, ViTConfig
+from .vit import Pool, ViT, ViTConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CCTConfig(ViTConfig):
-    """As :class:`~vision_xformer.backbones.vit.ViTConfig`, with other defaults.
+    """Configuration of :class:`CCT`: that of ViT with other defaults.
 
-    ``patch`` is what the strides of the tokenizer come to, its pools included.
+    ``patch_size`` is the product of the strides of the tokenizer, including its pools.
     """
 
     backbone: ClassVar[str] = "cct"
-    patch: int | tuple[int, ...] = 2
+    patch_size: int | tuple[int, ...] = 2
     stem: str = "tokenizer"
     position_std: float = 0.2
-    pool: str = "seq"
+    pool: Pool = "seq"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CVTLiteConfig(CCTConfig):
-    """CCT without convolutions."""
+    """Configuration of :class:`CVTLite`: that of CCT without convolutions."""
 
     backbone: ClassVar[str] = "cvt_lite"
-    patch: int | tuple[int, ...] = 4
+    patch_size: int | tuple[int, ...] = 4
     stem: str = "patch"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ViTLiteConfig(CVTLiteConfig):
-    """CVT with a class token."""
+    """Configuration of :class:`ViTLite`: that of CVT with a class token."""
 
     backbone: ClassVar[str] = "vit_lite"
-    pool: str = "cls"
+    pool: Pool = "cls"
 
 
 class CCTBlock(Block):
-    """y = norm(x + mixer(norm x)), then y + mlp(y): the second branch adds to the normed tokens."""
+    """y = norm(x + mixer(norm x)), then y + mlp(y): the MLP adds to normalized tokens.
 
-    def forward(self, x: Tensor, layout: Layout, rope: Tensor | None) -> Tensor:
-        x = x + self.drop_path(self.scale1(self.mixer(self.norm1(x), layout, rope)))
+    Shape: (B, N, D) -> (B, N, D)
+    """
+
+    def forward(self, x: Tensor, grid: TokenGrid, rope: Tensor | None) -> Tensor:
+        x = x + self.drop_path(self.scale1(self.mixer(self.norm1(x), grid, rope)))
         if self.mlp is None:
             return x
         x = self.norm2(x)
@@ -60,33 +63,33 @@ class CCTBlock(Block):
 
 
 def _size(depth: int, **fields: Any) -> dict[str, Any]:
-    """The authors' sizes by depth, and what they share."""
-    dim, heads, mlp_dim = {
-        2: (128, 2, 128),
-        4: (128, 2, 128),
-        6: (256, 4, 512),
-        7: (256, 4, 512),
-        14: (384, 6, 1152),
+    """The sizes of the authors by depth, and what they share."""
+    dim, heads, mlp_ratio = {
+        2: (128, 2, 1.0),
+        4: (128, 2, 1.0),
+        6: (256, 4, 2.0),
+        7: (256, 4, 2.0),
+        14: (384, 6, 3.0),
     }[depth]
     return dict(
-        dim=dim, depth=depth, heads=heads, mlp_dim=mlp_dim, drop_path=0.1,
+        dim=dim, depth=depth, heads=heads, mlp_ratio=mlp_ratio, drop_path=0.1,
         mixer_options={"dropout": 0.1}, **fields,
     )  # fmt: skip
 
 
-def _tokens(kernel: int, layers: int, patch: int) -> dict[str, Any]:
-    return dict(patch=patch, stem_options={"kernel": kernel, "layers": layers})
+def _tokens(kernel: int, layers: int, patch_size: int) -> dict[str, Any]:
+    return dict(patch_size=patch_size, stem_options={"kernel": kernel, "layers": layers})
 
 
 _FLOWERS = dict(input_shape=(3, 224, 224), num_classes=102)
 _IMAGENET = dict(input_shape=(3, 224, 224), num_classes=1000)
-_TEST = dict(input_shape=(3, 15, 9), num_classes=5, dim=24, depth=2, heads=3, mlp_dim=38)
-_PATCHES = dict(input_shape=(3, 16, 12))
 
 
 @BACKBONES.register("cct")
-class CompactTransformer(VisionTransformer):
-    """CCT. The number behind the depth is the tokenizer's: kernel x layers.
+class CCT(ViT):
+    """CCT. The suffix after the depth is kernel size x layers of the tokenizer.
+
+    Shape: (B, C, *shape) -> (B, num_classes)
 
     Args:
         config: see :class:`CCTConfig`.
@@ -94,11 +97,9 @@ class CompactTransformer(VisionTransformer):
 
     config_class = CCTConfig
     block_class = CCTBlock
-    hybrid = False
     presets: ClassVar[dict[str, dict[str, Any]]] = {
-        # three convolutions and a token for each pixel, as the scripts of the X-formers paper
-        "": dict(patch=1, stem_options={"layers": 3, "pool_stride": 1}),
-        "test": dict(**_tokens(3, 2, 4), **_TEST),
+        # three convolutions and one token per pixel, as in the scripts of the X-formers paper
+        "": dict(patch_size=1, stem_options={"layers": 3, "pool_stride": 1}),
         "2_3x2": _size(2, **_tokens(3, 2, 4)),
         "4_3x2": _size(4, **_tokens(3, 2, 4)),
         "6_3x1": _size(6, **_tokens(3, 1, 2)),
@@ -111,8 +112,10 @@ class CompactTransformer(VisionTransformer):
 
 
 @BACKBONES.register("cvt_lite")
-class CompactVisionTransformer(CompactTransformer):
-    """CVT. The number behind the depth is the patch.
+class CVTLite(CCT):
+    """CVT. The suffix after the depth is the patch size.
+
+    Shape: (B, C, *shape) -> (B, num_classes)
 
     Args:
         config: see :class:`CVTLiteConfig`.
@@ -120,18 +123,19 @@ class CompactVisionTransformer(CompactTransformer):
 
     config_class = CVTLiteConfig
     presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "test": {**_TEST, **_PATCHES},
-        **{f"{depth}_4": _size(depth) for depth in (2, 4, 6, 7)},
+        f"{depth}_4": _size(depth) for depth in (2, 4, 6, 7)
     }
 
 
 @BACKBONES.register("vit_lite")
-class ViTLite(CompactTransformer):
-    """ViT-Lite. The number behind the depth is the patch.
+class ViTLite(CCT):
+    """ViT-Lite. The suffix after the depth is the patch size.
+
+    Shape: (B, C, *shape) -> (B, num_classes)
 
     Args:
         config: see :class:`ViTLiteConfig`.
     """
 
     config_class = ViTLiteConfig
-    presets = CompactVisionTransformer.presets
+    presets = CVTLite.presets

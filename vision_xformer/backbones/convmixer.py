@@ -10,50 +10,55 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..layers import ACTIVATION, TokenBatchNorm
-from ..layout import Layout
+from ..grid import TokenGrid
+from ..layers import ACTIVATION, Activation, TokenBatchNorm
 from ..mixers import Mixer, create_mixer
-from ..mixers.along import space_time
-from ..registry import check_at_least, unknown
-from ..stems import PatchStem
-from .base import BACKBONES, Backbone, Config
+from ..mixers.factorized import space_time
+from ..options import check_at_least
+from ..stems.patches import PatchStem
+from .base import BACKBONES, Stage, VisionModel
+from .config import MixerConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ConvMixerConfig(Config):
-    """
+class ConvMixerConfig(MixerConfig):
+    """Configuration of :class:`ConvMixer`.
+
     Args:
-        patch: pixels for each token, one size or one for each axis.
-        dim, depth: width D and number of blocks.
-        heads: of a mixer that has them, else None.
-        mixer, mixer_options: token mixer by name and its options.
-        factorised: of frames, height and width, whether a mixer for each frame is followed by one
-            over time in place of one over all.
+        patch_size: pixels per token, one size or one for each axis.
+        dim: width D.
+        depth: number of blocks.
+        heads: number of heads; None for a mixer without heads.
+        factorized: for video: mix within each frame, then over time, instead of jointly.
         activation: "gelu" or "relu".
     """
 
     backbone: ClassVar[str] = "convmixer"
-    patch: int | tuple[int, ...] = 2
+    patch_size: int | tuple[int, ...] = 2
     dim: int = 256
     depth: int = 8
     heads: int | None = None
     mixer: str = "conv"
-    mixer_options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    factorised: bool = False
-    activation: str = "gelu"
+    factorized: bool = False
+    activation: Activation = "gelu"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("dim", "depth"):
             check_at_least(name, getattr(self, name), 1)
-        if self.activation not in ACTIVATION:
-            raise unknown("activation", self.activation, ACTIVATION)
 
 
 class ConvMixerBlock(nn.Module):
-    """(B, N, D) -> same. Several mixers (space, then time) are one residual branch each."""
+    """Residual branches of one mixer each (space, then time), then a linear layer.
 
-    def __init__(self, mixers: list[Mixer], activation: str) -> None:
+    Shape: (B, N, D) -> (B, N, D)
+
+    Args:
+        mixers: of width D.
+        activation: "gelu" or "relu".
+    """
+
+    def __init__(self, mixers: list[Mixer], activation: Activation) -> None:
         super().__init__()
         dim = mixers[0].dim
         self.mixers = nn.ModuleList(mixers)
@@ -62,11 +67,11 @@ class ConvMixerBlock(nn.Module):
         self.norm = TokenBatchNorm(dim)
         self.act = ACTIVATION[activation]()
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+    def forward(self, x: Tensor, grid: TokenGrid, rope: None = None) -> Tensor:
+        """Apply the block to tokens (B, N, D) on ``grid``."""
         for mixer, norm in zip(self.mixers, self.mixer_norms, strict=True):
-            x = x + norm(self.act(mixer(x, layout)))
-        y: Tensor = self.norm(self.act(self.linear(x)))
-        return y
+            x = x + norm(self.act(mixer(x, grid)))
+        return self.norm(self.act(self.linear(x)))
 
 
 def _imagenet(kernel: int, **fields: Any) -> dict[str, Any]:
@@ -76,8 +81,10 @@ def _imagenet(kernel: int, **fields: Any) -> dict[str, Any]:
 
 
 @BACKBONES.register("convmixer")
-class ConvMixer(Backbone):
-    """The numbers of a size are width and depth.
+class ConvMixer(VisionModel):
+    """ConvMixer; the numbers of a size are width and depth.
+
+    Shape: (B, C, *shape) -> (B, num_classes)
 
     Args:
         config: see :class:`ConvMixerConfig`.
@@ -86,45 +93,32 @@ class ConvMixer(Backbone):
     config_class = ConvMixerConfig
     config: ConvMixerConfig
     presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "test": dict(input_shape=(3, 14, 10), num_classes=5, dim=12, depth=2,
-                     mixer_options={"kernel": 3}),
         "256_8": dict(mixer_options={"kernel": 5}),
-        "768_32": _imagenet(7, patch=7, dim=768, depth=32, activation="relu"),
-        "1024_20": _imagenet(9, patch=14, dim=1024, depth=20),
-        "1536_20": _imagenet(9, patch=7, dim=1536, depth=20),
+        "768_32": _imagenet(7, patch_size=7, dim=768, depth=32, activation="relu"),
+        "1024_20": _imagenet(9, patch_size=14, dim=1024, depth=20),
+        "1536_20": _imagenet(9, patch_size=7, dim=1536, depth=20),
     }  # fmt: skip
 
     def __init__(self, config: ConvMixerConfig) -> None:
         super().__init__(config)
         c = config
         self.num_features = c.dim
-        self.stem = PatchStem(c.input_shape, c.patch, c.dim)
-        self.layout = Layout(self.stem.grid)
+        self.stem = PatchStem(c.input_shape, c.patch_size, c.dim)
         self.act = ACTIVATION[c.activation]()
         self.stem_norm = TokenBatchNorm(c.dim)
+        grid = self.stem.grid
 
-        def make(layout: Layout) -> Mixer:
-            return create_mixer(c.mixer, dim=c.dim, heads=c.heads, layout=layout, **c.mixer_options)
+        def make(grid: TokenGrid) -> Mixer:
+            return create_mixer(c.mixer, dim=c.dim, heads=c.heads, grid=grid, **c.mixer_options)
 
-        self.blocks = nn.ModuleList(
-            ConvMixerBlock(
-                space_time(make, self.layout) if c.factorised else [make(self.layout)],
-                c.activation,
-            )
+        blocks = [
+            ConvMixerBlock(space_time(make, grid) if c.factorized else [make(grid)], c.activation)
             for _ in range(c.depth)
-        )
+        ]
+        self.blocks = Stage(blocks, grid)
         self.head = self.make_head(c.num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(B, C, *shape) -> (B, N, D)"""
+        """Compute the final tokens: (B, C, *shape) -> (B, N, D)."""
         self.check_input(x)
-        x = self.stem_norm(self.act(self.stem(x)))
-        for block in self.blocks:
-            x = self.run(block, x, self.layout)
-        return x
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(B, N, D) -> (B, num_classes); the pooled (B, D) with ``pre_logits``."""
-        x = x.mean(1)
-        y: Tensor = x if pre_logits else self.head(x)
-        return y
+        return self.blocks(self.stem_norm(self.act(self.stem(x))))

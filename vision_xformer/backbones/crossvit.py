@@ -1,66 +1,60 @@
 """CrossViT (Chen et al. 2021, arXiv 2103.14899) with any mixer.
 
-Two branches see the picture in patches of two sizes. After some blocks of its own, the class token
-of each asks the tokens of the other (section 3.3). The logits are the mean of both branches'.
+Two branches see the image in patches of two sizes. After some blocks of its own, the class token of
+each attends to the patches of the other (section 3.3). The logits of both branches are averaged.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layout import Layout
-from ..mixers import ClassSlot, create_mixer, takes_heads
+from ..grid import TokenGrid
+from ..mixers import create_mixer
+from ..options import check_at_least
 from ..positions import LearnedPosition
-from ..registry import check_at_least
-from ..stems import PatchStem, check_input_shape
-from .base import BACKBONES, Backbone, Block, Config, check_stages, drop_paths, init_linears
-from .cait import ClassBlock, check_class_mixer
+from ..stems import check_input_shape
+from ..stems.patches import PatchStem
+from .base import BACKBONES, Block, Checkpointed, Stage, VisionModel, drop_paths, init_linears
+from .class_attention import ClassBlock, check_class_mixer, class_attention
+from .config import BlockConfig, StageFields
 
 _RESIZE = {1: "linear", 2: "bicubic", 3: "trilinear"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CrossViTConfig(Config):
-    """
+class CrossViTConfig(StageFields, BlockConfig):
+    """Configuration of :class:`CrossViT`.
+
     Args:
-        patches: pixels for each token of the two branches, on each axis.
-        scales: to which each branch resizes the picture, of its size.
-        dims, depths, heads: width D, blocks between two exchanges and heads of the branches; heads
-            is None for a mixer without heads.
+        patch_sizes: pixels per token of the two branches, on each axis.
+        scales: scale at which each branch sees the image.
+        dims: width D of each branch.
+        depths: number of blocks of each branch between two exchanges.
+        heads: number of heads of each branch; None for a mixer without heads.
         stages: number of exchanges.
-        mlp_ratio: hidden width of the MLPs for a width of 1.
-        mixer, mixer_options: token mixer of the branches by name and its options.
-        cross_heads: heads of the exchange, by the branch that is asked.
-        cross_mixer, cross_options: mixer of the exchange, with queries and keys, and its options;
-            it is linear in N as it is.
-        position_std: standard deviation of the learned positions at first.
-        dropout: in the MLP. drop_path: stochastic depth, rising linearly to the last stage.
-        norm_eps: epsilon of the layer norms.
+        cross_heads: number of heads of the exchange, per attended branch.
+        cross_mixer: mixer of the exchange, with queries and keys; it is already linear in N.
+        cross_options: its options.
+        position_std: initial standard deviation of the learned positions.
     """
 
     backbone: ClassVar[str] = "crossvit"
-    patches: tuple[int, ...] = (12, 16)
+    patch_sizes: tuple[int, ...] = (12, 16)
     scales: tuple[float, ...] = (1.0, 224 / 240)
     dims: tuple[int, ...] = (96, 192)
     depths: tuple[int, ...] = (1, 4)
     heads: tuple[int, ...] | None = (3, 3)
     stages: int = 3
-    mlp_ratio: int = 4
-    mixer: str = "softmax"
-    mixer_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     cross_heads: tuple[int, ...] = (3, 3)
     cross_mixer: str = "softmax"
     cross_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     position_std: float = 0.02
-    dropout: float = 0.0
-    drop_path: float = 0.0
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
@@ -71,21 +65,25 @@ class CrossViTConfig(Config):
         if len(self.scales) != 2 or not all(0 < scale < math.inf for scale in self.scales):
             raise ValueError(f"scales {self.scales} must be two numbers above 0")
         check_class_mixer("cross_mixer", self.cross_mixer)
-        names = ["dims", "depths", "patches", "cross_heads"]
-        if takes_heads(self.mixer):
-            names.append("heads")
-        elif self.heads is not None:
-            raise ValueError(f"mixer {self.mixer!r} has no heads: heads must be None")
-        check_stages(self, names)
+        self.check_stages(self.mixer, "patch_sizes", "cross_heads")
         for name in ("stages", "mlp_ratio"):
             check_at_least(name, getattr(self, name), 1)
 
 
 class Branch(nn.Module):
-    """Pixels -> resized -> patches -> class token -> positions: (B, C, *shape) -> (B, N, D).
+    """Pixels -> resized -> patches -> class token -> positions.
+
+    Shape: (B, C, *shape) -> (B, N, D)
+
+    Args:
+        config: of the model.
+        index: which of the two branches.
 
     Attributes:
-        layout: of its tokens.
+        grid: positions of the N tokens.
+
+    Raises:
+        ValueError: for a scaled image that the patch size does not divide.
     """
 
     def __init__(self, config: CrossViTConfig, index: int) -> None:
@@ -94,12 +92,12 @@ class Branch(nn.Module):
         channels, *shape = c.input_shape
         self.shape = tuple(int(size * c.scales[index]) for size in shape)
         try:
-            self.stem = PatchStem((channels, *self.shape), c.patches[index], dim)
+            self.stem = PatchStem((channels, *self.shape), c.patch_sizes[index], dim)
         except ValueError as error:
             raise ValueError(f"at scale {c.scales[index]} of branch {index + 1}: {error}") from None
-        self.layout = Layout(self.stem.grid, 1)
+        self.grid = TokenGrid(self.stem.grid.shape, 1)
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
-        self.position = LearnedPosition(self.layout, dim, c.position_std)
+        self.position = LearnedPosition(self.grid, dim, c.position_std)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[2:] != torch.Size(self.shape):
@@ -109,86 +107,79 @@ class Branch(nn.Module):
 
 
 class Exchange(nn.Module):
-    """The class token of one branch asks the tokens of the other.
+    """The class token of one branch attends to the tokens of the other.
 
-    (B, 1, D), (B, N, E) -> (B, 1, D). It goes there through a norm, GELU and a linear map, and back
-    through others.
+    It is projected to their width by a norm, GELU and a linear layer, and back by others.
+
+    Shape: (B, 1, D), (B, N, E) -> (B, 1, D)
+
+    Args:
+        config: of the model.
+        index: the branch of the class token.
+        grid: positions of a class token and the tokens of the other branch.
+        drop_path: probability with which a sample skips the attention.
     """
 
-    def __init__(self, config: CrossViTConfig, asks: int, layout: Layout, drop_path: float) -> None:
+    def __init__(
+        self, config: CrossViTConfig, index: int, grid: TokenGrid, drop_path: float
+    ) -> None:
         super().__init__()
-        c, asked = config, 1 - asks
-        self.there, self.back = (
+        c, other = config, 1 - index
+        self.proj_in, self.proj_out = (
             nn.Sequential(nn.LayerNorm(a, c.norm_eps), nn.GELU(), nn.Linear(a, b))
-            for a, b in ((c.dims[asks], c.dims[asked]), (c.dims[asked], c.dims[asks]))
+            for a, b in ((c.dims[index], c.dims[other]), (c.dims[other], c.dims[index]))
         )
-        mixer = create_mixer(
-            c.cross_mixer,
-            dim=c.dims[asked],
-            heads=c.cross_heads[asked],
-            layout=layout,
-            slot=ClassSlot(),
-            **c.cross_options,
+        mixer = class_attention(
+            c.cross_mixer, c.cross_options, dim=c.dims[other], heads=c.cross_heads[other], grid=grid
         )
-        self.block = ClassBlock(
-            mixer, 0, dropout=0.0, drop_path=drop_path, layer_scale=None, norm_eps=c.norm_eps
-        )
-        self.layout = layout
+        self.block = ClassBlock(mixer, 0, drop_path=drop_path, norm_eps=c.norm_eps)
+        self.grid = grid
 
     def forward(self, token: Tensor, x: Tensor) -> Tensor:
-        y: Tensor = self.back(self.block(self.there(token), x, self.layout))
-        return y
+        return self.proj_out(self.block(self.proj_in(token), x, self.grid))
 
 
-class CrossStage(nn.Module):
-    """Blocks of each branch, then the exchange: two of (B, N, D) -> two of the same.
+class CrossStage(Checkpointed):
+    """A stage of blocks for each branch, then the exchanges.
 
-    It calls its blocks through ``run``, see :meth:`Backbone.run`.
+    Shape: two of (B, N, D) -> two of (B, N, D)
+
+    Args:
+        config: of the model.
+        grids: positions of the tokens of both branches.
+        rates: stochastic depth of each block.
     """
 
-    def __init__(self, config: CrossViTConfig, layouts: list[Layout], rates: list[float]) -> None:
+    def __init__(self, config: CrossViTConfig, grids: list[TokenGrid], rates: list[float]) -> None:
         super().__init__()
-        c, self.layouts = config, layouts
+        c = config
 
-        def block(index: int, rate: float) -> Block:
+        def block(branch: int, rate: float) -> Block:
             mixer = create_mixer(
-                c.mixer,
-                dim=c.dims[index],
-                heads=None if c.heads is None else c.heads[index],
-                layout=layouts[index],
+                c.mixer, dim=c.dims[branch], heads=c.heads_of(branch), grid=grids[branch],
                 **c.mixer_options,
-            )
-            return Block(
-                mixer,
-                c.mlp_ratio * c.dims[index],
-                dropout=c.dropout,
-                drop_path=rate,
-                layer_scale=None,
-                norm_eps=c.norm_eps,
-            )
+            )  # fmt: skip
+            return Block(mixer, c.mlp_ratio, dropout=c.dropout, drop_path=rate, norm_eps=c.norm_eps)
 
         self.branches = nn.ModuleList(
-            nn.ModuleList(block(index, rate) for rate in rates[: c.depths[index]])
-            for index in range(2)
+            Stage([block(branch, rate) for rate in rates[:depth]], grids[branch])
+            for branch, depth in enumerate(c.depths)
         )
         self.exchanges = nn.ModuleList(
-            Exchange(c, asks, layouts[1 - asks], rates[-1]) for asks in range(2)
+            Exchange(c, branch, grids[1 - branch], rates[-1]) for branch in range(2)
         )
 
-    def forward(self, xs: list[Tensor], run: Callable[..., Tensor]) -> list[Tensor]:
-        xs = list(xs)
-        for index, blocks in enumerate(self.branches):
-            for block in blocks.children():
-                xs[index] = run(block, xs[index], self.layouts[index], None)
+    def forward(self, xs: list[Tensor]) -> list[Tensor]:
+        xs = [stage(x) for stage, x in zip(self.branches, xs, strict=True)]
         tokens = [
-            run(exchange, xs[asks][:, :1], xs[1 - asks][:, 1:])
-            for asks, exchange in enumerate(self.exchanges)
+            self.checkpointed(exchange, xs[branch][:, :1], xs[1 - branch][:, 1:])
+            for branch, exchange in enumerate(self.exchanges)
         ]
         return [torch.cat((token, x[:, 1:]), 1) for token, x in zip(tokens, xs, strict=True)]
 
 
 class BranchHeads(nn.Module):
-    """A head for each branch: (B, D + E) -> (B, num_classes), their mean."""
+    """Average a head for each branch. Shape: (B, D + E) -> (B, num_classes)."""
 
     def __init__(self, heads: list[nn.Module]) -> None:
         super().__init__()
@@ -197,11 +188,10 @@ class BranchHeads(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         parts = x.split([head.in_features for head in self.heads], -1)
         logits = [head(part) for head, part in zip(self.heads, parts, strict=True)]
-        mean: Tensor = (logits[0] + logits[1]) / 2
-        return mean
+        return (logits[0] + logits[1]) / 2
 
 
-def _size(dim: int, heads: int, depth: int, mlp_ratio: int) -> dict[str, Any]:
+def _size(dim: int, heads: int, depth: int, mlp_ratio: float) -> dict[str, Any]:
     return dict(
         dims=(dim, 2 * dim), heads=(heads, heads), cross_heads=(heads, heads), depths=(1, depth),
         mlp_ratio=mlp_ratio, input_shape=(3, 240, 240), num_classes=1000,
@@ -210,8 +200,9 @@ def _size(dim: int, heads: int, depth: int, mlp_ratio: int) -> dict[str, Any]:
 
 
 @BACKBONES.register("crossvit")
-class CrossViT(Backbone):
-    """
+class CrossViT(VisionModel):
+    """CrossViT. Shape: (B, C, *shape) -> (B, num_classes).
+
     Args:
         config: see :class:`CrossViTConfig`.
 
@@ -222,10 +213,6 @@ class CrossViT(Backbone):
     config_class = CrossViTConfig
     config: CrossViTConfig
     presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "test": dict(
-            input_shape=(3, 20, 12), num_classes=5, patches=(2, 3), scales=(1.0, 0.75),
-            dims=(12, 20), depths=(1, 2), heads=(3, 2), cross_heads=(2, 5), stages=2, mlp_ratio=2,
-        ),
         "tiny": _size(96, 3, 4, 4),
         "small": _size(192, 6, 4, 4),
         "base": _size(384, 12, 4, 4),
@@ -239,14 +226,10 @@ class CrossViT(Backbone):
         c = config
         self.num_features = sum(c.dims)
         branches = [Branch(c, index) for index in range(2)]
-        layouts = [branch.layout for branch in branches]
+        grids = [branch.grid for branch in branches]
         self.branches = nn.ModuleList(branches)
-        depth = max(c.depths)
-        rates = drop_paths(c.drop_path, c.stages * depth)
-        self.stages = nn.ModuleList(
-            CrossStage(c, layouts, rates[stage * depth : (stage + 1) * depth])
-            for stage in range(c.stages)
-        )
+        rates = drop_paths(c.drop_path, [max(c.depths)] * c.stages)
+        self.stages = nn.ModuleList(CrossStage(c, grids, stage_rates) for stage_rates in rates)
         init_linears(self.stages)
         self.norms = nn.ModuleList(nn.LayerNorm(dim, c.norm_eps) for dim in c.dims)
         self.head = self.make_head(c.num_classes)
@@ -260,15 +243,14 @@ class CrossViT(Backbone):
         return heads
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(B, C, *shape) -> (B, 1, D + E): the class tokens of both branches side by side."""
+        """Compute both class tokens side by side: (B, C, *shape) -> (B, 1, D + E)."""
         self.check_input(x)
         xs = [branch(x) for branch in self.branches]
         for stage in self.stages:
-            xs = stage(xs, self.run)
+            xs = stage(xs)
         return torch.cat([norm(y[:, :1]) for norm, y in zip(self.norms, xs, strict=True)], -1)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(B, 1, D + E) -> (B, num_classes); the pooled (B, D + E) with ``pre_logits``."""
+        """Classify (B, 1, D + E): (B, num_classes), or (B, D + E) with ``pre_logits``."""
         x = x[:, 0]
-        y: Tensor = x if pre_logits else self.head(x)
-        return y
+        return x if pre_logits else self.head(x)

@@ -1,34 +1,39 @@
 """Convolutional vision transformer CvT (Wu et al. 2021, arXiv 2103.15808) with any mixer.
 
-Pixels -> stages of (overlapping convolutional embedding -> blocks), the last one with a class token
--> norm -> head. No positions: the convolutions know places.
+Pixels -> stages of (overlapping convolutional embedding -> blocks), the last with a class token ->
+norm -> head. There are no position tables: the convolutions encode position.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..layers import CONV, channels_last
-from ..layout import Layout
-from ..mixers import ConvSlot, create_mixer, takes_heads
-from ..registry import check_at_least
+from ..grid import TokenGrid, on_grid
+from ..kernels import KERNELS
+from ..layers import CONV, ConvNorm
+from ..mixers import Mixer, create_mixer
+from ..mixers.adapters import Adapter
+from ..mixers.attention import Attention, Shorten, SplitProjection
+from ..mixers.factory import check_mixer, create_kernel
+from ..options import check_at_least, check_odd
+from ..positions import RopeKind
 from ..stems import check_input_shape
 from .base import (
     BACKBONES,
-    Backbone,
     Block,
-    Config,
+    Stage,
+    VisionModel,
     check_prefix,
-    check_stages,
     drop_paths,
     init_linears,
     make_rope,
 )
+from .config import BlockConfig, StageFields
 
 _IMAGENET = dict(
     input_shape=(3, 224, 224), num_classes=1000, mixer_options={"qkv_bias": True}, drop_path=0.1
@@ -36,21 +41,20 @@ _IMAGENET = dict(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CvTConfig(Config):
-    """
+class CvTConfig(StageFields, BlockConfig):
+    """Configuration of :class:`CvT`.
+
     Args:
-        dims, depths, heads: width D, number of blocks and heads of each stage; heads is None for a
-            mixer without heads.
-        embed_kernels, embed_strides: of the convolution that begins each stage.
-        kernel: width of the depth-wise convolutions before q, k and v, odd.
-        kv_stride: of keys and values, where the mixer has them.
-        mlp_ratio: hidden width of the MLPs for a width of 1.
-        mixer, mixer_options: token mixer by name and its options.
-        class_token: whether the last stage has one, from which the head reads; else from the mean.
+        dims: width D of each stage.
+        depths: number of blocks of each stage.
+        heads: number of heads of each stage; None for a mixer without heads.
+        embed_kernels: kernel size of the convolution that begins each stage.
+        embed_strides: its stride.
+        kernel: kernel size of the depth-wise convolutions before q, k and v, odd.
+        kv_stride: stride of keys and values, if the mixer has them.
+        class_token: whether the last stage has a class token that is classified, instead of the
+            mean of the tokens.
         rope: rotary positions, "axial" or "raster", or None.
-        dropout: in the MLP. drop_path: stochastic depth of the last block, rising linearly from 0
-            at the first. A mixer's dropout is its option.
-        norm_eps: epsilon of the layer norms.
     """
 
     backbone: ClassVar[str] = "cvt"
@@ -61,102 +65,175 @@ class CvTConfig(Config):
     embed_strides: tuple[int, ...] = (4, 2, 2)
     kernel: int = 3
     kv_stride: int = 2
-    mlp_ratio: int = 4
-    mixer: str = "softmax"
-    mixer_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     class_token: bool = True
-    rope: str | None = None
-    dropout: float = 0.0
-    drop_path: float = 0.0
-    norm_eps: float = 1e-5
+    rope: RopeKind | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_input_shape(self.input_shape)
-        names = ["dims", "depths", "embed_kernels", "embed_strides"]
-        if takes_heads(self.mixer):
-            names.append("heads")
-        elif self.heads is not None:
-            raise ValueError(f"mixer {self.mixer!r} has no heads: heads must be None")
-        check_stages(self, names)
+        self.check_stages(self.mixer, "embed_kernels", "embed_strides")
         for kernel, stride in zip(self.embed_kernels, self.embed_strides, strict=True):
             check_at_least(f"with embed_stride {stride} embed_kernel", kernel, stride)
-        self.slot()
+        _check_convolutions(self.kernel, self.kv_stride)
         check_at_least("mlp_ratio", self.mlp_ratio, 1)
 
-    def slot(self) -> ConvSlot:
-        """What the blocks ask of their mixers."""
-        return ConvSlot(self.kernel, self.kv_stride)
+
+def _check_convolutions(kernel: int, kv_stride: int) -> None:
+    """Raise a ValueError for sizes with which some tokens would never be read."""
+    check_odd("kernel", kernel)
+    check_at_least("kv_stride", kv_stride, 1)
+    if kv_stride > kernel:
+        raise ValueError(
+            f"kv_stride {kv_stride} must be at most kernel {kernel}: some tokens would never be "
+            "read"
+        )
 
 
-class CvTStage(nn.Module):
-    """Convolutional embedding, class token, blocks: (B, C, *grid) -> (B, N, D).
+class ConvProjection(SplitProjection):
+    """A depth-wise convolution with batch norm before each of the linear layers to q, k and v.
 
-    It calls its blocks through ``run``, see :meth:`Backbone.run`.
+    Prefix tokens bypass the convolutions. q is divided by the square root of the number of heads:
+    with the 1/sqrt(K) of the kernels the logits are scaled by 1/sqrt(D), as the authors do.
+
+    Args:
+        dim: token width D.
+        grid: positions of the N tokens.
+        widths: of q, k and v; of q and k where the values are the keys.
+        bias: whether the linear layers have one.
+        heads: number of heads.
+        kernel: kernel size of the convolutions, odd.
+        kv_stride: stride of keys and values.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        grid: TokenGrid,
+        widths: tuple[int, ...],
+        bias: bool,
+        *,
+        heads: int,
+        kernel: int,
+        kv_stride: int,
+    ) -> None:
+        super().__init__(dim, grid, widths, bias)
+        self.kv_stride, self.q_scale = kv_stride, heads**-0.5
+        self.convs = nn.ModuleList(
+            ConvNorm(len(grid.shape), dim, dim, kernel, stride, groups=dim)
+            for stride in (1, kv_stride, kv_stride)[: len(widths)]
+        )
+
+    def inputs(self, x: Tensor, grid: TokenGrid) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, *v = (on_grid(conv, x, grid) for conv in self.convs)
+        return q, k, v[0] if v else k
+
+    def forward(
+        self, x: Tensor, grid: TokenGrid, shorten: Shorten | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().forward(x, grid, shorten)
+        return q * self.q_scale, k, v
+
+
+def cvt_attention(
+    name: str,
+    options: Mapping[str, Any],
+    *,
+    dim: int,
+    heads: int | None,
+    grid: TokenGrid,
+    kernel: int = 3,
+    kv_stride: int = 2,
+) -> Mixer:
+    """Attention of CvT: depth-wise convolutions before the linear layers to q, k and v.
+
+    Args:
+        name: mixer by name. One without queries and keys gets one convolution in front.
+        options: of the mixer.
+        dim: token width D.
+        heads: number of heads, for mixers that have heads.
+        grid: positions of the N tokens.
+        kernel: kernel size of the convolutions, odd.
+        kv_stride: stride of keys and values.
+
+    Returns:
+        A mixer (B, N, D) -> (B, N, D).
+
+    Raises:
+        ValueError: for an option that the mixer does not have.
+    """
+    check_mixer(name, dim, heads, grid, options)
+    _check_convolutions(kernel, kv_stride)
+    if name not in KERNELS:
+        mixer = create_mixer(name, dim=dim, heads=heads, grid=grid, **options)
+        return Adapter(mixer, conv=ConvNorm(len(grid.shape), dim, dim, kernel, groups=dim))
+    made, own = create_kernel(name, dim, heads, grid, grid.strided(kv_stride), options)
+    projection = ConvProjection(
+        dim, grid, made.operand_widths, own.qkv_bias,
+        heads=made.site.heads, kernel=kernel, kv_stride=kv_stride,
+    )  # fmt: skip
+    proj = nn.Linear(made.site.heads * made.site.value_dim, dim)
+    return Attention(projection, made, proj, proj_dropout=own.proj_dropout)
+
+
+class CvTEmbedding(nn.Module):
+    """An overlapping convolution over the grid, layer norm, and a class token if there is one.
+
+    Shape: (B, M, C) -> (B, N, D); the M tokens of the first stage are pixels
+
+    Args:
+        channels: input width C.
+        dim: width D.
+        shape: grid shape of the M input tokens.
+        kernel: kernel size of the convolution.
+        stride: its stride.
+        class_token: whether a class token is put in front.
+        norm_eps: epsilon of the layer norm.
 
     Attributes:
-        layout: of its tokens.
+        grid: positions of the N output tokens.
+
+    Raises:
+        ValueError: for a grid that is too small for the convolution.
     """
 
     cls_token: nn.Parameter | None
 
-    def __init__(self, config: CvTConfig, index: int, channels: int, grid: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        channels: int,
+        dim: int,
+        shape: tuple[int, ...],
+        *,
+        kernel: int,
+        stride: int,
+        class_token: bool,
+        norm_eps: float,
+    ) -> None:
         super().__init__()
-        c, dim = config, config.dims[index]
-        kernel, stride = c.embed_kernels[index], c.embed_strides[index]
         padding = (kernel - stride + 1) // 2
-        self.embed = CONV[len(grid)](channels, dim, kernel, stride, padding)
-        self.embed_norm = nn.LayerNorm(dim, c.norm_eps)
-        has_token = c.class_token and index == len(c.dims) - 1
-        token = nn.Parameter(torch.randn(1, 1, dim) * 0.02) if has_token else None
+        self.in_grid = TokenGrid(shape)
+        self.conv = CONV[len(shape)](channels, dim, kernel, stride, padding)
+        self.norm = nn.LayerNorm(dim, norm_eps)
+        token = nn.Parameter(torch.randn(1, 1, dim) * 0.02) if class_token else None
         self.register_parameter("cls_token", token)
-        shape, grid = grid, tuple((g + 2 * padding - kernel) // stride + 1 for g in grid)
-        if min(grid) < 1:
+        out_shape = tuple((size + 2 * padding - kernel) // stride + 1 for size in shape)
+        if min(out_shape) < 1:
             raise ValueError(
                 f"a grid of {shape} is too small for embed_kernel {kernel}, embed_stride {stride}"
             )
-        self.layout = Layout(grid, int(has_token))
-        mixers = [
-            create_mixer(
-                c.mixer,
-                dim=dim,
-                heads=None if c.heads is None else c.heads[index],
-                layout=self.layout,
-                slot=c.slot(),
-                **c.mixer_options,
-            )
-            for _ in range(c.depths[index])
-        ]
-        before = sum(c.depths[:index])
-        rates = drop_paths(c.drop_path, sum(c.depths))[before : before + c.depths[index]]
-        self.blocks = nn.ModuleList(
-            Block(
-                mixer,
-                c.mlp_ratio * dim,
-                dropout=c.dropout,
-                drop_path=rate,
-                layer_scale=None,
-                norm_eps=c.norm_eps,
-            )
-            for mixer, rate in zip(mixers, rates, strict=True)
-        )
-        self.rope = make_rope(c.rope, mixers[0], c.mixer)
-        if has_token:
-            check_prefix(self.blocks, c.mixer, "class_token must be False")
+        self.grid = TokenGrid(out_shape, int(class_token))
 
-    def forward(self, x: Tensor, run: Callable[..., Tensor]) -> Tensor:
-        x = self.embed_norm(self.embed(x).flatten(2).mT)
-        if self.cls_token is not None:
-            x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), 1)
-        rope = None if self.rope is None else self.rope()
-        for block in self.blocks:
-            x = run(block, x, self.layout, rope)
-        return x
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(on_grid(self.conv, x, self.in_grid))
+        if self.cls_token is None:
+            return x
+        return torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), 1)
 
 
 @BACKBONES.register("cvt")
-class CvT(Backbone):
-    """
+class CvT(VisionModel):
+    """Convolutional vision transformer. Shape: (B, C, *shape) -> (B, num_classes).
+
     Args:
         config: see :class:`CvTConfig`.
 
@@ -170,11 +247,7 @@ class CvT(Backbone):
         # widths, depths and strides of the scripts of the X-formers paper at 32 pixels
         "": dict(
             dims=(128, 128, 128), depths=(1, 1, 2), heads=(4, 4, 4), embed_kernels=(3, 3, 3),
-            embed_strides=(1, 1, 1), mlp_ratio=2, class_token=False,
-        ),
-        "test": dict(
-            input_shape=(3, 14, 11), num_classes=5, dims=(12, 20), depths=(1, 2), heads=(3, 2),
-            embed_kernels=(5, 3), embed_strides=(2, 2), mlp_ratio=2,
+            embed_strides=(1, 1, 1), mlp_ratio=2.0, class_token=False,
         ),
         "13": _IMAGENET,
         "21": dict(depths=(1, 4, 16), **_IMAGENET),
@@ -188,29 +261,50 @@ class CvT(Backbone):
         super().__init__(config)
         c = config
         self.num_features = c.dims[-1]
-        channels, *grid = c.input_shape
+        channels, *shape = c.input_shape
+        grid, rates = TokenGrid(tuple(shape)), drop_paths(c.drop_path, c.depths)
         stages = []
         for index, dim in enumerate(c.dims):
-            stages.append(CvTStage(c, index, channels, tuple(grid)))
-            channels, grid = dim, list(stages[-1].layout.grid)
+            embedding = CvTEmbedding(
+                channels, dim, grid.shape, kernel=c.embed_kernels[index],
+                stride=c.embed_strides[index], norm_eps=c.norm_eps,
+                class_token=c.class_token and index == len(c.dims) - 1,
+            )  # fmt: skip
+            stages.append(_stage(c, index, embedding, rates[index]))
+            channels, grid = dim, embedding.grid
         self.stages = nn.ModuleList(stages)
-        self.layouts = [stage.layout for stage in stages]
         self.norm = nn.LayerNorm(c.dims[-1], c.norm_eps)
         self.head = self.make_head(c.num_classes)
         init_linears(self.stages)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(B, C, *shape) -> (B, N, D) of the last stage, its class token in front."""
+        """Compute the tokens of the last stage, class token first: (B, C, *shape) -> (B, N, D)."""
         self.check_input(x)
-        picture = channels_last(x)
-        for stage, layout in zip(self.stages, self.layouts, strict=True):
-            x = stage(picture, self.run)
-            picture = x[:, layout.prefix :].mT.unflatten(2, layout.grid)
-        y: Tensor = self.norm(x)
-        return y
+        x = x.movedim(1, -1).flatten(1, -2)  # pixels as tokens, channels innermost
+        for stage in self.stages:
+            x = stage(x)
+        return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(B, N, D) -> (B, num_classes); the pooled (B, D) with ``pre_logits``."""
+        """Classify tokens (B, N, D): (B, num_classes), or pooled (B, D) with ``pre_logits``."""
         x = x[:, 0] if self.config.class_token else x.mean(1)
-        y: Tensor = x if pre_logits else self.head(x)
-        return y
+        return x if pre_logits else self.head(x)
+
+
+def _stage(config: CvTConfig, index: int, embedding: CvTEmbedding, rates: list[float]) -> Stage:
+    """The stage of that index, with a block for each rate of stochastic depth."""
+    c, grid = config, embedding.grid
+    mixers = [
+        cvt_attention(
+            c.mixer, c.mixer_options, dim=c.dims[index], heads=c.heads_of(index), grid=grid,
+            kernel=c.kernel, kv_stride=c.kv_stride,
+        )
+        for _ in rates
+    ]  # fmt: skip
+    blocks = [
+        Block(mixer, c.mlp_ratio, dropout=c.dropout, drop_path=rate, norm_eps=c.norm_eps)
+        for mixer, rate in zip(mixers, rates, strict=True)
+    ]
+    if grid.prefix:
+        check_prefix(blocks, c.mixer, "class_token must be False")
+    return Stage(blocks, grid, make_rope(c.rope, mixers[0], c.mixer), embedding)

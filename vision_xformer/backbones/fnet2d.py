@@ -10,83 +10,92 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..layers import Mlp, TokenBatchNorm
-from ..layout import Layout
+from ..grid import TokenGrid
+from ..layers import TokenBatchNorm
 from ..mixers.fourier import Fourier
-from ..registry import check_at_least
-from ..stems import ConvStem
-from .base import BACKBONES, Backbone, Config
+from ..options import check_at_least
+from ..stems.convolutional import ConvStem
+from .base import BACKBONES, Checkpointed, Mlp, VisionModel, mlp_width
+from .config import Config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FNet2DConfig(Config):
-    """
+    """Configuration of :class:`FNet2D`.
+
     Args:
-        dim, depth, mlp_dim: width D (even), number of blocks, hidden width of the MLP.
-        dropout: in the MLP.
+        dim: width D, even.
+        depth: number of blocks.
+        mlp_ratio: hidden width of the MLPs for a width of 1.
+        dropout: dropout in the MLP.
     """
 
     backbone: ClassVar[str] = "fnet2d"
     dim: int = 128
     depth: int = 5
-    mlp_dim: int = 256
+    mlp_ratio: float = 2.0
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("dim", 2), ("depth", 1), ("mlp_dim", 1)):
+        for name, least in (("dim", 2), ("depth", 1)):
             check_at_least(name, getattr(self, name), least)
+        if not self.mlp_ratio > 0:
+            raise ValueError(f"mlp_ratio {self.mlp_ratio} must be above 0")
 
 
-class Block(nn.Module):
-    """(B, N, D) -> (B, N, D); one residual round all of it."""
+class FNet2DBlock(nn.Module):
+    """x + MLP(norm(mixer x)), with one residual around the whole block.
 
-    def __init__(self, config: FNet2DConfig, layout: Layout) -> None:
+    Shape: (B, N, D) -> (B, N, D)
+
+    Args:
+        config: of the model.
+        grid: positions of the N tokens; any other grid works, too.
+    """
+
+    def __init__(self, config: FNet2DConfig, grid: TokenGrid) -> None:
         super().__init__()
-        self.mixer = Fourier(config.dim, None, layout, axes="grid")
+        self.mixer = Fourier(config.dim, None, grid, axes="grid")
         self.norm = TokenBatchNorm(config.dim)
-        self.mlp = Mlp(config.dim, config.mlp_dim, config.dropout)
+        self.mlp = Mlp(config.dim, mlp_width(config.dim, config.mlp_ratio), config.dropout)
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        y: Tensor = x + self.mlp(self.norm(self.mixer(x, layout)))
-        return y
+    def forward(self, x: Tensor, grid: TokenGrid) -> Tensor:
+        """Apply the block to tokens (B, N, D) on ``grid``."""
+        return x + self.mlp(self.norm(self.mixer(x, grid)))
 
 
 @BACKBONES.register("fnet2d")
-class FourierNetwork2D(Backbone):
-    """Takes images of any size. No positions, no class token.
+class FNet2D(VisionModel, Checkpointed):
+    """FNet2D, for images of any size; without positions and class token.
+
+    Shape: (B, C, *shape) -> (B, num_classes)
 
     Args:
         config: see :class:`FNet2DConfig`.
+
+    Raises:
+        ValueError: for an invalid value.
     """
 
     config_class = FNet2DConfig
     config: FNet2DConfig
-    presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "": {},
-        "test": dict(input_shape=(3, 14, 10), num_classes=5, dim=12, depth=2, mlp_dim=20),
-    }
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"": {}}
 
     def __init__(self, config: FNet2DConfig) -> None:
         super().__init__(config)
         self.num_features = config.dim
         self.stem = ConvStem(config.input_shape, 1, config.dim, channels=(config.dim // 2,))
         self.blocks = nn.ModuleList(
-            Block(config, Layout(self.stem.grid)) for _ in range(config.depth)
+            FNet2DBlock(config, self.stem.grid) for _ in range(config.depth)
         )
         self.head = self.make_head(config.num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(B, C, *shape) -> (B, N, D)"""
-        self.check_input(x, any_size=True)
-        layout = Layout(tuple(x.shape[2:]))
+        """Compute the final tokens: (B, C, *shape) -> (B, N, D)."""
+        self.check_channels(x)
+        grid = TokenGrid(tuple(x.shape[2:]))
         x = self.stem(x)
         for block in self.blocks:
-            x = self.run(block, x, layout)
+            x = self.checkpointed(block, x, grid)
         return x
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(B, N, D) -> (B, num_classes); the pooled (B, D) with ``pre_logits``."""
-        x = x.mean(1)
-        y: Tensor = x if pre_logits else self.head(x)
-        return y

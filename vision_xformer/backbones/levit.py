@@ -1,163 +1,269 @@
 """LeViT (Graham et al. 2021, arXiv 2104.01136) with any mixer.
 
-Pixels -> convolutions -> stages of blocks, an attention that shrinks the grid between them -> mean
--> head. Batch norm instead of layer norm throughout, so that it can be folded away for inference.
+Pixels -> convolutions -> stages of blocks, with attention that downsamples the grid in between ->
+mean -> head. Batch norm replaces layer norm throughout, so that it can be folded for inference.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ..layers import ConvNorm, LinearNorm, NormLinear
-from ..layout import Layout
-from ..mixers import Mixer, NormSlot, create_mixer, mixer_options, takes_heads
-from ..registry import check_at_least
+from ..grid import TokenGrid, take_strided
+from ..kernels import KERNELS
+from ..layers import ConvNorm, DistilledHead, LinearNorm, NormLinear
+from ..mixers import Mixer, create_mixer, mixer_options
+from ..mixers.adapters import Adapter
+from ..mixers.attention import Attention, Projection
+from ..mixers.factory import check_mixer, create_kernel
+from ..options import check_at_least
+from ..positions import PositionBias, RopeKind, RotaryPosition
 from ..stems import STEMS
-from .base import BACKBONES, Backbone, Config, check_stages, init_linears, make_drop_path, make_rope
+from .base import (
+    BACKBONES,
+    Stage,
+    VisionModel,
+    init_linears,
+    make_drop_path,
+    make_rope,
+    mlp_width,
+)
+from .config import MixerConfig, StageFields
 
 _IMAGENET = dict(input_shape=(3, 224, 224), num_classes=1000, distilled=True)
 _KEY32 = dict(key_dim=32, depths=(4, 4, 4), **_IMAGENET)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LeViTConfig(Config):
-    """
+class LeViTConfig(StageFields, MixerConfig):
+    """Configuration of :class:`LeViT`.
+
     Args:
-        patch: pixels for each token of the first stage, one size or one for each axis.
-        stem_layers: convolutions that share the patch's strides.
-        dims, depths, heads: width D, number of blocks and heads of each stage; heads is None for a
-            mixer without heads.
-        key_dim: key width K per head; None for a mixer without heads. The shrinking attention has
-            D / K heads.
-        value_ratio: value width per head for a key width of 1, twice that where the grid shrinks;
-            for mixers with values.
+        patch_size: pixels per token of the first stage, one size or one for each axis.
+        stem_layers: number of convolutions that share the strides of the patch size.
+        dims: width D of each stage.
+        depths: number of blocks of each stage.
+        heads: number of heads of each stage; None for a mixer without heads.
+        key_dim: key width K per head; None for a mixer without heads. The downsampling attention
+            has D / K heads.
+        value_ratio: value width per head for a key width of 1, doubled where the grid is
+            downsampled; for mixers with values.
         mlp_ratio: hidden width of the MLPs for a width of 1.
-        mixer, mixer_options: token mixer by name and its options.
         position_bias: whether logits get a learned bias for each distance; False for a mixer that
             forms no attention map.
         rope: rotary positions, "axial" or "raster", or None.
         drop_path: probability with which a sample skips a branch.
-        distilled: whether there is a second head, for a teacher's labels (section 4.1).
-        fused: whether the batch norms are folded into the maps, see :meth:`LeViT.fuse`.
+        distilled: whether there is a second head, for the labels of a teacher (section 4.1).
+        fused: whether the batch norms are folded, see :meth:`LeViT.fuse`.
     """
 
     backbone: ClassVar[str] = "levit"
-    patch: int | tuple[int, ...] = 16
+    patch_size: int | tuple[int, ...] = 16
     stem_layers: int = 4
     dims: tuple[int, ...] = (128, 256, 384)
     depths: tuple[int, ...] = (2, 3, 4)
     heads: tuple[int, ...] | None = (4, 6, 8)
     key_dim: int | None = 16
     value_ratio: int = 2
-    mlp_ratio: int = 2
-    mixer: str = "softmax"
-    mixer_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    mlp_ratio: float = 2.0
     position_bias: bool = True
-    rope: str | None = None
+    rope: RopeKind | None = None
     drop_path: float = 0.0
     distilled: bool = False
     fused: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        names = ["dims", "depths"]
-        if takes_heads(self.mixer):
-            if self.key_dim is None:
-                raise ValueError(f"mixer {self.mixer!r} needs heads and key_dim")
+        self.check_stages(self.mixer)
+        if (self.heads is None) != (self.key_dim is None):
+            needs = (
+                "needs heads and key_dim" if self.heads else "has no heads: key_dim must be None"
+            )
+            raise ValueError(f"mixer {self.mixer!r} {needs}")
+        if self.key_dim is not None:
             check_at_least("key_dim", self.key_dim, 1)
-            names.append("heads")
-        elif self.heads is not None or self.key_dim is not None:
-            raise ValueError(f"mixer {self.mixer!r} has no heads: heads and key_dim must be None")
-        check_stages(self, names)
         if "head_dim" in self.mixer_options:
             raise ValueError("head_dim in mixer_options is key_dim in LeViT: set that")
         check_at_least("value_ratio", self.value_ratio, 1)
         check_at_least("mlp_ratio", self.mlp_ratio, 1)
 
 
+class NormProjection(Projection):
+    """Linear layers to q, k and v, each followed by batch norm; queries may be strided.
+
+    Args:
+        dim: token width D.
+        grid: positions of the N tokens.
+        widths: of q, k and v; of q and k where the values are the keys.
+        stride: queries are taken at every such position.
+    """
+
+    def __init__(self, dim: int, grid: TokenGrid, widths: tuple[int, ...], stride: int) -> None:
+        super().__init__(dim, grid, widths)
+        self.stride = stride
+        if stride == 1:
+            self.qkv = LinearNorm(dim, sum(widths))
+        else:
+            self.q = LinearNorm(dim, widths[0])
+            self.kv = LinearNorm(dim, sum(widths[1:]))
+
+    def forward(self, x: Tensor, grid: TokenGrid) -> tuple[Tensor, Tensor, Tensor]:
+        if self.stride == 1:
+            q, k, *v = self.qkv(x).split(self.widths, -1)
+        else:
+            q = self.q(take_strided(x, grid, self.stride))
+            k, *v = self.kv(x).split(self.widths[1:], -1)
+        return q, k, v[0] if v else k
+
+
+def levit_attention(
+    name: str,
+    options: Mapping[str, Any],
+    *,
+    dim: int,
+    heads: int | None,
+    grid: TokenGrid,
+    value_ratio: int = 2,
+    position_bias: bool = True,
+    stride: int = 1,
+    out_dim: int | None = None,
+) -> Mixer:
+    """Attention of LeViT: batch norm, hard-swish before the output, a bias for each distance.
+
+    Args:
+        name: mixer by name. One without queries and keys gets the stride and the output projection.
+        options: of the mixer.
+        dim: token width D.
+        heads: number of heads, for mixers that have heads.
+        grid: positions of the N tokens.
+        value_ratio: value width per head for a key width of 1.
+        position_bias: whether the logits get a bias.
+        stride: with 2 the attention downsamples the grid.
+        out_dim: output width E; D by default. If neither it nor the stride changes the tokens, the
+            mixer is a residual branch and is initialized to zero.
+
+    Returns:
+        A mixer (B, N, D) -> (B, n, E).
+
+    Raises:
+        ValueError: for an option that the mixer does not have, or a bias without a map.
+    """
+    check_mixer(name, dim, heads, grid, options)
+    check_at_least("value_ratio", value_ratio, 1)
+    if stride not in (1, 2):
+        raise ValueError(f"stride {stride} must be 1, or 2 to downsample the grid")
+    if out_dim is not None:
+        check_at_least("out_dim", out_dim, 1)
+    initial = 0.0 if stride == 1 and out_dim is None else 1.0
+
+    def output(width: int) -> nn.Module:
+        return nn.Sequential(nn.Hardswish(), LinearNorm(width, out_dim or dim, initial))
+
+    if name not in KERNELS:
+        if position_bias:
+            raise ValueError(f"mixer {name!r} has no attention map: position_bias must be False")
+        mixer = create_mixer(name, dim=dim, heads=heads, grid=grid, **options)
+        return Adapter(mixer, stride=stride, proj=output(dim))
+    kernel, own = create_kernel(
+        name, dim, heads, grid.strided(stride), grid, options, value_ratio=value_ratio
+    )
+    if own.qkv_bias:
+        raise ValueError("qkv_bias=True has no effect before a batch norm: leave it out")
+    return Attention(
+        NormProjection(dim, grid, kernel.operand_widths, stride),
+        kernel,
+        output(kernel.site.heads * kernel.site.value_dim),
+        bias=PositionBias(grid, kernel.site.heads, stride) if position_bias else None,
+        proj_dropout=own.proj_dropout,
+    )
+
+
 class LeViTBlock(nn.Module):
-    """x + mixer(x), then x + mlp(x); without the first x where the mixer shrinks the grid."""
+    """x + mixer(x), then x + mlp(x); no residual around a downsampling mixer.
+
+    Shape: (B, N, D) -> (B, n, E)
+
+    Args:
+        mixer: (B, N, D) -> (B, n, E).
+        dim: width E that comes out.
+        mlp_ratio: hidden width of the MLP for a width of 1.
+        drop_path: probability with which a sample skips a branch.
+        downsamples: whether the mixer downsamples the grid.
+    """
 
     def __init__(
-        self, mixer: Mixer, dim: int, mlp_ratio: int, drop_path: float, shrinks: bool
+        self, mixer: Mixer, dim: int, mlp_ratio: float, drop_path: float, downsamples: bool
     ) -> None:
         super().__init__()
-        self.mixer, self.shrinks = mixer, shrinks
+        self.mixer, self.downsamples = mixer, downsamples
+        hidden = mlp_width(dim, mlp_ratio)
         self.mlp = nn.Sequential(
-            LinearNorm(dim, mlp_ratio * dim), nn.Hardswish(), LinearNorm(mlp_ratio * dim, dim, 0.0)
+            LinearNorm(dim, hidden), nn.Hardswish(), LinearNorm(hidden, dim, 0.0)
         )
         self.drop_path = make_drop_path(drop_path)
 
-    def forward(self, x: Tensor, layout: Layout, rope: Tensor | None) -> Tensor:
-        y = self.mixer(x, layout, rope)
-        x = y if self.shrinks else x + self.drop_path(y)
+    def forward(self, x: Tensor, grid: TokenGrid, rope: Tensor | None) -> Tensor:
+        """Apply the block to tokens (B, N, D) on ``grid``, with angles ``rope`` (N, A)."""
+        y = self.mixer(x, grid, rope)
+        x = y if self.downsamples else x + self.drop_path(y)
         return x + self.drop_path(self.mlp(x))
 
 
-class LeViTStage(nn.Module):
-    """The blocks of one grid, then the one that shrinks it, but for the last stage.
+class Downsample(nn.Module):
+    """A block whose attention downsamples the previous grid. Shape: (B, N, D) -> (B, n, E).
 
-    (B, N, D) -> (B, n, E). It calls its blocks through ``run``, see :meth:`Backbone.run`.
+    Args:
+        block: applied on the previous grid.
+        grid: positions of the N tokens.
+        rope: rotary positions of that grid.
     """
 
-    def __init__(self, config: LeViTConfig, index: int, layout: Layout) -> None:
+    def __init__(self, block: LeViTBlock, grid: TokenGrid, rope: RotaryPosition | None) -> None:
         super().__init__()
-        c, self.layout = config, layout
-        dim, next_dim = c.dims[index], (*c.dims, 0)[index + 1]
+        self.block, self.grid, self.rope = block, grid, rope
 
-        def block(heads: int | None, slot: NormSlot) -> LeViTBlock:
-            options = dict(c.mixer_options)
-            if c.key_dim is not None and "head_dim" in mixer_options(c.mixer):
-                options["head_dim"] = c.key_dim
-            mixer = create_mixer(c.mixer, dim=dim, heads=heads, layout=layout, slot=slot, **options)
-            return LeViTBlock(mixer, slot.out_dim or dim, c.mlp_ratio, c.drop_path, slot.stride > 1)
-
-        heads = None if c.heads is None else c.heads[index]
-        slot = NormSlot(c.value_ratio, c.position_bias)
-        blocks = [block(heads, slot) for _ in range(c.depths[index])]
-        self.blocks = nn.ModuleList(blocks)
-        self.shrink: LeViTBlock | None = None
-        if next_dim:
-            heads = None if c.key_dim is None else max(1, dim // c.key_dim)
-            slot = NormSlot(2 * c.value_ratio, c.position_bias, stride=2, out_dim=next_dim)
-            self.shrink = block(heads, slot)
-        self.rope = make_rope(c.rope, blocks[0].mixer, c.mixer)
-
-    def forward(self, x: Tensor, run: Callable[..., Tensor]) -> Tensor:
-        rope = None if self.rope is None else self.rope()
-        for block in self.blocks:
-            x = run(block, x, self.layout, rope)
-        return x if self.shrink is None else run(self.shrink, x, self.layout, rope)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x, self.grid, None if self.rope is None else self.rope())
 
 
-class DistilledHead(nn.Module):
-    """Two heads, one for the labels and one for a teacher's (Touvron et al. 2020): their mean.
-
-    With ``separate``, training gets both: (B, D) -> two of (B, num_classes).
-    """
-
-    def __init__(self, labels: nn.Module, teacher: nn.Module) -> None:
-        super().__init__()
-        self.labels, self.teacher = labels, teacher
-        self.separate: bool = False
-
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        labels, teacher = self.labels(x), self.teacher(x)
-        if self.separate and self.training:
-            return labels, teacher
-        mean: Tensor = (labels + teacher) / 2
-        return mean
+def _stage(config: LeViTConfig, index: int, grid: TokenGrid) -> Stage:
+    """The stage of that index; ``grid`` is that of the previous stage, or of the stem."""
+    c = config
+    options = dict(c.mixer_options)
+    if c.key_dim is not None and "head_dim" in mixer_options(c.mixer):
+        options["head_dim"] = c.key_dim
+    downsample = None
+    if index:
+        width = c.dims[index - 1]
+        mixer = levit_attention(
+            c.mixer, options, dim=width, grid=grid,
+            heads=None if c.key_dim is None else max(1, width // c.key_dim),
+            value_ratio=2 * c.value_ratio, position_bias=c.position_bias,
+            stride=2, out_dim=c.dims[index],
+        )  # fmt: skip
+        block = LeViTBlock(mixer, c.dims[index], c.mlp_ratio, c.drop_path, downsamples=True)
+        downsample = Downsample(block, grid, make_rope(c.rope, mixer, c.mixer))
+        grid = mixer.out_grid(grid)
+    mixers = [
+        levit_attention(
+            c.mixer, options, dim=c.dims[index], heads=c.heads_of(index), grid=grid,
+            value_ratio=c.value_ratio, position_bias=c.position_bias,
+        )
+        for _ in range(c.depths[index])
+    ]  # fmt: skip
+    blocks = [LeViTBlock(m, m.dim, c.mlp_ratio, c.drop_path, downsamples=False) for m in mixers]
+    return Stage(blocks, grid, make_rope(c.rope, mixers[0], c.mixer), downsample)
 
 
 @BACKBONES.register("levit")
-class LeViT(Backbone):
-    """
+class LeViT(VisionModel):
+    """LeViT. Shape: (B, C, *shape) -> (B, num_classes).
+
     Args:
         config: see :class:`LeViTConfig`.
 
@@ -168,12 +274,8 @@ class LeViT(Backbone):
     config_class = LeViTConfig
     config: LeViTConfig
     presets: ClassVar[dict[str, dict[str, Any]]] = {
-        # the paper's width and depth, a token for each pixel, and an attention that shrinks
-        "": dict(patch=1, stem_layers=3, dims=(128, 128), depths=(2, 2), heads=(4, 4)),
-        "test": dict(
-            input_shape=(3, 14, 10), num_classes=5, patch=2, stem_layers=2, dims=(12, 20),
-            depths=(2, 1), heads=(3, 2), key_dim=4,
-        ),
+        # width and depth of the paper, one token per pixel, and one downsampling attention
+        "": dict(patch_size=1, stem_layers=3, dims=(128, 128), depths=(2, 2), heads=(4, 4)),
         "128s": _IMAGENET,
         "128": dict(depths=(4, 4, 4), heads=(4, 8, 12), **_IMAGENET),
         "192": dict(dims=(192, 288, 384), heads=(3, 5, 6), **_KEY32),
@@ -186,12 +288,10 @@ class LeViT(Backbone):
         c = config
         self.num_features = c.dims[-1]
         stem = {"layers": c.stem_layers}
-        self.stem = STEMS.create("levit", c.input_shape, c.patch, c.dims[0], options=stem)
-        layout = Layout(self.stem.grid)
-        stages = []
+        self.stem = STEMS.create("levit", c.input_shape, c.patch_size, c.dims[0], options=stem)
+        stages: list[Stage] = []
         for index in range(len(c.dims)):
-            stages.append(LeViTStage(c, index, layout))
-            layout = layout.strided(2)
+            stages.append(_stage(c, index, stages[-1].grid if stages else self.stem.grid))
         self.stages = nn.ModuleList(stages)
         init_linears(self.stages)
         self.head = self.make_head(c.num_classes)
@@ -215,7 +315,11 @@ class LeViT(Backbone):
         return both
 
     def set_distilled_training(self, enable: bool = True) -> None:
-        """In training return the two heads' logits apart, for a loss of their own each."""
+        """Return the logits of both heads separately in training, for a loss each.
+
+        Raises:
+            ValueError: for a model without a second head.
+        """
         if not isinstance(self.head, DistilledHead):
             raise ValueError(
                 f"there is no second head to train: distilled is {self.config.distilled} and "
@@ -225,9 +329,9 @@ class LeViT(Backbone):
 
     @torch.no_grad()
     def fuse(self) -> Self:
-        """Fold each batch norm into the map beside it, in place: for inference.
+        """Fold each batch norm into the adjacent layer, in place (for inference).
 
-        The logits of evaluation stay the same; training goes on without normalisation.
+        The logits in evaluation stay the same; further training has no normalization.
         """
         for module in list(self.modules()):
             for name, child in module.named_children():
@@ -237,15 +341,9 @@ class LeViT(Backbone):
         return self
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(B, C, *shape) -> (B, N, D), N and D those of the last stage."""
+        """Compute the tokens of the last stage: (B, C, *shape) -> (B, N, D)."""
         self.check_input(x)
         x = self.stem(x)
         for stage in self.stages:
-            x = stage(x, self.run)
+            x = stage(x)
         return x
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(B, N, D) -> (B, num_classes); the pooled (B, D) with ``pre_logits``."""
-        x = x.mean(1)
-        y: Tensor = x if pre_logits else self.head(x)
-        return y

@@ -1,202 +1,188 @@
 """Vision Transformer (Dosovitskiy et al. 2020, arXiv 2010.11929) with any mixer and stem.
 
-Pixels -> stem -> class and register tokens -> positions -> depth x block -> norm -> pool -> head.
-SimpleViT, MLP-Mixer and gMLP are that with other parts, and stand at the end.
+Pixels -> stem -> class and register tokens -> positions -> blocks -> norm -> pool -> head.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ..grid import TokenGrid
 from ..layers import SequencePool
-from ..layout import Layout
 from ..mixers import Mixer, create_mixer
-from ..mixers.along import space_time
-from ..positions import make_position
-from ..registry import check_at_least, unknown
+from ..mixers.factorized import space_time
+from ..options import check_at_least
+from ..positions import PositionKind, RopeKind, make_position
 from ..stems import STEMS
 from .base import (
     BACKBONES,
-    Backbone,
     Block,
-    Config,
+    Stage,
+    VisionModel,
     check_prefix,
     drop_paths,
     init_linears,
     make_rope,
 )
+from .config import BlockConfig, Config
 
 _IMAGENET = dict(  # what the sizes of Touvron et al. 2020 (DeiT) share
-    input_shape=(3, 224, 224), num_classes=1000, patch=16, depth=12, norm_eps=1e-6,
-    mixer_options={"qkv_bias": True},
+    input_shape=(3, 224, 224), num_classes=1000, patch_size=16, depth=12, mlp_ratio=4.0,
+    norm_eps=1e-6, mixer_options={"qkv_bias": True},
 )  # fmt: skip
-POOLS = ("cls", "mean", "seq")
+Pool = Literal["cls", "mean", "seq"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class IsotropicConfig(Config):
-    """Of models that keep one grid and one width throughout.
+class IsotropicConfig(BlockConfig):
+    """Configuration of isotropic models, which keep one grid and one width throughout.
 
     Args:
-        patch: pixels for each token, one size or one for each axis.
-        dim, depth, heads, mlp_dim: width D, number of blocks, heads, hidden width of the MLP;
-            heads is None for a mixer without heads, mlp_dim 0 for blocks without MLP.
-        mixer, mixer_options: token mixer by name and its options.
-        factorised: of frames, height and width, whether a mixer for each frame is followed by one
-            over time (Arnab et al. 2021, model 3) in place of one over all.
-        stem, stem_options: "patch", "conv" (hybrid), "tokenizer" (CCT) or "levit", and its options.
-        position: "learned", "sincos" (of each axis), "raster_sincos" (of the place in the
-            sequence) or "none", added to the tokens.
-        position_std: standard deviation of learned positions at first. Small patches need large
-            ones: a token of few pixels says little, and a faint position is lost beside it.
+        patch_size: pixels per token, one size or one for each axis.
+        dim: width D.
+        depth: number of blocks.
+        heads: number of heads; None for a mixer without heads.
+        mlp_ratio: hidden width of the MLPs for a width of 1; 0 for blocks without an MLP.
+        factorized: for video: mix within each frame, then over time (Arnab et al. 2021, model 3),
+            instead of jointly.
+        stem: stem by name: "patch", "conv" (hybrid), "tokenizer" (CCT), "levit", "fft" or "v0.2".
+        stem_options: its options.
+        position: added to the tokens: "learned", "sincos" (of each axis), "raster_sincos" (of the
+            position in the sequence) or "none".
+        position_std: initial standard deviation of learned positions. Small patches need a larger
+            one, or the position signal is drowned out.
         rope: rotary positions, "axial" or "raster", or None.
-        dropout: in the MLP. emb_dropout: after the positions. drop_path: stochastic depth of the
-            last block, rising linearly from 0 at the first. A mixer's dropout is its option.
-        layer_scale: first value of LayerScale, or None for none.
-        norm_eps: epsilon of the layer norms.
+        emb_dropout: dropout after the positions.
+        layer_scale: initial value of LayerScale, or None for none.
     """
 
-    patch: int | tuple[int, ...] = 1
+    patch_size: int | tuple[int, ...] = 1
     dim: int = 128
     depth: int = 4
     heads: int | None = 4
-    mlp_dim: int = 256
-    mixer: str = "softmax"
-    mixer_options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    factorised: bool = False
+    mlp_ratio: float = 2.0
+    factorized: bool = False
     stem: str = "patch"
     stem_options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    position: str = "learned"
+    position: PositionKind = "learned"
     position_std: float = 0.02
-    rope: str | None = None
-    dropout: float = 0.0
+    rope: RopeKind | None = None
     emb_dropout: float = 0.0
-    drop_path: float = 0.0
     layer_scale: float | None = None
-    norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("dim", 1), ("depth", 1), ("mlp_dim", 0)):
+        for name, least in (("dim", 1), ("depth", 1), ("mlp_ratio", 0)):
             check_at_least(name, getattr(self, name), least)
-        if self.dropout and not self.mlp_dim:
+        if self.dropout and not self.mlp_ratio:
             raise ValueError(
-                f"dropout {self.dropout} is that of the MLPs: with mlp_dim 0 it must be 0"
+                f"dropout {self.dropout} is that of the MLPs: with mlp_ratio 0 it must be 0"
             )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ViTConfig(IsotropicConfig):
-    """As :class:`IsotropicConfig`, and:
+    """Configuration of :class:`ViT`: that of isotropic models and the pooling.
 
     Args:
-        pool: "cls" (class token), "mean", or "seq" (learned weighted mean).
-        class_token: whether there is one; by default with pool "cls" only. Where there is one and
-            pool is "mean" or "seq" it is pooled too, as in the published models; registers never.
+        pool: "cls" (class token), "mean", or "seq" (attention-weighted mean).
+        class_token: whether there is one; by default with pool "cls" only. With pool "mean" or
+            "seq" a class token is pooled, too, as in vision_xformer 0.2.0; registers never are.
         registers: number of register tokens (Darcet et al. 2023).
         fc_norm: whether the norm follows the pool; by default with pool "mean" only.
     """
 
     backbone: ClassVar[str] = "vit"
-    pool: str = "cls"
+    pool: Pool = "cls"
     class_token: bool | None = None
     registers: int = 0
     fc_norm: bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.pool not in POOLS:
-            raise unknown("pool", self.pool, POOLS)
         if self.pool == "cls" and self.class_token is False:
             raise ValueError("pool='cls' needs a class token: class_token must not be False")
         check_at_least("registers", self.registers, 0)
 
     @property
     def has_class_token(self) -> bool:
+        """Whether there is a class token."""
         return self.pool == "cls" if self.class_token is None else self.class_token
 
     @property
     def has_fc_norm(self) -> bool:
+        """Whether the norm follows the pool."""
         return self.pool == "mean" if self.fc_norm is None else self.fc_norm
 
 
-class Isotropic(Backbone):
-    """What ViT and CaiT share: stem, tokens in front, positions, blocks.
+class Isotropic(VisionModel):
+    """What ViT and CaiT share: stem, prefix tokens, positions, blocks.
 
     Args:
         config: see :class:`IsotropicConfig`.
-        tokens: how many learned tokens of which name stand in front.
+        prefix: names and counts of learned prefix tokens.
     """
 
     block_class: ClassVar[type[Block]] = Block
     config: IsotropicConfig
 
-    def __init__(self, config: IsotropicConfig, **tokens: int) -> None:
+    def __init__(self, config: IsotropicConfig, prefix: dict[str, int]) -> None:
         super().__init__(config)
         c = config
         self.num_features = c.dim
-        self.stem = STEMS.create(c.stem, c.input_shape, c.patch, c.dim, options=c.stem_options)
-        self.layout = Layout(self.stem.grid, sum(tokens.values()) + self.stem.prefix)
-        for name, count in tokens.items():
+        self.stem = STEMS.create(c.stem, c.input_shape, c.patch_size, c.dim, options=c.stem_options)
+        self.grid = TokenGrid(self.stem.grid.shape, sum(prefix.values()) + self.stem.grid.prefix)
+        self.prefix_names = [name for name, count in prefix.items() if count]
+        for name, count in prefix.items():
             token = nn.Parameter(torch.randn(1, count, c.dim) * 0.02) if count else None
             self.register_parameter(name, token)
-        self.tokens = tuple(tokens)
-        self.position: nn.Module | None = make_position(
-            c.position, self.layout, c.dim, c.position_std
-        )
+        self.position = make_position(c.position, self.grid, c.dim, c.position_std)
         self.emb_drop = nn.Dropout(c.emb_dropout)
-        blocks: list[Block] = []
-        for drop_path in drop_paths(c.drop_path, c.depth):
-            *first, last = self._mixers()
-            blocks += [self._block(mixer, 0, drop_path) for mixer in first]
-            blocks.append(self._block(last, c.mlp_dim, drop_path))
-        self.blocks = nn.ModuleList(blocks)
-        init_linears(self.blocks)
-        self.rope = make_rope(c.rope, blocks[0].mixer, c.mixer)
-        if self.layout.prefix:
-            check_prefix(self.blocks, c.mixer, "take pool='mean', registers=0 and no stem 'fft'")
+        blocks = self._blocks()
+        init_linears(nn.ModuleList(blocks))
+        self.blocks = Stage(blocks, self.grid, make_rope(c.rope, blocks[0].mixer, c.mixer))
+        if self.grid.prefix:
+            check_prefix(blocks, c.mixer, "use pool='mean', registers=0 and no stem 'fft'")
 
-    def _mixers(self) -> list[Mixer]:
+    def _blocks(self) -> list[Block]:
+        """``depth`` blocks; a factorized one is a block over space and a block over time."""
         c = self.config
         make = functools.partial(create_mixer, c.mixer, dim=c.dim, heads=c.heads, **c.mixer_options)
-        if c.factorised:
-            return space_time(lambda part: make(layout=part), self.layout)
-        return [make(layout=self.layout)]
+        blocks = []
+        for drop_path in drop_paths(c.drop_path, (c.depth,))[0]:
+            mixers = [make(grid=self.grid)] if not c.factorized else self._space_time(make)
+            for mixer in mixers:
+                ratio = c.mlp_ratio if mixer is mixers[-1] else 0.0
+                block = self.block_class(
+                    mixer, ratio, dropout=c.dropout, drop_path=drop_path,
+                    layer_scale=c.layer_scale, norm_eps=c.norm_eps,
+                )  # fmt: skip
+                blocks.append(block)
+        return blocks
 
-    def _block(self, mixer: Mixer, mlp_dim: int, drop_path: float) -> Block:
-        c = self.config
-        return self.block_class(
-            mixer,
-            mlp_dim,
-            dropout=c.dropout,
-            drop_path=drop_path,
-            layer_scale=c.layer_scale,
-            norm_eps=c.norm_eps,
-        )
+    def _space_time(self, make: functools.partial[Mixer]) -> list[Mixer]:
+        return space_time(lambda grid: make(grid=grid), self.grid)
 
-    def mix(self, x: Tensor) -> Tensor:
-        """(B, C, *shape) -> (B, N, D): all but the last norm."""
+    def forward_tokens(self, x: Tensor) -> Tensor:
+        """Compute tokens before the final norm: (B, C, *shape) -> (B, N, D)."""
         self.check_input(x)
         x = self.stem(x)
-        prefix = [t for t in (getattr(self, name) for name in self.tokens) if t is not None]
-        x = torch.cat([*(t.expand(x.shape[0], -1, -1) for t in prefix), x], 1)
+        prefix = [getattr(self, name).expand(x.shape[0], -1, -1) for name in self.prefix_names]
+        x = torch.cat([*prefix, x], 1) if prefix else x
         if self.position is not None:
             x = x + self.position()
-        x = self.emb_drop(x)
-        rope = None if self.rope is None else self.rope()
-        for block in self.blocks:
-            x = self.run(block, x, self.layout, rope)
-        return x
+        return self.blocks(self.emb_drop(x))
 
 
 @BACKBONES.register("vit")
-class VisionTransformer(Isotropic):
-    """
+class ViT(Isotropic):
+    """Vision Transformer. Shape: (B, C, *shape) -> (B, num_classes).
+
     Args:
         config: see :class:`ViTConfig`.
 
@@ -205,128 +191,35 @@ class VisionTransformer(Isotropic):
     """
 
     config_class: ClassVar[type[Config]] = ViTConfig
-    hybrid = True
     config: ViTConfig
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "": {},
-        "test": dict(
-            input_shape=(3, 14, 10), num_classes=5, patch=2, dim=24, depth=2, heads=3, mlp_dim=38
-        ),
-        "tiny": dict(dim=192, heads=3, mlp_dim=768, **_IMAGENET),
-        "small": dict(dim=384, heads=6, mlp_dim=1536, **_IMAGENET),
-        "base": dict(dim=768, heads=12, mlp_dim=3072, **_IMAGENET),
+        "tiny": dict(dim=192, heads=3, **_IMAGENET),
+        "small": dict(dim=384, heads=6, **_IMAGENET),
+        "base": dict(dim=768, heads=12, **_IMAGENET),
     }
 
     def __init__(self, config: ViTConfig) -> None:
         c = config
-        super().__init__(c, cls_token=int(c.has_class_token), reg_token=c.registers)
-        norms = [nn.LayerNorm(c.dim, c.norm_eps), nn.Identity()]
-        self.norm, self.fc_norm = reversed(norms) if c.has_fc_norm else norms
+        super().__init__(c, {"cls_token": int(c.has_class_token), "reg_token": c.registers})
+        norm = nn.LayerNorm(c.dim, c.norm_eps)
+        self.norm = nn.Identity() if c.has_fc_norm else norm
+        self.fc_norm = norm if c.has_fc_norm else nn.Identity()
         self.pool = SequencePool(c.dim) if c.pool == "seq" else None
         self.head = self.make_head(c.num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(B, C, *shape) -> (B, N, D), class and register tokens in front."""
-        y: Tensor = self.norm(self.mix(x))
-        return y
+        """Compute the final tokens, prefix first: (B, C, *shape) -> (B, N, D)."""
+        return self.norm(self.forward_tokens(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(B, N, D) -> (B, num_classes); the pooled (B, D) with ``pre_logits``."""
+        """Pool and classify tokens (B, N, D): (B, num_classes), or (B, D) with ``pre_logits``."""
         if self.config.pool == "cls":
             x = x[:, 0]
         else:
             classes = int(self.config.has_class_token)
-            if self.layout.prefix > classes:
-                x = torch.cat((x[:, :classes], x[:, self.layout.prefix :]), 1)
+            if self.grid.prefix > classes:
+                x = torch.cat((x[:, :classes], x[:, self.grid.prefix :]), 1)
             x = x.mean(1) if self.pool is None else self.pool(x)
         x = self.fc_norm(x)
-        y: Tensor = x if pre_logits else self.head(x)
-        return y
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SimpleViTConfig(ViTConfig):
-    """ViT as in "Better plain ViT baselines" (Beyer et al. 2022, arXiv 2205.01580)."""
-
-    backbone: ClassVar[str] = "simple_vit"
-    position: str = "sincos"
-    pool: str = "mean"
-    fc_norm: bool | None = False
-
-
-@BACKBONES.register("simple_vit")
-class SimpleViT(VisionTransformer):
-    """Sines for positions, the mean of the normed tokens in place of a class token.
-
-    Args:
-        config: see :class:`SimpleViTConfig`.
-    """
-
-    config_class = SimpleViTConfig
-    hybrid = False
-    presets: ClassVar[dict[str, dict[str, Any]]] = {
-        size: fields for size, fields in VisionTransformer.presets.items() if size
-    }
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MlpMixerConfig(ViTConfig):
-    """MLP-Mixer (Tolstikhin et al. 2021, arXiv 2105.01601)."""
-
-    backbone: ClassVar[str] = "mixer"
-    mixer: str = "mlp"
-    heads: int | None = None
-    position: str = "none"
-    pool: str = "mean"
-    fc_norm: bool | None = False
-
-
-_TEST = dict(input_shape=(3, 14, 10), num_classes=5, patch=2, dim=24, depth=2)
-_PATCH16 = dict(input_shape=(3, 224, 224), num_classes=1000, patch=16, norm_eps=1e-6)
-
-
-@BACKBONES.register("mixer")
-class MlpMixer(VisionTransformer):
-    """ViT whose tokens are mixed by an MLP along the length.
-
-    Args:
-        config: see :class:`MlpMixerConfig`.
-    """
-
-    config_class: ClassVar[type[Config]] = MlpMixerConfig
-    hybrid = False
-    presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "test": dict(mlp_dim=38, **_TEST),
-        "s32": {**_PATCH16, "patch": 32, "dim": 512, "depth": 8, "mlp_dim": 2048},
-        "s16": dict(dim=512, depth=8, mlp_dim=2048, **_PATCH16),
-        "b32": {**_PATCH16, "patch": 32, "dim": 768, "depth": 12, "mlp_dim": 3072},
-        "b16": dict(dim=768, depth=12, mlp_dim=3072, **_PATCH16),
-        "l16": dict(dim=1024, depth=24, mlp_dim=4096, **_PATCH16),
-    }
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GatedMlpConfig(MlpMixerConfig):
-    """gMLP (Liu et al. 2021, arXiv 2105.08050)."""
-
-    backbone: ClassVar[str] = "gmlp"
-    mixer: str = "gmlp"
-    mlp_dim: int = 0
-
-
-@BACKBONES.register("gmlp")
-class GatedMlpNetwork(MlpMixer):
-    """MLP-Mixer whose blocks are one gated MLP each.
-
-    Args:
-        config: see :class:`GatedMlpConfig`.
-    """
-
-    config_class = GatedMlpConfig
-    presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "test": _TEST,
-        **{
-            f"{size}16": dict(dim=dim, depth=30, **_PATCH16)
-            for size, dim in (("ti", 128), ("s", 256), ("b", 512))
-        },
-    }
+        return x if pre_logits else self.head(x)

@@ -1,8 +1,8 @@
-"""One paper, one file: what happens between projected queries, keys and values."""
+"""One paper per file: what happens between projected queries, keys and values."""
 
 from ..registry import import_all
-from .base import KERNELS, Kernel
+from .base import KERNELS, Kernel, Site
 
-__all__ = ["KERNELS", "Kernel"]
+__all__ = ["KERNELS", "Kernel", "Site"]
 
 import_all(__name__, __path__)

@@ -1,76 +1,88 @@
-"""What every kernel has: the arithmetic between projected operands, and nothing else.
-
-Shapes: B batch, H heads, N queries, M keys, K key width per head, V value width per head.
-"""
+"""The contract of kernels: arithmetic between projected queries, keys and values, nothing else."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from ..layout import Layout
+from ..grid import TokenGrid
 from ..registry import Registry
 
 
-class Kernel(nn.Module):
-    """Maps q (B, H, N, K), k (B, G, M, K), v (B, G, M, V) to (B, H, N, V). No projection inside.
-
-    Subclasses add their options as keyword-only constructor arguments.
+class Site(NamedTuple):
+    """All that a kernel may know of its surroundings when it is built.
 
     Args:
         heads: number of query heads H.
         key_dim: key width per head K.
-        layout: where the M keys lie; what is as long as the sequence (Linformer) is sized by it.
-
-    Attributes:
-        takes_rope: whether rotating q and k before the kernel means anything.
-        takes_bias: whether :meth:`forward` takes ``bias`` (H, N, M), added to the logits: only a
-            kernel that forms them can.
-        takes_one_query: whether one query alone, that of a class token, gets what it would among
-            others: not where queries are pooled.
-        compresses: whether :meth:`compress` shortens keys and values. It is linear along the
-            length, so it may be applied before the projection; it fixes the layout.
-        kv_heads: number of key and value heads G: ``heads``, or 1 where all heads share them.
-        share_kv: the values are the keys; no value projection exists.
-
-    One may state its operations, see :func:`~vision_xformer.count_flops`: a method ``flops``,
-    called as :meth:`forward` is.
+        value_dim: value width per head V.
+        queries: grid of the N queries.
+        keys: grid of the M keys and values.
     """
 
-    takes_rope: ClassVar[bool] = True
-    takes_bias: ClassVar[bool] = False
-    takes_one_query: ClassVar[bool] = True
-    compresses: ClassVar[bool] = False
+    heads: int
+    key_dim: int
+    value_dim: int
+    queries: TokenGrid
+    keys: TokenGrid
 
-    def __init__(self, heads: int, key_dim: int, layout: Layout) -> None:
+
+class Kernel(nn.Module):
+    """Map q (B, H, N, K), k (B, G, M, K) and v (B, G, M, V) to (B, H, N, V).
+
+    Called like this a kernel is complete: nothing has to be done before or after. Subclasses add
+    their options as keyword-only constructor arguments. A subclass may define ``flops``, called as
+    :meth:`forward` is, see :func:`~vision_xformer.count_flops`.
+
+    Args:
+        site: where the kernel is built.
+
+    Attributes:
+        takes_rope: whether rotating q and k before the kernel is meaningful.
+        takes_bias: whether the kernel forms an attention map that ``bias`` can be added to.
+        supports_single_query: whether the output for one query is independent of the other queries.
+        fixed: whether the kernel is tied to the grids of its site; others raise a ValueError.
+    """
+
+    takes_rope: bool = True
+    takes_bias: bool = False
+    supports_single_query: ClassVar[bool] = True
+    fixed: bool = False
+
+    def __init__(self, site: Site) -> None:
         super().__init__()
-        self.heads, self.key_dim, self.layout = heads, key_dim, layout
-        self.kv_heads = heads
-        self.share_kv = False
+        self.site = site
 
-    def compress(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, M, C), (B, M, C') -> (B, R, C), (B, R, C'): shorten along the length."""
-        raise NotImplementedError
+    @property
+    def operand_widths(self) -> tuple[int, ...]:
+        """Widths (H K, G K, G V) of q, k and v over all heads; (H K, G K) where v is k."""
+        heads, key_dim, value_dim, *_ = self.site
+        return heads * key_dim, heads * key_dim, heads * value_dim
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, q_layout: Layout, k_layout: Layout
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        queries: TokenGrid,
+        keys: TokenGrid,
+        bias: Tensor | None = None,
     ) -> Tensor:
+        """Attend.
+
+        Args:
+            q: queries (B, H, N, K).
+            k: keys (B, G, M, K), where G is H or 1.
+            v: values (B, G, M, V).
+            queries: grid of the N queries.
+            keys: grid of the M keys.
+            bias: (H, N, M), added to the logits of a kernel with ``takes_bias``.
+
+        Returns:
+            Attended values (B, H, N, V).
+        """
         raise NotImplementedError
-
-
-def widened(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """At least float32, and float64 where the tensor is: the type to accumulate in."""
-    return tuple(t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors)
-
-
-def without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """Context in which products keep their operands' type on the device of ``x``."""
-    if x.device.type == "meta":  # shapes only: it has no autocast
-        return nullcontext()
-    return torch.autocast(x.device.type, enabled=False)
 
 
 KERNELS: Registry[Kernel] = Registry("kernel")

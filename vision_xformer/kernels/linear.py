@@ -1,6 +1,6 @@
 """Linear attention (Katharopoulos et al. 2020, arXiv 2006.16236, eq. 4-7) with f(x) = elu(x) + 1:
 
-f(q) (f(k)^T v) / (f(q) sum f(k)). Cost N K V; nothing N x M exists.
+f(q) (f(k)^T v) / (f(q) sum f(k)). The cost is N K V; nothing N x M exists.
 """
 
 from __future__ import annotations
@@ -8,28 +8,49 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..layout import Layout
-from .base import KERNELS, Kernel, widened
+from ..grid import TokenGrid
+from ..precision import to_accumulate
+from .base import KERNELS, Kernel
 
 
 def _feature(x: Tensor) -> Tensor:
-    """elu(x) + 1, of parts whose memory order compilers know (elu's they get wrong)."""
+    """elu(x) + 1, written with exp and relu: inductor mislays the memory format of elu."""
     return x.clamp(max=0).exp() + x.relu()
 
 
 @KERNELS.register("linear")
 class LinearAttention(Kernel):
-    """No options: the feature map has no parameters and no scale."""
+    """Linear attention with the feature map elu + 1. It has no options.
+
+    Shape: (B, H, N, K), (B, H, M, K), (B, H, M, V) -> (B, H, N, V)
+
+    Args:
+        site: where the kernel is built.
+    """
 
     takes_rope = False
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, q_layout: Layout, k_layout: Layout
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        queries: TokenGrid,
+        keys: TokenGrid,
+        bias: Tensor | None = None,
     ) -> Tensor:
-        fq, fk, values = widened(_feature(q), _feature(k), v)
+        fq, fk, values = to_accumulate(_feature(q), _feature(k), v)
         y = fq @ (fk.mT @ F.pad(values, (0, 1), value=1.0))  # the last column: sums of weights
         return (y[..., :-1] / y[..., -1:]).to(v.dtype)
 
-    def flops(self, q: Tensor, k: Tensor, v: Tensor, q_layout: Layout, k_layout: Layout) -> int:
-        """2 (N + M) K (V + 1) for each head."""
+    def flops(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        queries: TokenGrid,
+        keys: TokenGrid,
+        bias: Tensor | None = None,
+    ) -> int:
+        """Count 2 (N + M) K (V + 1) for each head."""
         return 2 * (q.numel() + k.numel()) * (v.shape[-1] + 1)

@@ -1,6 +1,6 @@
 """Linformer (Wang et al. 2020, arXiv 2006.04768, eq. 7): softmax(q (E^T k)^T / sqrt(K)) (F^T v).
 
-E and F, (M, R), are learned and shared by all heads and samples: cost N R instead of N M.
+E and F, (M, R), are learned and shared by all heads and samples: the cost is N R instead of N M.
 """
 
 from __future__ import annotations
@@ -10,87 +10,149 @@ import math
 import torch
 from torch import Tensor
 
-from ..layers import TokenTable
-from ..layout import Layout, grid_parts, segment_means
-from ..registry import check_at_least
-from .base import KERNELS
-from .softmax import _Softmax, attend
+from ..grid import TokenGrid, grid_parts, segment_means
+from ..options import check_at_least
+from ..positions import TokenTable
+from .base import KERNELS, Site
+from .softmax import MapKernel, attend
 
 
 class LengthProjection(TokenTable):
-    """E or F: a row of R weights for each token.
+    """E or F: a row of R weights for each of the M keys. Shape: () -> (M, R).
 
-    Starts as the mean over R patches of the grid plus noise, so that the first steps attend to a
-    smaller picture instead of to random sums whose variance grows with M.
+    It is initialized as average pooling over R patches of the grid plus noise, so that the first
+    steps attend to a smaller image instead of to random sums whose variance grows with M.
+
+    Args:
+        grid: grid of the M keys.
+        rank: number R of weights per token.
     """
 
-    def __init__(self, layout: Layout, rank: int) -> None:
-        super().__init__(layout, rank, std=0.1 / math.sqrt(layout.length))
+    def __init__(self, grid: TokenGrid, rank: int) -> None:
+        super().__init__(grid, rank, std=0.1 / math.sqrt(grid.length))
         pooling = torch.ones(1, 1, dtype=torch.float64)
-        for size, parts in zip(layout.grid, grid_parts(layout.grid, rank), strict=True):
+        for size, parts in zip(grid.shape, grid_parts(grid.shape, rank), strict=True):
             pooling = torch.kron(pooling, segment_means(size, parts))
         cells = pooling.shape[0]
         with torch.no_grad():
-            self.grid[..., :cells] += pooling.mT.view(*layout.grid, cells).to(self.grid)
+            self.grid[..., :cells] += pooling.mT.view(*grid.shape, cells).to(self.grid)
 
 
 def _shorten(x: Tensor, weights: Tensor) -> Tensor:
-    """(B, M, C), (M, R) -> (B, R, C). A product that broadcasts would copy x to fold it."""
+    """(B, M, C), (M, R) -> (B, R, C). A broadcasting matmul would copy x; bmm does not."""
     return torch.bmm(weights.mT.expand(x.shape[0], -1, -1), x)
 
 
+def _merge_heads(x: Tensor) -> Tensor:
+    """(B, G, M, C) -> (B, M, G C)"""
+    return x.transpose(1, 2).flatten(2)
+
+
 @KERNELS.register("linformer")
-class Linformer(_Softmax):
-    """
+class Linformer(MapKernel):
+    """Softmax attention to R learned sums of the keys and values.
+
+    The projections E and F tie the kernel to its grid of keys; ``load_weights(resize=True)``
+    carries them over to another grid.
+
+    Shape: (B, H, N, K), (B, G, M, K), (B, G, M, V) -> (B, H, N, V); G is 1 with ``one_kv_head``
+
     Args:
-        rank: number R of keys and values that are left. Costs R (M + N) per channel.
-        share_kv: the values are the keys and F is E (section 4, "key-value sharing").
-        one_kv_head: all heads read the same keys and values.
-        dropout: probability with which an attention weight is dropped in training.
+        site: where the kernel is built.
+        rank: number R of projected keys and values; the cost is R (M + N) per channel.
+        share_kv: use the keys as values, and E as F (section 4, "key-value sharing").
+        one_kv_head: share keys and values between all heads.
+        dropout: probability of dropping an attention weight in training.
 
-    The projections fix the layout: another one is a ValueError, ``load_weights(resize=True)``
-    carries them to it.
+    Raises:
+        ValueError: for an invalid option, or on keys of another grid.
     """
 
-    compresses = True
+    fixed = True
 
     def __init__(
         self,
-        heads: int,
-        key_dim: int,
-        layout: Layout,
+        site: Site,
         *,
         rank: int = 64,
         share_kv: bool = False,
         one_kv_head: bool = False,
         dropout: float = 0.0,
     ) -> None:
-        super().__init__(heads, key_dim, layout, dropout=dropout)
+        super().__init__(site, dropout=dropout)
         check_at_least("rank", rank, 1)
-        self.share_kv = share_kv
-        self.kv_heads = 1 if one_kv_head else heads
-        self.proj_k = LengthProjection(layout, rank)
-        self.proj_v = None if share_kv else LengthProjection(layout, rank)
+        if share_kv and site.value_dim != site.key_dim:
+            raise ValueError(
+                f"share_kv=True: values of width {site.value_dim} cannot be keys of {site.key_dim}"
+            )
+        self.rank, self.share_kv = rank, share_kv
+        self.kv_heads = 1 if one_kv_head else site.heads
+        self.proj_k = LengthProjection(site.keys, rank)
+        self.proj_v = None if share_kv else LengthProjection(site.keys, rank)
 
-    def compress(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def operand_widths(self) -> tuple[int, ...]:
+        heads, key_dim, value_dim, *_ = self.site
+        values = () if self.share_kv else (self.kv_heads * value_dim,)
+        return heads * key_dim, self.kv_heads * key_dim, *values
+
+    def shorten(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Project along the length: (B, M, C), (B, M, C') -> (B, R, C), (B, R, C')."""
         e = self.proj_k()
         if self.proj_v is None:
             short = _shorten(k, e)
             return short, short if v is k else _shorten(v, e)
         f = self.proj_v()
         if v is k:
-            rank = e.shape[1]
             both = _shorten(k, torch.cat((e, f), 1))
-            return both[:, :rank], both[:, rank:]
+            return both[:, : self.rank], both[:, self.rank :]
         return _shorten(k, e), _shorten(v, f)
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, q_layout: Layout, k_layout: Layout
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        queries: TokenGrid,
+        keys: TokenGrid,
+        bias: Tensor | None = None,
+        *,
+        shortened: bool = False,
     ) -> Tensor:
-        one_head = self.kv_heads != self.heads
-        if one_head:  # to the keys, a head of a token is one more query
+        """Attend, see :meth:`Kernel.forward`; with ``shortened``, k and v have R rows already."""
+        if keys != self.site.keys:
+            raise ValueError(
+                f"{type(self).__name__} was built for keys on {self.site.keys} and cannot take "
+                f"{keys}: build it for that; load_weights(..., resize=True) carries its tables over"
+            )
+        if not shortened:
+            merged_k = _merge_heads(k)
+            short = self.shorten(merged_k, merged_k if v is k else _merge_heads(v))
+            k, v = (x.unflatten(2, (self.kv_heads, -1)).transpose(1, 2) for x in short)
+        one_head = k.shape[1] != q.shape[1]
+        if one_head:  # fold the query heads into the sequence
             q = q.transpose(1, 2).flatten(1, 2)[:, None]
         out = attend(q, k, v, dropout=self.dropout_now)
         if one_head:
-            out = out.unflatten(2, (-1, self.heads))[:, 0].transpose(1, 2)
+            out = out.unflatten(2, (-1, self.site.heads))[:, 0].transpose(1, 2)
         return out
+
+    def flops(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        queries: TokenGrid,
+        keys: TokenGrid,
+        bias: Tensor | None = None,
+        *,
+        shortened: bool = False,
+    ) -> int:
+        """Count 2 R N (K + V) for each head and, unless shortened, 2 R M (K + V) for each of G."""
+        batch, heads, length, key_dim = q.shape
+        widths = key_dim + v.shape[-1]
+        shortening = 0 if shortened else k.shape[1] * k.shape[2] * widths
+        return 2 * batch * self.rank * (heads * length * widths + shortening)
+
+    def extra_repr(self) -> str:
+        return ", ".join(filter(None, (f"rank={self.rank}", super().extra_repr())))

@@ -1,35 +1,40 @@
-"""Nystromformer (Xiong et al. 2021, arXiv 2102.03902, eq. 13-15) with landmarks ql, kl:
+"""Nyströmformer (Xiong et al. 2021, arXiv 2102.03902, eq. 13-15) with landmarks ql, kl:
 
 softmax(q kl^T) pinv(softmax(ql kl^T)) softmax(ql k^T) v  +  depth-wise convolution of v,
 
 all logits scaled by 1/sqrt(K). The two outer maps are fused attention calls, so nothing N x m is
-stored. pinv is a fixed number of Newton-Schulz steps (eq. 14): a regularised inverse that the
-method relies on. Its start is scaled for each matrix alone, so no image sees its batch.
+stored. pinv is a fixed number of Newton-Schulz steps (eq. 14): a regularized inverse that the
+method relies on. Its start is scaled for each matrix alone, so no image depends on its batch.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..layout import Layout, grid_parts, pool_grid
-from ..registry import check_at_least
-from .base import KERNELS, Kernel, widened, without_autocast
+from ..grid import TokenGrid, grid_parts, pool_grid
+from ..options import check_at_least
+from ..precision import to_accumulate, without_autocast
+from .base import KERNELS, Kernel, Site
 from .softmax import attend
 
-_BLOCK = 32  # rows of one Toeplitz product: the smallest that keeps it a dense one
+_BLOCK = 32  # rows of one Toeplitz product: the smallest block for which it stays dense
 
 
 def newton_schulz_pinv(a: Tensor, iterations: int) -> Tensor:
-    """(*, m, m), rows that sum to 1, at least one axis in front -> pseudo-inverse (eq. 14)."""
+    """Approximate the pseudo-inverse by Newton-Schulz steps (eq. 14).
+
+    Shape: (*, m, m) -> same, with at least one leading axis and rows that sum to 1
+    """
     norms = a.abs().sum(-1).amax(-1) * a.abs().sum(-2).amax(-1)
     z = (a.mT / norms[..., None, None]).flatten(0, -3)
     flat = a.flatten(0, -3)
-    for _ in range(iterations):  # z (13 - az (15 - az (7 - az))) / 4, and nothing but products
+    for _ in range(iterations):  # z (13 - az (15 - az (7 - az))) / 4 as fused products
         az = flat @ z
         inner = torch.baddbmm(az, az, az, beta=-7)
         inner = torch.baddbmm(az, az, inner, beta=15)
@@ -38,22 +43,24 @@ def newton_schulz_pinv(a: Tensor, iterations: int) -> Tensor:
 
 
 def depthwise_conv(v: Tensor, taps: Tensor) -> Tensor:
-    """out[b, h, i] = sum_t taps[h, t] v[b, h, i + t - T // 2]: (B, H, M, V), (H, T) -> same as v.
+    """Convolve along the sequence: out[b, h, i] = sum_t taps[h, t] v[b, h, i + t - T // 2].
 
-    As dense products with the banded Toeplitz matrix, block by block: several times faster than a
-    grouped convolution, whose weight gradient is moreover wrong on some CPUs.
+    Computed as dense products with the banded Toeplitz matrix, block by block: several times faster
+    than a grouped convolution, whose weight gradient is also wrong on some CPUs.
+
+    Shape: (B, H, M, V), (H, T) -> (B, H, M, V)
     """
     (batch, heads, length, channels), width = v.shape, taps.shape[1]
     if batch == 0:
         return v * taps.sum()
     block = max(_BLOCK, width)
     blocks = -(-length // block)
-    # Row i of the matrix holds the taps from column i on. Repeating a row padded to one more than
-    # the matrix is wide and reading it at that width shifts each row by one.
+    # Row i of the matrix holds the taps from column i on. A row padded to one more than the width
+    # of the matrix, repeated, and read at that width is shifted by one in each row.
     band = F.pad(taps, (0, 2 * block + 1 - width)).repeat(1, block)
     band = band[:, : 2 * block * block].view(heads, block, 2 * block)
     # (H, block, B * blocks * V): one product for all blocks, each with the block after it. The
-    # one that spans two samples is thrown away.
+    # result that spans two samples is discarded.
     before = width // 2
     x = F.pad(v, (0, 0, before, (blocks + 1) * block - length - before))
     x = x.unflatten(2, (blocks + 1, block)).permute(1, 3, 0, 2, 4).flatten(2)
@@ -62,22 +69,22 @@ def depthwise_conv(v: Tensor, taps: Tensor) -> Tensor:
     return y.permute(2, 0, 3, 1, 4).flatten(2, 3)[:, :, :length]
 
 
-def nearest_keys(q_layout: Layout, k_layout: Layout, device: torch.device) -> Tensor:
-    """(N,) index of the key that lies under each query, where one grid is the other's strided.
+def nearest_keys(queries: TokenGrid, keys: TokenGrid, device: torch.device) -> Tensor:
+    """Index (N,) of the key under each query, where one grid is a strided version of the other.
 
     Prefix tokens map to the prefix; where the keys have none, to the first key.
     """
     index = torch.zeros((), dtype=torch.long, device=device)
-    for size, keys in zip(q_layout.grid, k_layout.grid, strict=True):
-        skipped, shared = -(-keys // size), -(-size // keys)  # one of them is 1
-        place = (torch.arange(size, device=device) * skipped // shared).clamp(max=keys - 1)
-        index = index[..., None] * keys + place
-    prefix = torch.arange(q_layout.prefix, device=device).clamp(max=max(k_layout.prefix - 1, 0))
-    return torch.cat((prefix, index.flatten() + k_layout.prefix))
+    for size, count in zip(queries.shape, keys.shape, strict=True):
+        skipped, shared = -(-count // size), -(-size // count)  # one of them is 1
+        position = (torch.arange(size, device=device) * skipped // shared).clamp(max=count - 1)
+        index = index[..., None] * count + position
+    prefix = torch.arange(queries.prefix, device=device).clamp(max=max(keys.prefix - 1, 0))
+    return torch.cat((prefix, index.flatten() + keys.prefix))
 
 
 def check_sizes(landmarks: int, iterations: int, residual_kernel: int) -> None:
-    """Raise a ValueError for a value that cannot be."""
+    """Raise a ValueError for an invalid value."""
     check_at_least("landmarks", landmarks, 1)
     check_at_least("iterations", iterations, 0)
     if residual_kernel < 0 or (residual_kernel % 2 == 0 and residual_kernel != 0):
@@ -86,70 +93,80 @@ def check_sizes(landmarks: int, iterations: int, residual_kernel: int) -> None:
 
 @KERNELS.register("nystrom")
 class Nystrom(Kernel):
-    """
+    """Nyström approximation of softmax attention by landmarks. It works on any grid.
+
+    Shape: (B, H, N, K), (B, H, M, K), (B, H, M, V) -> (B, H, N, V)
+
     Args:
-        landmarks: number m of landmarks; fewer where there are fewer tokens. Costs N m + m^3.
-        iterations: Newton-Schulz steps.
+        site: where the kernel is built.
+        landmarks: number m of landmarks; fewer where there are fewer tokens. The cost is N m + m^3.
+        iterations: number of Newton-Schulz steps.
         residual_kernel: taps of the convolution of v along the sequence, odd; 0 for none.
-        segments: what a landmark is the mean of: "grid" rectangular patches of the picture,
-            "sequence" runs of the row-major sequence, as in the paper. Any N: the segments differ
-            by at most one row, and nothing is padded. Prefix tokens are never in a landmark.
+        segments: what a landmark is the mean of: "grid", rectangular patches of the image, or
+            "sequence", runs of the row-major sequence as in the paper. Segments differ by at most
+            one row, nothing is padded, and prefix tokens are never part of a landmark.
+
+    Raises:
+        ValueError: for an invalid option, or queries and keys on grids of different axes.
     """
 
-    takes_one_query = False
+    supports_single_query = False
 
     def __init__(
         self,
-        heads: int,
-        key_dim: int,
-        layout: Layout,
+        site: Site,
         *,
         landmarks: int = 64,
         iterations: int = 6,
         residual_kernel: int = 33,
-        segments: str = "grid",
+        segments: Literal["grid", "sequence"] = "grid",
     ) -> None:
-        super().__init__(heads, key_dim, layout)
+        super().__init__(site)
         check_sizes(landmarks, iterations, residual_kernel)
-        if segments not in ("grid", "sequence"):
-            raise ValueError(f"segments {segments!r} must be 'grid' or 'sequence'")
         self.landmarks, self.iterations, self.segments = landmarks, iterations, segments
         self.residual = None
         if residual_kernel:
             bound = residual_kernel**-0.5
             self.residual = nn.Parameter(
-                torch.empty(heads, residual_kernel).uniform_(-bound, bound)
+                torch.empty(site.heads, residual_kernel).uniform_(-bound, bound)
             )
 
-    def _landmark_means(self, x: Tensor, layout: Layout, parts: tuple[int, ...]) -> Tensor:
+    def _landmark_means(self, x: Tensor, grid: TokenGrid, parts: tuple[int, ...]) -> Tensor:
         """(B, H, N, K) -> (B, H, m, K). Heads are merged so that the inner axis is long."""
         if self.segments == "sequence":
-            layout = Layout((math.prod(layout.grid),), layout.prefix)
+            grid = TokenGrid((math.prod(grid.shape),), grid.prefix)
         tokens = x.transpose(1, 2).flatten(2)
-        return pool_grid(tokens, layout, parts).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        means = pool_grid(tokens, grid, parts)
+        return means.unflatten(2, (self.site.heads, -1)).transpose(1, 2)
 
-    def _parts(self, q_layout: Layout, k_layout: Layout) -> tuple[int, ...]:
-        """One choice for queries and keys, so that landmark i lies at one place in both."""
+    def _parts(self, queries: TokenGrid, keys: TokenGrid) -> tuple[int, ...]:
+        """One choice for queries and keys, so that landmark i has the same position in both."""
         if self.segments == "sequence":
-            shorter = min(math.prod(q_layout.grid), math.prod(k_layout.grid))
+            shorter = min(math.prod(queries.shape), math.prod(keys.shape))
             return (min(self.landmarks, shorter),)
-        smaller = tuple(map(min, q_layout.grid, k_layout.grid))
+        smaller = tuple(map(min, queries.shape, keys.shape))
         return grid_parts(smaller, self.landmarks)
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, q_layout: Layout, k_layout: Layout
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        queries: TokenGrid,
+        keys: TokenGrid,
+        bias: Tensor | None = None,
     ) -> Tensor:
-        if len(q_layout.grid) != len(k_layout.grid):
-            raise ValueError(f"queries on {q_layout} and keys on {k_layout} differ in their axes")
-        parts = self._parts(q_layout, k_layout)
-        q_marks = self._landmark_means(q, q_layout, parts)
-        k_marks = self._landmark_means(k, k_layout, parts)
+        if len(queries.shape) != len(keys.shape):
+            raise ValueError(f"queries on {queries} and keys on {keys} differ in their axes")
+        parts = self._parts(queries, keys)
+        q_marks = self._landmark_means(q, queries, parts)
+        k_marks = self._landmark_means(k, keys, parts)
         context = attend(q_marks, k, v)
         with without_autocast(q):  # entries of the inverse are large and cancel
-            ql, kl, c = widened(q_marks, k_marks, context)
-            core = (ql @ kl.mT * self.key_dim**-0.5).softmax(-1)
-            # Made again in the backward pass: the steps hold five matrices each, with 64 landmarks
-            # more than all else up to 500 tokens.
+            ql, kl, c = to_accumulate(q_marks, k_marks, context)
+            core = (ql @ kl.mT * self.site.key_dim**-0.5).softmax(-1)
+            # Recomputed in the backward pass: the five matrices of each step dominate memory up
+            # to about 500 tokens with 64 landmarks.
             inverse = checkpoint(
                 newton_schulz_pinv, core, self.iterations,
                 use_reentrant=False, preserve_rng_state=False,
@@ -159,16 +176,27 @@ class Nystrom(Kernel):
         if self.residual is None:
             return out
         local = depthwise_conv(v, self.residual)
-        if q_layout != k_layout:
-            local = local[:, :, nearest_keys(q_layout, k_layout, v.device)]
+        if queries != keys:
+            local = local[:, :, nearest_keys(queries, keys, v.device)]
         return out + local
 
-    def flops(self, q: Tensor, k: Tensor, v: Tensor, q_layout: Layout, k_layout: Layout) -> int:
-        """2 m (N + M) (K + V) + 2 m^2 (K + V) + 8 m^3 iterations + 2 M V taps for each head."""
-        landmarks = math.prod(self._parts(q_layout, k_layout))
-        keys, value_dim = v.shape[-2:]
+    def flops(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        queries: TokenGrid,
+        keys: TokenGrid,
+        bias: Tensor | None = None,
+    ) -> int:
+        """Count 2 m (N + M + m) (K + V) + 8 m^3 steps + 2 M V taps for each head."""
+        landmarks = math.prod(self._parts(queries, keys))
+        length, value_dim = v.shape[-2:]
         widths = q.shape[-1] + value_dim
-        outer = 2 * landmarks * (q.shape[-2] + keys) * widths
+        outer = 2 * landmarks * (q.shape[-2] + length) * widths
         core = 2 * landmarks**2 * widths + 8 * landmarks**3 * self.iterations
         taps = 0 if self.residual is None else self.residual.shape[1]
-        return q.shape[0] * self.heads * (outer + core + 2 * keys * value_dim * taps)
+        return q.shape[0] * self.site.heads * (outer + core + 2 * length * value_dim * taps)
+
+    def extra_repr(self) -> str:
+        return f"landmarks={self.landmarks}, segments={self.segments}"

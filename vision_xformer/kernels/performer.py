@@ -2,84 +2,76 @@
 
 FAVOR+ (eq. 5 and lemma 1): exp(q.k / sqrt(K)) = E[phi(q) phi(k)] with
 phi(x) = exp(w.x' - |x'|^2/2), x' = x / K^(1/4), w normal. With m features,
-out = phi(q) (phi(k)^T v) / phi(q) (phi(k)^T 1): linear in N. A column of ones beside v gives
-numerator and normaliser from the same product, in which common factors of phi cancel.
+out = phi(q) (phi(k)^T v) / phi(q) (phi(k)^T 1): linear in N. A column of ones next to v gives
+numerator and normalizer from the same product, in which common factors of phi cancel.
 
-The (N, m) features need not exist as a whole: a few heads' at a time fit in the cache, and the
-backward pass makes them again. That takes about the memory of fused softmax.
+The (N, m) features are never materialized: heads are processed in cache-sized blocks, and their
+features are recomputed in the backward pass, so memory matches fused softmax.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ..layout import Layout
-from ..registry import check_at_least
-from .base import KERNELS, Kernel, widened, without_autocast
+from ..grid import TokenGrid
+from ..options import check_at_least
+from ..precision import to_accumulate, without_autocast
+from .base import KERNELS, Kernel, Site
 
-# Features at a time: on a CPU 2 MiB in float32, a core's level-2 cache; elsewhere 256 MiB, so that
-# most calls are one block and a long sequence still fits.
+# Features of one block: on a CPU 2 MiB in float32, the level-2 cache of a core; on other devices
+# 256 MiB, so that most calls are one block and a long sequence still fits.
 _BLOCK_ELEMENTS = {"cpu": 2**19}
-_BLOCK_ELEMENTS_ELSEWHERE = 2**26
+_BLOCK_ELEMENTS_DEFAULT = 2**26
 
 
 def random_projection(features: int, key_dim: int, orthogonal: bool) -> Tensor:
-    """(m, K) normal rows; ``orthogonal``: within each block of K rows (section 2.4)."""
+    """Draw m normal rows of width K: (m, K).
+
+    With ``orthogonal``, the rows within each block of K are orthogonal (section 2.4).
+    """
     gaussian = torch.randn(features, key_dim, dtype=torch.float32)
     if not orthogonal:
         return gaussian
     blocks = []
     for _ in range(math.ceil(features / key_dim)):
         q, r = torch.linalg.qr(torch.randn(key_dim, key_dim, dtype=torch.float32))
-        blocks.append((q * r.diagonal().sign()).mT)  # without the signs q is not uniform
+        blocks.append((q * r.diagonal().sign()).mT)  # without the signs, q is not uniform
     return gaussian.norm(dim=1, keepdim=True) * torch.cat(blocks)[:features]
 
 
-class _FeatureMap:
-    """phi, up to factors that cancel, and its derivative. x (..., L, K), w (m, K) with K^(-1/4).
+class _SoftmaxFeatures:
+    """phi, up to factors that cancel, and its derivative, as in performer-pytorch.
 
-    The largest exponent is taken off, and eps keeps a normaliser from vanishing:
-    "exponent" takes it over the whole exponent (of a query; of all keys of a head), "package" over
-    w.x alone, as performer-pytorch, "published" as package over all keys of the batch.
-    The shift is a constant of the derivative, as in performer-pytorch. "relu" is the generalised
-    kernel (section 2.2): relu(w.x) + eps.
+    The maximum of w.x is subtracted from the exponent: per query, or over all keys of a head. It is
+    a constant of the derivative. An eps that is added later keeps the normalizer from vanishing.
+    x is (..., L, K); w is (m, K) and contains the factor K^(-1/4).
     """
 
-    def __init__(self, form: str, is_query: bool, key_dim: int) -> None:
-        self.form, self.is_query = form, is_query
-        self.half_scale = 0.5 * key_dim**-0.5
-        # |x|^2 cancels in a query's ratio unless the shift leaves it out
-        self.with_norm = form != "relu" and not (is_query and form == "exponent")
+    with_norm = True  # |x|^2 is part of the exponent
+
+    def __init__(self, is_query: bool, key_dim: int) -> None:
+        self.is_query, self.half_scale = is_query, 0.5 * key_dim**-0.5
+
+    def shift(self, z: Tensor) -> Tensor:
+        return z.detach().amax(-1 if self.is_query else (-2, -1), keepdim=True)
+
+    def half_norm(self, x: Tensor) -> Tensor:
+        return x.square().sum(-1, keepdim=True) * self.half_scale
 
     def raw(self, x: Tensor, w: Tensor) -> Tensor:
-        """Features without eps."""
+        """Features without eps, (..., L, m)."""
         z = x @ w.mT
-        if self.form == "relu":
-            return z.relu_()
-        norm: Tensor | float = 0.0
-        if self.with_norm:
-            norm = x.square().sum(-1, keepdim=True) * self.half_scale
-        if self.form == "exponent":
-            z, norm = z.sub_(norm), 0.0
-        if self.is_query:
-            shift = z.detach().amax(-1, keepdim=True)
-        elif self.form == "published":
-            shift = z.detach().amax()
-        else:
-            shift = z.detach().amax((-2, -1), keepdim=True)
-        return z.sub_(shift + norm).exp_()
+        return z.sub_(self.shift(z) + self.half_norm(x)).exp_()
 
     def gradient(self, x: Tensor, w: Tensor, raw: Tensor, d: Tensor) -> Tensor:
         """d(loss)/dx from d = d(loss)/d(features); ``d`` is overwritten."""
-        if self.form == "relu":
-            return d.mul_(raw > 0) @ w
         d.mul_(raw)
         dx = d @ w
         if self.with_norm:
@@ -87,13 +79,52 @@ class _FeatureMap:
         return dx
 
 
-def _maps(form: str, key_dim: int) -> tuple[_FeatureMap, _FeatureMap]:
-    """Of queries and of keys."""
-    return _FeatureMap(form, True, key_dim), _FeatureMap(form, False, key_dim)
+class _StableFeatures(_SoftmaxFeatures):
+    """The maximum of the whole exponent is subtracted; |x|^2 of a query cancels in its ratio."""
+
+    def __init__(self, is_query: bool, key_dim: int) -> None:
+        super().__init__(is_query, key_dim)
+        self.with_norm = not is_query
+
+    def raw(self, x: Tensor, w: Tensor) -> Tensor:
+        z = x @ w.mT
+        if self.with_norm:
+            z.sub_(self.half_norm(x))
+        return z.sub_(self.shift(z)).exp_()
+
+
+class _BatchFeatures(_SoftmaxFeatures):
+    """The maximum over the keys of the whole batch is subtracted, as in vision_xformer 0.2.0."""
+
+    def shift(self, z: Tensor) -> Tensor:
+        return super().shift(z) if self.is_query else z.detach().amax()
+
+
+class _ReluFeatures(_SoftmaxFeatures):
+    """The generalized kernel (section 2.2): relu(w.x)."""
+
+    def raw(self, x: Tensor, w: Tensor) -> Tensor:
+        return (x @ w.mT).relu_()
+
+    def gradient(self, x: Tensor, w: Tensor, raw: Tensor, d: Tensor) -> Tensor:
+        return d.mul_(raw > 0) @ w
+
+
+_FORMS: dict[str, type[_SoftmaxFeatures]] = {
+    "exponent": _StableFeatures,
+    "package": _SoftmaxFeatures,
+    "v0.2": _BatchFeatures,
+    "relu": _ReluFeatures,
+}
+
+
+def _maps(form: str, key_dim: int) -> tuple[_SoftmaxFeatures, _SoftmaxFeatures]:
+    """The feature maps of queries and of keys."""
+    return _FORMS[form](True, key_dim), _FORMS[form](False, key_dim)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, w: Tensor, form: str, eps: float) -> Tensor:
-    """The equations as they stand: (..., N, K), (..., M, K), (..., M, V) -> (..., N, V)."""
+    """The plain equations: (..., N, K), (..., M, K), (..., M, V) -> (..., N, V)."""
     phi_q, phi_k = _maps(form, q.shape[-1])
     context = (phi_k.raw(k, w) + eps).mT @ F.pad(v, (0, 1), value=1.0)
     out = (phi_q.raw(q, w) + eps) @ context
@@ -101,29 +132,29 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, w: Tensor, form: str, eps: float) -
 
 
 def _blocks(q: Tensor, k: Tensor, w: Tensor) -> Iterator[slice]:
-    """Heads whose features are made at a time."""
-    elements = _BLOCK_ELEMENTS.get(q.device.type, _BLOCK_ELEMENTS_ELSEWHERE)
+    """Slices of heads processed together."""
+    elements = _BLOCK_ELEMENTS.get(q.device.type, _BLOCK_ELEMENTS_DEFAULT)
     block = max(1, elements // (max(q.shape[1], k.shape[1]) * w.shape[0]))
     return (slice(i, i + block) for i in range(0, q.shape[0], block))
 
 
-# Operators of their own: a compiler would undo the blocks, and keep the features
+# Custom operators, because a compiler would undo the blocks and store the features
 @torch.library.custom_op("vision_xformer::performer", mutates_args=())
 def _blocked(
     q: Tensor, k: Tensor, v: Tensor, w: Tensor, form: str, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`_attend` with one leading dimension A. For the backward pass also the normaliser,
-    (A, N, 1), and the context, (A, m, V + 1)."""
+    """:func:`_attend` with one leading dimension A. It also returns the normalizer
+    (A, N, 1) and the context (A, m, V + 1) for the backward pass."""
     phi_q, phi_k = _maps(form, q.shape[-1])
-    out, normaliser, context = _like_blocked(q, k, v, w, form, eps)
+    out, normalizer, context = _like_blocked(q, k, v, w, form, eps)
     with without_autocast(q):
         for at in _blocks(q, k, w):
             ones = F.pad(v[at], (0, 1), value=1.0)
             torch.matmul(phi_k.raw(k[at], w).add_(eps).mT, ones, out=context[at])
             sums = phi_q.raw(q[at], w).add_(eps) @ context[at]
-            normaliser[at] = sums[..., -1:]
+            normalizer[at] = sums[..., -1:]
             torch.div(sums[..., :-1], sums[..., -1:], out=out[at])
-    return out, normaliser, context
+    return out, normalizer, context
 
 
 @_blocked.register_fake
@@ -139,16 +170,16 @@ def _like_blocked(
 
 @torch.library.custom_op("vision_xformer::performer_backward", mutates_args=())
 def _blocked_backward(
-    q: Tensor, k: Tensor, v: Tensor, w: Tensor, out: Tensor, normaliser: Tensor, context: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, w: Tensor, out: Tensor, normalizer: Tensor, context: Tensor,
     d_out: Tensor, form: str, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k and v; features are made again."""
+    """Gradients of q, k and v; the features are recomputed."""
     phi_q, phi_k = _maps(form, q.shape[-1])
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     with without_autocast(q):
         for at in _blocks(q, k, w):
             d = d_out[at]
-            d_sums = torch.cat((d, -(d * out[at]).sum(-1, keepdim=True)), -1).div_(normaliser[at])
+            d_sums = torch.cat((d, -(d * out[at]).sum(-1, keepdim=True)), -1).div_(normalizer[at])
             raw = phi_q.raw(q[at], w)
             d_context = raw.mT @ d_sums + eps * d_sums.sum(-2, keepdim=True)
             dq[at] = phi_q.gradient(q[at], w, raw, d_sums @ context[at].mT)
@@ -168,7 +199,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor, Tens
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     *operands, ctx.form, ctx.eps = inputs
     ctx.save_for_backward(*operands, *output)
-    ctx.set_materialize_grads(False)  # nothing differentiates normaliser and context
+    ctx.set_materialize_grads(False)  # nothing differentiates normalizer and context
 
 
 def _gradients(ctx: Any, d_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -182,55 +213,55 @@ _blocked.register_autograd(_gradients, setup_context=_save)
 
 
 def _has_tangents(*tensors: Tensor) -> bool:
-    """Of forward-mode differentiation, which passes an operator without a word."""
+    """Whether this is forward-mode differentiation, which custom operators ignore silently."""
     return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 @KERNELS.register("performer")
 class Performer(Kernel):
-    """
-    Args:
-        features: number m of random features; ``None`` for int(K ln K). Costs N m.
-        orthogonal: orthogonal rows of the projection: less variance at the same m.
-        feature_map: "softmax" (FAVOR+) or "relu", the generalised kernel.
-        stabilizer: for "softmax", what keeps exp in range. "exponent" (the default) does at any
-            scale of q and k. "package" is performer-pytorch's: it leaves out |x|^2, so that at
-            ordinary scales most of the mass is its epsilon and the output nears the mean of v.
-            "published" is that of vision_xformer 0.2.0, whose shift is shared by the whole batch:
-            for its checkpoints only.
+    """Softmax attention approximated by positive random features (FAVOR+). It works on any grid.
 
-    Features are drawn once and saved with the weights; :meth:`redraw` draws new ones. There are
-    no second derivatives. Compiled by PyTorch before 2.12, which takes that for an export, it keeps
-    the features for the backward pass.
+    Features are drawn once and saved with the weights; :func:`~vision_xformer.redraw_features`
+    draws new ones. There are no second derivatives. Under torch.compile before PyTorch 2.12, which
+    treats compiling as an export, the features are stored for the backward pass.
+
+    Shape: (B, H, N, K), (B, H, M, K), (B, H, M, V) -> (B, H, N, V)
+
+    Args:
+        site: where the kernel is built.
+        features: number m of random features; ``None`` for int(K ln K). The cost is N m.
+        orthogonal: use orthogonal rows of the projection, for less variance at the same m.
+        feature_map: "softmax" (FAVOR+) or "relu", the generalized kernel.
+        stabilizer: for "softmax", what keeps exp in range. "exponent" (the default) works at any
+            scale of q and k. "package" is that of performer-pytorch: it leaves out |x|^2, so at
+            typical scales its epsilon dominates and the output collapses to roughly the mean of v.
+            "v0.2" is that of vision_xformer 0.2.0, whose shift is shared by the whole batch; it
+            exists for checkpoints of that version only.
+
+    Raises:
+        ValueError: for an invalid option, or a stabilizer with ``feature_map="relu"``.
     """
 
     projection_matrix: Tensor
 
     def __init__(
         self,
-        heads: int,
-        key_dim: int,
-        layout: Layout,
+        site: Site,
         *,
         features: int | None = None,
         orthogonal: bool = True,
-        feature_map: str = "softmax",
-        stabilizer: str | None = None,
+        feature_map: Literal["softmax", "relu"] = "softmax",
+        stabilizer: Literal["exponent", "package", "v0.2"] | None = None,
     ) -> None:
-        super().__init__(heads, key_dim, layout)
+        super().__init__(site)
+        key_dim = site.key_dim
         if features is None:
             features = max(1, int(key_dim * math.log(key_dim)))
         check_at_least("features", features, 1)
-        if feature_map not in ("softmax", "relu"):
-            raise ValueError(f"feature_map {feature_map!r} must be 'softmax' or 'relu'")
         if feature_map == "relu" and stabilizer is not None:
             raise ValueError(f"stabilizer {stabilizer!r} has no meaning for feature_map 'relu'")
-        if stabilizer not in (None, "exponent", "package", "published"):
-            raise ValueError(
-                f"stabilizer {stabilizer!r} must be 'exponent', 'package' or 'published'"
-            )
         self.orthogonal = orthogonal
-        self.form = "relu" if feature_map == "relu" else stabilizer or "exponent"
+        self.form: str = "relu" if feature_map == "relu" else stabilizer or "exponent"
         self.eps = 1e-3 if feature_map == "relu" else 1e-4
         matrix = random_projection(features, key_dim, orthogonal).to(torch.get_default_dtype())
         self.register_buffer("projection_matrix", matrix)
@@ -242,12 +273,18 @@ class Performer(Kernel):
         self.projection_matrix.copy_(random_projection(features, key_dim, self.orthogonal))
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, q_layout: Layout, k_layout: Layout
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        queries: TokenGrid,
+        keys: TokenGrid,
+        bias: Tensor | None = None,
     ) -> Tensor:
         with without_autocast(q):
-            q_, k_, v_ = widened(q, k, v)
-            w = self.projection_matrix.to(q_) * self.key_dim**-0.25
-            in_one_piece = torch.compiler.is_exporting() or self.form == "published"
+            q_, k_, v_ = to_accumulate(q, k, v)
+            w = self.projection_matrix.to(q_) * self.site.key_dim**-0.25
+            in_one_piece = torch.compiler.is_exporting() or self.form == "v0.2"
             if in_one_piece or _has_tangents(q_, k_, v_):
                 out = _attend(q_, k_, v_, w, self.form, self.eps)
             else:
@@ -256,8 +293,30 @@ class Performer(Kernel):
                 out = out.unflatten(0, q.shape[:2])
         return out.to(v.dtype)
 
-    def flops(self, q: Tensor, k: Tensor, v: Tensor, q_layout: Layout, k_layout: Layout) -> int:
-        """2 m (N + M) (K + V + 1) for each head: features, and their products with the values."""
+    def flops(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        queries: TokenGrid,
+        keys: TokenGrid,
+        bias: Tensor | None = None,
+    ) -> int:
+        """Count 2 m (N + M) (K + V + 1) for each head: features, and their products with v."""
         tokens = q.shape[-2] + k.shape[-2]
         widths = q.shape[-1] + v.shape[-1] + 1
-        return 2 * q.shape[0] * self.heads * self.projection_matrix.shape[0] * tokens * widths
+        return 2 * q.shape[0] * self.site.heads * self.projection_matrix.shape[0] * tokens * widths
+
+    def extra_repr(self) -> str:
+        return f"features={self.projection_matrix.shape[0]}, form={self.form}"
+
+
+def redraw_features(model: nn.Module) -> None:
+    """Draw new random features, from PyTorch's global generator, for each Performer in a module.
+
+    Args:
+        model: a model or mixer; one without random features is left unchanged.
+    """
+    for module in model.modules():
+        if isinstance(module, Performer):
+            module.redraw()

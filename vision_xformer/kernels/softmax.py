@@ -5,51 +5,59 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..layout import Layout
-from ..registry import check_share
-from .base import KERNELS, Kernel
+from ..grid import TokenGrid
+from ..options import check_probability
+from .base import KERNELS, Kernel, Site
 
-_SMALL_MAP = 2**18  # entries of a head's map: 2 bytes each, less than a core's cache
+_SMALL_MAP = 2**18  # entries of a head's map: 2 bytes each fit in the cache of one core
 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, dropout: float = 0.0
 ) -> Tensor:
-    """Fused: the map is never stored.
+    """Fused attention: the map is never stored.
 
-    On the CPU that is so without dropout and bias and for values as wide as keys. For the rest
-    PyTorch has no fused form there, and its stand-in is slower than the plain equation. So is its
-    fused backward pass of small maps in half precision: 4 times at 64 x 64, 2 times at 256 x 256.
+    PyTorch's CPU kernel is fused only without dropout and bias and for V == K; its fallback is
+    slower than the explicit formula, which is used here instead. So is its fused backward pass of
+    small maps in half precision: 4 times at 64 x 64 tokens, twice at 256 x 256.
+
+    Shape: (B, H, N, K), (B, H, M, K), (B, H, M, V), bias (H, N, M) -> (B, H, N, V)
     """
     fused = dropout == 0 and bias is None and v.shape[-1] == q.shape[-1]
     small = q.shape[-2] * k.shape[-2] <= _SMALL_MAP and q.element_size() == 2
     if q.device.type != "cpu" or (fused and not (small and q.requires_grad)):
         return F.scaled_dot_product_attention(q, k, v, bias, dropout)
-    logits = (q * q.shape[-1] ** -0.5) @ k.mT  # scaling q is less than scaling the map
+    logits = (q * q.shape[-1] ** -0.5) @ k.mT  # scaling q is cheaper than scaling the map
     if bias is not None:
         logits += bias
     return F.dropout(logits.softmax(-1), dropout) @ v
 
 
 def attend_flops(q: Tensor, k: Tensor, v: Tensor) -> int:
-    """2 N M (K + V) for each head: the map, and its product with the values."""
+    """Count 2 N M (K + V) for each head: the map, and its product with the values."""
     batch, heads, queries, key_dim = q.shape
     return 2 * batch * heads * queries * k.shape[-2] * (key_dim + v.shape[-1])
 
 
-class _Softmax(Kernel):
-    """
+class MapKernel(Kernel):
+    """Base of the kernels that form an attention map.
+
     Args:
-        dropout: probability with which an attention weight is dropped in training.
+        site: where the kernel is built.
+        dropout: probability of dropping an attention weight in training.
+
+    Raises:
+        ValueError: for a probability outside [0, 1].
     """
 
-    def __init__(self, heads: int, key_dim: int, layout: Layout, *, dropout: float = 0.0) -> None:
-        super().__init__(heads, key_dim, layout)
-        check_share("dropout", dropout)
+    def __init__(self, site: Site, *, dropout: float = 0.0) -> None:
+        super().__init__(site)
+        check_probability("dropout", dropout)
         self.dropout = dropout
 
     @property
     def dropout_now(self) -> float:
+        """The dropout probability in the current mode: 0 in evaluation."""
         return self.dropout if self.training else 0.0
 
     def flops(
@@ -57,16 +65,27 @@ class _Softmax(Kernel):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        q_layout: Layout,
-        k_layout: Layout,
+        queries: TokenGrid,
+        keys: TokenGrid,
         bias: Tensor | None = None,
     ) -> int:
+        """Count the operations of :func:`attend`."""
         return attend_flops(q, k, v)
+
+    def extra_repr(self) -> str:
+        return f"dropout={self.dropout}" if self.dropout else ""
 
 
 @KERNELS.register("softmax")
-class Softmax(_Softmax):
-    """Fused (:func:`attend`): memory is linear in N and time is quadratic."""
+class Softmax(MapKernel):
+    """Fused softmax attention (:func:`attend`): memory linear in N, time quadratic.
+
+    Shape: (B, H, N, K), (B, H, M, K), (B, H, M, V) -> (B, H, N, V)
+
+    Args:
+        site: where the kernel is built.
+        dropout: probability of dropping an attention weight in training.
+    """
 
     takes_bias = True
 
@@ -75,16 +94,23 @@ class Softmax(_Softmax):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        q_layout: Layout,
-        k_layout: Layout,
+        queries: TokenGrid,
+        keys: TokenGrid,
         bias: Tensor | None = None,
     ) -> Tensor:
         return attend(q, k, v, bias, self.dropout_now)
 
 
 @KERNELS.register("softmax_eager")
-class SoftmaxEager(_Softmax):
-    """Materialised: the N x M map is stored, as every implementation did in 2021."""
+class SoftmaxEager(MapKernel):
+    """Materialized softmax attention: the N x M map is stored, as was usual in 2021.
+
+    Shape: (B, H, N, K), (B, H, M, K), (B, H, M, V) -> (B, H, N, V)
+
+    Args:
+        site: where the kernel is built.
+        dropout: probability of dropping an attention weight in training.
+    """
 
     takes_bias = True
 
@@ -93,11 +119,11 @@ class SoftmaxEager(_Softmax):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        q_layout: Layout,
-        k_layout: Layout,
+        queries: TokenGrid,
+        keys: TokenGrid,
         bias: Tensor | None = None,
     ) -> Tensor:
-        logits = q @ k.mT * self.key_dim**-0.5
+        logits = q @ k.mT * self.site.key_dim**-0.5
         if bias is not None:
             logits = logits + bias
         return F.dropout(logits.softmax(-1), self.dropout_now) @ v

@@ -1,5 +1,5 @@
 """Talking-heads attention (Shazeer et al. 2020, arXiv 2003.02436; in CaiT, Touvron et al. 2021,
-arXiv 2103.17239): heads are mixed by a linear map before the softmax and by another after it."""
+arXiv 2103.17239): linear layers mix the heads of the map before and after the softmax."""
 
 from __future__ import annotations
 
@@ -7,29 +7,49 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layout import Layout
-from .base import KERNELS
-from .softmax import _Softmax, attend_flops
+from ..grid import TokenGrid
+from .base import KERNELS, Site
+from .softmax import MapKernel, attend_flops
 
 
-def _mix(heads: nn.Linear, maps: Tensor) -> Tensor:
-    """(B, H, N, M) -> same, as one product: the maps stay as they lie."""
-    weight = heads.weight.expand(maps.shape[0], -1, -1)
-    return torch.baddbmm(heads.bias[:, None], weight, maps.flatten(2)).view_as(maps)
+def _mix(layer: nn.Linear, maps: Tensor) -> Tensor:
+    """(B, H, N, M) -> same: the layer over heads, without moving the maps in memory.
+
+    Calling the layer on unit vectors and on zero gives its matrix and bias. The vectors are scaled,
+    or else half precision would lose small weights when the bias is subtracted.
+    """
+    scale = 2.0**8
+    unit = torch.eye(maps.shape[1], dtype=maps.dtype, device=maps.device) * scale
+    columns, bias = layer(F.pad(unit, (0, 0, 0, 1))).split((len(unit), 1))
+    weight = ((columns - bias) / scale).mT.expand(maps.shape[0], -1, -1)
+    return torch.baddbmm(bias.mT, weight, maps.flatten(2)).view_as(maps)
 
 
 @KERNELS.register("talking_heads")
-class TalkingHeads(_Softmax):
-    """The N x M map is stored."""
+class TalkingHeads(MapKernel):
+    """Softmax attention whose heads are mixed before and after the softmax; the map is stored.
 
-    def __init__(self, heads: int, key_dim: int, layout: Layout, *, dropout: float = 0.0) -> None:
-        super().__init__(heads, key_dim, layout, dropout=dropout)
-        self.before, self.after = (nn.Linear(heads, heads) for _ in range(2))
+    Shape: (B, H, N, K), (B, H, M, K), (B, H, M, V) -> (B, H, N, V)
+
+    Args:
+        site: where the kernel is built.
+        dropout: probability of dropping an attention weight in training.
+    """
+
+    def __init__(self, site: Site, *, dropout: float = 0.0) -> None:
+        super().__init__(site, dropout=dropout)
+        self.before, self.after = (nn.Linear(site.heads, site.heads) for _ in range(2))
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, q_layout: Layout, k_layout: Layout
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        queries: TokenGrid,
+        keys: TokenGrid,
+        bias: Tensor | None = None,
     ) -> Tensor:
-        logits = _mix(self.before, (q * self.key_dim**-0.5) @ k.mT)
+        logits = _mix(self.before, (q * self.site.key_dim**-0.5) @ k.mT)
         maps = _mix(self.after, logits.softmax(-1))
         return F.dropout(maps, self.dropout_now) @ v
 
@@ -38,10 +58,10 @@ class TalkingHeads(_Softmax):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        q_layout: Layout,
-        k_layout: Layout,
+        queries: TokenGrid,
+        keys: TokenGrid,
         bias: Tensor | None = None,
     ) -> int:
-        """2 N M (K + V) for each head and 4 N M H^2 for the two mixings."""
-        mixing = 4 * q.shape[0] * self.heads**2 * q.shape[-2] * k.shape[-2]
+        """Count 2 N M (K + V) for each head and 4 N M H^2 for mixing heads twice."""
+        mixing = 4 * q.shape[0] * self.site.heads**2 * q.shape[-2] * k.shape[-2]
         return attend_flops(q, k, v) + mixing

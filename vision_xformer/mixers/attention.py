@@ -1,118 +1,192 @@
-"""Attention: projection, rotation, heads, kernel, heads, output."""
+"""Attention from parts: projection -> rotation -> kernel (with a bias) -> output."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable
 
+import torch
+from einops import rearrange
 from torch import Tensor, nn
 
-from ..kernels import KERNELS
-from ..layout import Layout, take_strided
-from ..positions import rotate
-from ..registry import check_at_least
+from ..grid import TokenGrid, take_strided
+from ..kernels import Kernel
+from ..kernels.linformer import Linformer
+from ..positions import AttentionBias, rotate
 from .base import Mixer
-from .slots import Slot
+
+Shorten = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def head_width(dim: int, heads: int | None, head_dim: int | None) -> tuple[int, int]:
-    """(heads, head_dim), checked; ``head_dim`` is dim / heads where it is None."""
-    if heads is None:
-        raise ValueError("heads is needed")
-    check_at_least("heads", heads, 1)
-    if head_dim is None:
-        if dim % heads:
-            raise ValueError(f"heads {heads} must divide dim {dim}, or head_dim must be given")
-        head_dim = dim // heads
-    check_at_least("head_dim", head_dim, 1)
-    return heads, head_dim
+class Projection(nn.Module):
+    """Tokens (B, N, D) to q (B, n, H K), k (B, M, G K) and v (B, M, G V).
+
+    Args:
+        dim: token width D.
+        grid: positions of the N tokens.
+        widths: of q, k and v; of q and k where the values are the keys.
+
+    Attributes:
+        stride: queries, and what comes out, are at every such position of the grid.
+        kv_stride: so are keys and values.
+    """
+
+    stride: int = 1
+    kv_stride: int = 1
+
+    def __init__(self, dim: int, grid: TokenGrid, widths: tuple[int, ...]) -> None:
+        super().__init__()
+        self.dim, self.grid, self.widths = dim, grid, widths
+
+    def forward(self, x: Tensor, grid: TokenGrid) -> tuple[Tensor, Tensor, Tensor]:
+        """Project tokens (B, N, D) on ``grid`` to q, k and v; v is k where there are two widths."""
+        raise NotImplementedError
+
+    def queries(self, grid: TokenGrid) -> TokenGrid:
+        """The positions of the queries, and of what comes out."""
+        return grid if self.stride == 1 else grid.strided(self.stride)
+
+    def keys(self, grid: TokenGrid) -> TokenGrid:
+        """The positions of keys and values."""
+        return grid if self.kv_stride == 1 else grid.strided(self.kv_stride)
+
+    def angles(self, rope: Tensor, grid: TokenGrid) -> tuple[Tensor, Tensor]:
+        """The rows of angles (N, A) that belong to queries (n, A) and keys (M, A)."""
+        q, k = (take_strided(rope[None], grid, s)[0] for s in (self.stride, self.kv_stride))
+        return q, k
+
+
+class LinearProjection(Projection):
+    """One linear layer to q, k and v, as in ViT. Shape: (B, N, D) -> (B, N, sum(widths)), split.
+
+    Args:
+        dim: token width D.
+        grid: positions of the N tokens.
+        widths: of q, k and v; of q and k where the values are the keys.
+        bias: whether the layer has one.
+    """
+
+    def __init__(self, dim: int, grid: TokenGrid, widths: tuple[int, ...], bias: bool) -> None:
+        super().__init__(dim, grid, widths)
+        self.qkv = nn.Linear(dim, sum(widths), bias=bias)
+
+    def forward(self, x: Tensor, grid: TokenGrid) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, *v = self.qkv(x).split(self.widths, -1)
+        return q, k, v[0] if v else k
+
+
+class SplitProjection(Projection):
+    """A linear layer each to q, k and v, whose inputs may differ.
+
+    Args:
+        dim: token width D.
+        grid: positions of the N tokens.
+        widths: of q, k and v; of q and k where the values are the keys.
+        bias: whether the layers have one.
+    """
+
+    def __init__(self, dim: int, grid: TokenGrid, widths: tuple[int, ...], bias: bool) -> None:
+        super().__init__(dim, grid, widths)
+        self.q, self.k = (nn.Linear(dim, width, bias=bias) for width in widths[:2])
+        self.v = nn.Linear(dim, widths[2], bias=bias) if len(widths) == 3 else None
+
+    def inputs(self, x: Tensor, grid: TokenGrid) -> tuple[Tensor, Tensor, Tensor]:
+        """What the three layers are applied to: (B, n, D), (B, M, D), (B, M, D)."""
+        return x, x, x
+
+    def forward(
+        self, x: Tensor, grid: TokenGrid, shorten: Shorten | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Project tokens to q, k and v.
+
+        With ``shorten``, (B, M, C), (B, M, C') -> (B, R, C), (B, R, C'), keys and values are the R
+        sums over tokens that it takes, computed before the layers: E^T (x W) is (E^T x) W.
+        """
+        xq, xk, xv = self.inputs(x, grid)
+        if shorten is None:
+            k = self.k(xk)
+            return self.q(xq), k, k if self.v is None else self.v(xv)
+        ones = x.new_ones(1, xk.shape[1], 1)
+        (xk, xv), (sums_k, sums_v) = shorten(xk, xv), shorten(ones, ones)
+        k = _project_sums(self.k, xk, sums_k)
+        return self.q(xq), k, k if self.v is None else _project_sums(self.v, xv, sums_v)
+
+
+def _project_sums(layer: nn.Linear, x: Tensor, sums: Tensor) -> Tensor:
+    """Apply a layer to weighted sums over tokens (B, R, C), where its bias counts for each token.
+
+    ``sums`` (1, R, 1) are those of the weights. The layer is called on zero to get its bias.
+    """
+    if layer.bias is None:
+        return layer(x)
+    y, bias = layer(torch.cat((x, x.new_zeros(x.shape[0], 1, x.shape[2])), 1)).split(
+        (x.shape[1], 1), 1
+    )
+    return y + (sums - 1) * bias
 
 
 class Attention(Mixer):
-    """Multi-head attention with any kernel of the registry, wired as its slot asks.
+    """Multi-head attention made of the parts that it is given.
 
     Args:
-        kernel: name of the kernel.
-        kernel_options: its options.
-        slot: of the backbone.
-        head_dim: width K per head; dim / heads by default.
-        qkv_bias: whether the projection adds a bias.
+        projection: tokens to queries, keys and values.
+        kernel: the arithmetic between them.
+        proj: output projection (B, n, H V) -> (B, n, E).
+        bias: position bias () -> (H, n, M), added to the logits.
         proj_dropout: dropout after the output projection.
+
+    Raises:
+        ValueError: for a bias with a kernel that forms no attention map.
     """
 
     def __init__(
         self,
-        dim: int,
-        heads: int | None,
-        layout: Layout,
-        kernel: str,
-        kernel_options: Mapping[str, Any],
-        slot: Slot,
+        projection: Projection,
+        kernel: Kernel,
+        proj: nn.Module,
         *,
-        head_dim: int | None = None,
-        qkv_bias: bool = False,
+        bias: AttentionBias | None = None,
         proj_dropout: float = 0.0,
     ) -> None:
-        super().__init__(dim, heads, layout)
-        self.heads, self.head_dim = head_width(dim, heads, head_dim)
-        self.slot = slot
-        made = KERNELS.create(
-            kernel, self.heads, self.head_dim, slot.kernel_layout(layout), options=kernel_options
-        )
-        self.kernel: Any = slot.wrap(made, kernel, layout)  # a Kernel, or one in windows
-        self.takes_rope = made.takes_rope
-        value_dim = slot.value_dim(self.head_dim)
-        if made.share_kv and value_dim != self.head_dim:
+        super().__init__(projection.dim, kernel.site.heads, projection.grid)
+        if bias is not None and not kernel.takes_bias:
             raise ValueError(
-                f"share_kv=True: values of width {value_dim} cannot be keys of {self.head_dim}"
+                f"{type(kernel).__name__} forms no attention map to add a bias to: position_bias "
+                "must be False"
             )
-        key_width = made.kv_heads * self.head_dim
-        values = () if made.share_kv else (made.kv_heads * value_dim,)
-        widths = (self.heads * self.head_dim, key_width, *values)
-        self.projection = slot.projection(dim, widths, qkv_bias, layout, self.heads)
-        self.position_bias = slot.bias(layout, self.heads)
-        if self.position_bias is not None and not made.takes_bias:
-            raise ValueError(
-                f"mixer {kernel!r} forms no attention map to add a bias to: position_bias must be "
-                "False"
-            )
-        self.fixed_layout = made.compresses or slot.bias_fixes_layout
-        self.proj = slot.output(self.heads * value_dim, dim)
-        self.proj_drop = nn.Dropout(proj_dropout)
+        self.projection, self.kernel, self.position_bias = projection, kernel, bias
+        self.proj, self.proj_drop = proj, nn.Dropout(proj_dropout)
+        self.rope_dim = kernel.site.key_dim if kernel.takes_rope else None
+        self.fixed = kernel.fixed or (bias is not None and bias.fixed)
 
-    def out_layout(self, layout: Layout) -> Layout:
-        return self.slot.queries(layout)
+    def out_grid(self, grid: TokenGrid) -> TokenGrid:
+        return self.projection.queries(grid)
 
-    def forward(self, x: Tensor, layout: Layout, rope: Tensor | None = None) -> Tensor:
-        self.check(x, layout, rope)
-        q_layout, k_layout = self.slot.queries(layout), layout.strided(self.slot.kv_stride)
-        if self.kernel.compresses and self.projection.ends_linear and rope is None:
-            q, k, v = self._compress_and_project(x, layout)
-        else:
-            q, k, v = self.projection(x, layout)
-            if rope is not None:  # where the values are the keys, they stay as they were
-                q = self._rotated(q, self.slot.take_queries(rope[None], layout)[0])
-                k = self._rotated(k, take_strided(rope[None], layout, self.slot.kv_stride)[0])
-            if self.kernel.compresses:
-                k, v = self.kernel.compress(k, v)
-        heads, kv_heads = self.heads, self.kernel.kv_heads
-        operands = (
-            t.unflatten(-1, (h, -1)).transpose(1, 2)
-            for t, h in ((q, heads), (k, kv_heads), (v, kv_heads))
+    def forward(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> Tensor:
+        if x.shape[1:] != self.tokens_shape or grid != self.grid or rope is not None:
+            self.check(x, grid, rope)
+        projection, kernel = self.projection, self.kernel
+        # A sum over tokens is cheaper before the projection, unless a rotation comes in between.
+        shortens = (
+            rope is None
+            and isinstance(kernel, Linformer)
+            and isinstance(projection, SplitProjection)
         )
-        bias = () if self.position_bias is None else (self.position_bias(),)
-        y: Tensor = self.kernel(*operands, q_layout, k_layout, *bias)
-        out: Tensor = self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
-        return out
+        q, k, v = projection(x, grid, kernel.shorten) if shortens else projection(x, grid)
+        angles = (None, None) if rope is None else projection.angles(rope, grid)
+        key_dim, value_dim = kernel.site.key_dim, kernel.site.value_dim
+        operands = _split_heads(q, key_dim, angles[0]), _split_heads(k, key_dim, angles[1])
+        values = operands[1] if v is k and rope is None else _split_heads(v, value_dim)
+        bias = None if self.position_bias is None else self.position_bias()
+        y = kernel(
+            *operands, values, projection.queries(grid), projection.keys(grid), bias,
+            **({"shortened": True} if shortens else {}),
+        )  # fmt: skip
+        return self.proj_drop(self.proj(rearrange(y, "b h n v -> b n (h v)")))
 
-    def _rotated(self, x: Tensor, angles: Tensor) -> Tensor:
-        """(B, N, H*K) -> same"""
-        return rotate(x.unflatten(-1, (-1, self.head_dim)), angles).flatten(2)
 
-    def _compress_and_project(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
-        """E^T (x W) as (E^T x) W: the same, for R rows of keys and values instead of M."""
-        xq, xk, xv = self.projection.inputs(x, layout)
-        ones = x.new_ones(1, xk.shape[1], 1)
-        sums = (ones[:, :1], *self.kernel.compress(ones, ones))
-        q, k, v = self.projection.forward_each((xq, *self.kernel.compress(xk, xv)), sums)
-        return q, k, v
+def _split_heads(x: Tensor, width: int, angles: Tensor | None = None) -> Tensor:
+    """(B, N, H K) -> (B, H, N, K), rotated by angles (N, A) if there are any."""
+    x = rearrange(x, "b n (h k) -> b n h k", k=width)
+    if angles is not None:
+        x = rotate(x, angles)
+    return x.transpose(1, 2)

@@ -1,4 +1,4 @@
-"""The slot a block has: a module that mixes tokens and owns all of its parameters."""
+"""The contract of token mixers: modules (B, N, D) -> (B, n, E) that own all of their parameters."""
 
 from __future__ import annotations
 
@@ -6,66 +6,89 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from ..grid import TokenGrid
 from ..kernels import KERNELS
-from ..layout import Layout
+from ..options import check_at_least
 from ..registry import Registry
 
 
 class Mixer(nn.Module):
-    """Maps tokens (B, N, D) to (B, n, E); n = N and E = D unless the slot asks for something else.
+    """Map tokens (B, N, D) to (B, n, E); n = N and E = D unless a backbone asks for something else.
 
     Options are keyword-only constructor arguments.
 
     Args:
         dim: token width D.
-        heads: number of heads; ``None`` exactly for mixers without (``takes_heads = False``).
-        layout: where the N tokens lie.
+        heads: number of heads; ``None`` exactly for mixers without them (``takes_heads = False``).
+        grid: positions of the N tokens.
 
     Attributes:
         takes_heads: whether the mixer has heads.
-        takes_rope: whether it has queries and keys that can be rotated, of width ``head_dim``.
-        reaches_prefix: whether prefix tokens learn anything of the others.
-        fixed_layout: whether parameters are sized by ``layout``, so that it takes no other.
+        updates_prefix: whether prefix tokens are updated.
+        fixed: whether parameters are sized by ``grid``, so that other grids raise a ValueError.
+        rope_dim: width per head of the queries and keys that RoPE rotates; None without them.
     """
 
     takes_heads: ClassVar[bool] = True
-    takes_rope: bool = False
-    reaches_prefix: bool = True
-    head_dim: int
-    fixed_layout: bool = False
+    updates_prefix: bool = True
+    fixed: bool = False
+    rope_dim: int | None = None
 
-    def __init__(self, dim: int, heads: int | None, layout: Layout) -> None:
+    def __init__(self, dim: int, heads: int | None, grid: TokenGrid) -> None:
         super().__init__()
-        self.dim, self.heads, self.layout = dim, heads, layout
+        self.dim, self.heads, self.grid = dim, heads, grid
+        self.tokens_shape = (grid.length, dim)
 
-    def forward(self, x: Tensor, layout: Layout, rope: Tensor | None = None) -> Tensor:
-        """``rope``: (N, A) angles, see :class:`~vision_xformer.positions.RotaryPosition`."""
+    def forward(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> Tensor:
+        """Mix.
+
+        Args:
+            x: tokens (B, N, D).
+            grid: their positions.
+            rope: angles (N, A), see :class:`~vision_xformer.positions.RotaryPosition`.
+
+        Returns:
+            Tokens (B, n, E).
+        """
         raise NotImplementedError
 
-    def out_layout(self, layout: Layout) -> Layout:
-        """Where the tokens lie that come out."""
-        return layout
+    def out_grid(self, grid: TokenGrid) -> TokenGrid:
+        """The positions of the output tokens for an input grid."""
+        return grid
 
-    def check(self, x: Tensor, layout: Layout, rope: Tensor | None) -> None:
-        """Raise a ValueError for what this mixer cannot take."""
+    def check(self, x: Tensor, grid: TokenGrid, rope: Tensor | None) -> None:
+        """Raise a ValueError for inputs that this mixer cannot take."""
         name = type(self).__name__
-        if x.ndim != 3 or x.shape[1:] != (layout.length, self.dim):
+        if x.ndim != 3 or x.shape[1:] != (grid.length, self.dim):
             raise ValueError(
                 f"{name} got tokens of shape {tuple(x.shape)}; "
-                f"{layout} and dim {self.dim} need (B, {layout.length}, {self.dim})"
+                f"{grid} and dim {self.dim} need (B, {grid.length}, {self.dim})"
             )
-        if self.fixed_layout and layout != self.layout:
+        if self.fixed and grid != self.grid:
             raise ValueError(
-                f"{name} was built for {self.layout} and cannot take {layout}: build it for that; "
+                f"{name} was built for {self.grid} and cannot take {grid}: build it for that; "
                 "load_weights(..., resize=True) carries tables of tokens over"
             )
-        if rope is not None and not self.takes_rope:
+        if rope is not None and self.rope_dim is None:
             raise ValueError(f"{name} has no queries and keys to rotate: leave rope out")
-        if rope is not None and rope.shape[0] != layout.length:
+        if rope is not None and rope.shape[0] != grid.length:
             raise ValueError(
                 f"rope of shape {tuple(rope.shape)} must have a row for each of the "
-                f"{layout.length} tokens of {layout}"
+                f"{grid.length} tokens of {grid}"
             )
 
 
-MIXERS: Registry[Mixer] = Registry("mixer", beside=KERNELS)
+def head_width(dim: int, heads: int | None, head_dim: int | None) -> tuple[int, int]:
+    """Check and return (heads, head_dim); ``head_dim`` is dim / heads where it is None."""
+    if heads is None:
+        raise ValueError("heads is needed")
+    check_at_least("heads", heads, 1)
+    if head_dim is None:
+        if dim % heads:
+            raise ValueError(f"heads {heads} must divide dim {dim}, or head_dim must be given")
+        head_dim = dim // heads
+    check_at_least("head_dim", head_dim, 1)
+    return heads, head_dim
+
+
+MIXERS: Registry[Mixer] = Registry("mixer", exclusive_with=KERNELS)

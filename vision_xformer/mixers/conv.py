@@ -4,34 +4,41 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..grid import TokenGrid, on_grid
 from ..layers import CONV
-from ..layout import Layout
-from ..projections import on_grid
-from ..registry import check_odd
+from ..options import check_odd
 from .base import MIXERS, Mixer
 
 
 @MIXERS.register("conv")
 class DepthwiseConv(Mixer):
-    """Prefix tokens pass it by.
+    """Depth-wise convolution over the grid; prefix tokens are left unchanged.
+
+    Shape: (B, N, D) -> (B, N, D)
 
     Args:
+        dim: token width D.
+        heads: None.
+        grid: positions of the N tokens; other grids of as many axes work, too.
         kernel: width on each axis, odd.
+
+    Raises:
+        ValueError: for an even kernel, or tokens on a grid of other axes.
     """
 
     takes_heads = False
-    reaches_prefix = False
+    updates_prefix = False
 
-    def __init__(self, dim: int, heads: None, layout: Layout, *, kernel: int = 5) -> None:
-        super().__init__(dim, heads, layout)
+    def __init__(self, dim: int, heads: None, grid: TokenGrid, *, kernel: int = 5) -> None:
+        super().__init__(dim, heads, grid)
         check_odd("kernel", kernel)
-        self.conv = CONV[len(layout.grid)](dim, dim, kernel, padding=kernel // 2, groups=dim)
+        self.conv = CONV[len(grid.shape)](dim, dim, kernel, padding=kernel // 2, groups=dim)
 
-    def forward(self, x: Tensor, layout: Layout, rope: Tensor | None = None) -> Tensor:
-        self.check(x, layout, rope)
-        if len(layout.grid) != len(self.layout.grid):
+    def forward(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> Tensor:
+        self.check(x, grid, rope)
+        if len(grid.shape) != len(self.grid.shape):
             raise ValueError(
-                f"{type(self).__name__} was built for a grid of {len(self.layout.grid)} axes and "
-                f"cannot take {layout}"
+                f"{type(self).__name__} was built for a grid of {len(self.grid.shape)} axes and "
+                f"cannot take {grid}"
             )
-        return on_grid(self.conv, x, layout)
+        return on_grid(self.conv, x, grid)

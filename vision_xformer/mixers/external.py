@@ -1,7 +1,7 @@
-"""External attention (Guo et al. 2021, arXiv 2105.02358, eq. 5-10): tokens against S learned ones.
+"""External attention (Guo et al. 2021, arXiv 2105.02358, eq. 5-10) to S learned keys and values:
 
 norm(q M_k^T) M_v, where norm is a softmax over the N tokens, then a division by the sum over the S
-memory units. Keys and values are parameters: cost N S.
+memory units. Keys and values are parameters: the cost is N S.
 """
 
 from __future__ import annotations
@@ -9,45 +9,51 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..kernels.base import widened
-from ..layout import Layout
-from ..registry import check_at_least
-from .attention import head_width
-from .base import MIXERS, Mixer
+from ..grid import TokenGrid
+from ..options import check_at_least
+from ..precision import to_accumulate
+from .base import MIXERS, Mixer, head_width
 
 
 @MIXERS.register("external")
 class ExternalAttention(Mixer):
-    """All heads share the memory (section 3.3).
+    """Attention to a learned memory that all heads share (section 3.3).
+
+    Shape: (B, N, D) -> (B, N, D)
 
     Args:
+        dim: token width D.
+        heads: number of heads.
+        grid: positions of the N tokens; any other grid works, too.
         memory: number S of memory units.
         head_dim: width K per head; dim / heads by default.
+
+    Raises:
+        ValueError: for heads that do not divide dim, or sizes below 1.
     """
 
     def __init__(
         self,
         dim: int,
         heads: int | None,
-        layout: Layout,
+        grid: TokenGrid,
         *,
         memory: int = 64,
         head_dim: int | None = None,
     ) -> None:
-        super().__init__(dim, heads, layout)
+        super().__init__(dim, heads, grid)
         check_at_least("memory", memory, 1)
         self.heads, width = head_width(dim, heads, head_dim)
-        # a bias would be the same for all tokens, which the softmax over them does not see
+        # no bias: the softmax over the tokens cancels what is the same for all of them
         self.query = nn.Linear(dim, self.heads * width, bias=False)
         self.memory_k = nn.Parameter(torch.randn(memory, width) * width**-0.5)
         self.memory_v = nn.Parameter(torch.randn(memory, width) * memory**-0.5)
         self.proj = nn.Linear(self.heads * width, dim)
 
-    def forward(self, x: Tensor, layout: Layout, rope: Tensor | None = None) -> Tensor:
-        self.check(x, layout, rope)
+    def forward(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> Tensor:
+        self.check(x, grid, rope)
         q = self.query(x).unflatten(-1, (self.heads, -1))
-        (logits,) = widened(q @ self.memory_k.mT)
-        # exp(log) divided by its sum is a softmax again, in which nothing underflows
+        (logits,) = to_accumulate(q @ self.memory_k.mT)
+        # exp(log) divided by its sum is again a softmax, in which nothing underflows
         weights = logits.log_softmax(1).softmax(-1)
-        y: Tensor = self.proj((weights.to(q.dtype) @ self.memory_v).flatten(2))
-        return y
+        return self.proj((weights.to(q.dtype) @ self.memory_v).flatten(2))

@@ -1,4 +1,4 @@
-"""Linear maps along the length: MLP-Mixer (Tolstikhin et al. 2021, arXiv 2105.01601, eq. 1) and
+"""Linear layers along the length: MLP-Mixer (Tolstikhin et al. 2021, arXiv 2105.01601, eq. 1) and
 gMLP (Liu et al. 2021, arXiv 2105.08050, section 2)."""
 
 from __future__ import annotations
@@ -7,13 +7,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layout import Layout
-from ..registry import check_at_least
+from ..grid import TokenGrid
+from ..options import check_at_least
 from .base import MIXERS, Mixer
 
 
 class TokenLinear(nn.Module):
-    """A linear map of tokens, for all channels alike: (B, N, C) -> (B, R, C)."""
+    """A linear layer over tokens, the same for all channels.
+
+    Shape: (B, N, C) -> (B, R, C)
+
+    Args:
+        length: number of tokens N.
+        out_length: number of tokens R.
+        std: standard deviation of the initial weights.
+        bias: initial bias.
+    """
 
     def __init__(self, length: int, out_length: int, std: float = 0.02, bias: float = 0.0) -> None:
         super().__init__()
@@ -27,58 +36,72 @@ class TokenLinear(nn.Module):
 
 @MIXERS.register("mlp")
 class TokenMlp(Mixer):
-    """Linear, GELU, linear along the length: W2 gelu(W1 x). It fixes the layout.
+    """Token-mixing MLP: W2 gelu(W1 x) along the length. It is tied to its grid.
+
+    Shape: (B, N, D) -> (B, N, D)
 
     Args:
-        hidden_dim: tokens between the two; by default half the width D, as in the paper.
+        dim: token width D.
+        heads: None.
+        grid: positions of the N tokens.
+        hidden_dim: hidden length; half the width D by default, as in the paper.
+
+    Raises:
+        ValueError: for a hidden length below 1, or tokens on another grid.
     """
 
     takes_heads = False
-    fixed_layout = True
+    fixed = True
 
     def __init__(
-        self, dim: int, heads: None, layout: Layout, *, hidden_dim: int | None = None
+        self, dim: int, heads: None, grid: TokenGrid, *, hidden_dim: int | None = None
     ) -> None:
-        super().__init__(dim, heads, layout)
+        super().__init__(dim, heads, grid)
         hidden = max(1, dim // 2) if hidden_dim is None else hidden_dim
         check_at_least("hidden_dim", hidden, 1)
-        self.fc1 = TokenLinear(layout.length, hidden)
-        self.fc2 = TokenLinear(hidden, layout.length)
+        self.fc1 = TokenLinear(grid.length, hidden)
+        self.fc2 = TokenLinear(hidden, grid.length)
 
-    def forward(self, x: Tensor, layout: Layout, rope: Tensor | None = None) -> Tensor:
-        self.check(x, layout, rope)
-        y: Tensor = self.fc2(F.gelu(self.fc1(x)))
-        return y
+    def forward(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> Tensor:
+        self.check(x, grid, rope)
+        return self.fc2(F.gelu(self.fc1(x)))
 
 
 @MIXERS.register("gmlp")
 class GatedMlp(Mixer):
-    """u * (W norm(v) + b) of (u, v) = gelu(x U), then a map back to D. It fixes the layout.
+    """Gated MLP: u * (W norm(v) + b) for (u, v) = gelu(x U), then a linear layer back to D.
 
-    This is channel and token mixing at once: its block has no MLP beside it. W starts near nothing
-    and b as one, so that the gate lets all through at first.
+    It mixes channels and tokens, so its block has no MLP of its own. W is initialized close to zero
+    and b to one, so that the gate is open at first. It is tied to its grid.
+
+    Shape: (B, N, D) -> (B, N, D)
 
     Args:
-        hidden_dim: width of u and v together, even; by default six times D, as in the paper.
+        dim: token width D.
+        heads: None.
+        grid: positions of the N tokens.
+        hidden_dim: width of u and v together, even; six times D by default, as in the paper.
+
+    Raises:
+        ValueError: for an odd width, or tokens on another grid.
     """
 
     takes_heads = False
-    fixed_layout = True
+    fixed = True
 
     def __init__(
-        self, dim: int, heads: None, layout: Layout, *, hidden_dim: int | None = None
+        self, dim: int, heads: None, grid: TokenGrid, *, hidden_dim: int | None = None
     ) -> None:
-        super().__init__(dim, heads, layout)
+        super().__init__(dim, heads, grid)
         hidden = 6 * dim if hidden_dim is None else hidden_dim
         if hidden < 2 or hidden % 2:
             raise ValueError(f"hidden_dim {hidden} must be even and at least 2")
         self.fc1 = nn.Linear(dim, hidden)
         self.norm = nn.LayerNorm(hidden // 2)
-        self.gate = TokenLinear(layout.length, layout.length, std=1e-6, bias=1.0)
+        self.gate = TokenLinear(grid.length, grid.length, std=1e-6, bias=1.0)
         self.fc2 = nn.Linear(hidden // 2, dim)
 
-    def forward(self, x: Tensor, layout: Layout, rope: Tensor | None = None) -> Tensor:
-        self.check(x, layout, rope)
+    def forward(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> Tensor:
+        self.check(x, grid, rope)
         u, v = F.gelu(self.fc1(x)).chunk(2, -1)
-        y: Tensor = self.fc2(u * self.gate(self.norm(v)))
-        return y
+        return self.fc2(u * self.gate(self.norm(v)))

@@ -1,60 +1,68 @@
-"""The three public packages as they are, in the same slot: reference, oracle and peer.
+"""The three original packages, unchanged: reference, oracle and baseline.
 
-Each is imported when it is first built. Their known limits are theirs, and stay: nystrom-attention
-pads with tokens that take part in the softmax and shares a normaliser across the batch, so that a
-sample's output depends on its neighbours; linformer takes one length only.
+Each is imported when it is first built. Their known limits remain: nystrom-attention pads with
+tokens that take part in the softmax and shares a normalizer across the batch, so that the output of
+a sample depends on its neighbors; linformer takes one length only.
 """
 
 from __future__ import annotations
 
 import warnings
+from typing import Literal
 
 from torch import Tensor, nn
 
+from ..grid import TokenGrid
 from ..kernels.nystrom import check_sizes
-from ..layout import Layout
-from ..registry import check_at_least
-from .attention import head_width
-from .base import MIXERS, Mixer
+from ..options import check_at_least
+from .base import MIXERS, Mixer, head_width
 
 
 class _Package(Mixer):
-    """A module of (B, N, D) -> (B, N, D) from elsewhere."""
+    """A module (B, N, D) -> (B, N, D) of another package."""
 
     module: nn.Module
 
-    def forward(self, x: Tensor, layout: Layout, rope: Tensor | None = None) -> Tensor:
-        self.check(x, layout, rope)
-        y: Tensor = self.module(x)
-        return y
+    def forward(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> Tensor:
+        self.check(x, grid, rope)
+        return self.module(x)
 
 
 @MIXERS.register("performer-pytorch")
 class PerformerPytorch(_Package):
-    """``performer_pytorch.SelfAttention``, with those options of our ``performer`` that it has.
+    """``performer_pytorch.SelfAttention``, with the options of ``performer`` that it supports.
+
+    Shape: (B, N, D) -> (B, N, D)
 
     Args:
+        dim: token width D.
+        heads: number of heads; it divides dim.
+        grid: positions of the N tokens; any other grid works, too.
         features: random features; ``None`` for int(K ln K).
         feature_map: "softmax" or "relu".
+        head_dim: width K per head; dim / heads by default.
+        qkv_bias: whether the projection to queries, keys and values adds a bias.
+        proj_dropout: dropout after the output projection.
+
+    Raises:
+        ValueError: for an invalid option.
     """
 
     def __init__(
         self,
         dim: int,
         heads: int | None,
-        layout: Layout,
+        grid: TokenGrid,
         *,
         features: int | None = None,
-        feature_map: str = "softmax",
+        feature_map: Literal["softmax", "relu"] = "softmax",
         head_dim: int | None = None,
         qkv_bias: bool = False,
         proj_dropout: float = 0.0,
     ) -> None:
-        super().__init__(dim, heads, layout)
+        super().__init__(dim, heads, grid)
         if features is not None:
             check_at_least("features", features, 1)
-        if feature_map not in ("softmax", "relu"):
-            raise ValueError(f"feature_map {feature_map!r} must be 'softmax' or 'relu'")
         heads, head_dim = head_width(dim, heads, head_dim)
         if dim % heads:
             raise ValueError(f"performer-pytorch needs heads {heads} to divide dim {dim}")
@@ -74,19 +82,29 @@ class PerformerPytorch(_Package):
 
 @MIXERS.register("nystrom-attention")
 class NystromAttention(_Package):
-    """``nystrom_attention.NystromAttention``, with those options of our ``nystrom`` that it has.
+    """``nystrom_attention.NystromAttention``, with the options of ``nystrom`` that it supports.
+
+    Shape: (B, N, D) -> (B, N, D)
 
     Args:
+        dim: token width D.
+        heads: number of heads.
+        grid: positions of the N tokens; any other grid works, too.
         landmarks: number of landmarks.
-        iterations: Newton-Schulz steps.
+        iterations: number of Newton-Schulz steps.
         residual_kernel: taps of the convolution of v; 0 for none.
+        head_dim: width K per head; dim / heads by default.
+        proj_dropout: dropout after the output projection.
+
+    Raises:
+        ValueError: for an invalid option.
     """
 
     def __init__(
         self,
         dim: int,
         heads: int | None,
-        layout: Layout,
+        grid: TokenGrid,
         *,
         landmarks: int = 64,
         iterations: int = 6,
@@ -94,7 +112,7 @@ class NystromAttention(_Package):
         head_dim: int | None = None,
         proj_dropout: float = 0.0,
     ) -> None:
-        super().__init__(dim, heads, layout)
+        super().__init__(dim, heads, grid)
         heads, head_dim = head_width(dim, heads, head_dim)
         check_sizes(landmarks, iterations, residual_kernel)
         from nystrom_attention import NystromAttention
@@ -113,21 +131,31 @@ class NystromAttention(_Package):
 
 @MIXERS.register("linformer-pytorch")
 class LinformerPytorch(_Package):
-    """``linformer.LinformerSelfAttention``, with those options of our ``linformer`` that it has.
+    """``linformer.LinformerSelfAttention``, with the options of ``linformer`` that it supports.
+
+    Shape: (B, N, D) -> (B, N, D)
 
     Args:
-        rank: keys and values that are left.
-        share_kv, one_kv_head: as there.
-        dropout: of attention weights.
+        dim: token width D.
+        heads: number of heads; it divides dim.
+        grid: positions of the N tokens.
+        rank: number R of projected keys and values.
+        share_kv: use the keys as values.
+        one_kv_head: share keys and values between all heads.
+        head_dim: width K per head; dim / heads by default.
+        dropout: probability of dropping an attention weight in training.
+
+    Raises:
+        ValueError: for an invalid option, or tokens on another grid.
     """
 
-    fixed_layout = True
+    fixed = True
 
     def __init__(
         self,
         dim: int,
         heads: int | None,
-        layout: Layout,
+        grid: TokenGrid,
         *,
         rank: int = 64,
         share_kv: bool = False,
@@ -135,7 +163,7 @@ class LinformerPytorch(_Package):
         head_dim: int | None = None,
         dropout: float = 0.0,
     ) -> None:
-        super().__init__(dim, heads, layout)
+        super().__init__(dim, heads, grid)
         heads, head_dim = head_width(dim, heads, head_dim)
         check_at_least("rank", rank, 1)
         if dim % heads:
@@ -144,7 +172,7 @@ class LinformerPytorch(_Package):
 
         self.module = LinformerSelfAttention(
             dim,
-            layout.length,
+            grid.length,
             k=rank,
             heads=heads,
             dim_head=head_dim,

@@ -99,7 +99,7 @@ def difference(ours: nn.Module, theirs: nn.Module, x: Tensor) -> float:
     return float((got - want).abs().max())
 
 
-def transplant(theirs: nn.Module, ours: vx.Backbone) -> vx.Backbone:
+def transplant(theirs: nn.Module, ours: vx.VisionModel) -> vx.VisionModel:
     """Our model with every one of their tensors, and none of its own."""
     report = vx.load_weights(ours.double(), theirs.state_dict())
     assert report.used == sorted(theirs.state_dict())
@@ -124,7 +124,7 @@ MODELS = [
         for one in (True, False)
         for share in (True, False)
     ),
-    pytest.param("ViP", {}, dict(mixer_options={"stabilizer": "published"}), id="ViP"),
+    pytest.param("ViP", {}, dict(mixer_options={"stabilizer": "v0.2"}), id="ViP"),
     pytest.param("FNet", {}, {}, id="FNet"),
 ]  # fmt: skip
 
@@ -143,7 +143,7 @@ def test_equal_logits(
     heads = {} if name == "FNet" else HEADS
     arguments = sizes(**arguments, **heads, **image, pool=pool)
     theirs = published(name, **arguments)
-    ours = transplant(theirs, getattr(vx, name)(**arguments, **choices, stem="published"))
+    ours = transplant(theirs, getattr(vx.compat, name)(**arguments, **choices, stem="v0.2"))
     x = images(*shape)
     assert difference(ours, theirs, x) <= 1e-10
     with torch.no_grad():  # the comparison sees a change
@@ -171,10 +171,10 @@ def test_our_nystrom_loads_them_and_differs() -> None:
     arguments = sizes(**HEADS, num_landmarks=7)
     theirs = published("ViN", **arguments)
     x = images(3, 12, 8)
-    ours = transplant(theirs, vx.ViN(**arguments, stem="published"))
+    ours = transplant(theirs, vx.ViN(**arguments, stem="v0.2"))
     assert 1e-4 < difference(ours, theirs, x) < 1
     rows = {"segments": "sequence"}
-    ours = transplant(theirs, vx.ViN(**arguments, stem="published", mixer_options=rows))
+    ours = transplant(theirs, vx.ViN(**arguments, stem="v0.2", mixer_options=rows))
     assert 1e-4 < difference(ours, theirs, x) < 1
 
 
@@ -184,7 +184,7 @@ def test_our_performer_loads_them_and_differs(stabilizer: str) -> None:
     arguments = sizes(**HEADS)
     theirs = published("ViP", **arguments)
     options = {"stabilizer": stabilizer}
-    ours = transplant(theirs, vx.ViP(**arguments, stem="published", mixer_options=options))
+    ours = transplant(theirs, vx.ViP(**arguments, stem="v0.2", mixer_options=options))
     assert 1e-8 < difference(ours, theirs, images(3, 12, 8)) < 1
 
 
@@ -193,7 +193,7 @@ def test_our_performer_loads_them_and_differs(stabilizer: str) -> None:
 def test_another_stem_is_refused(name: str, stem: str) -> None:
     arguments = sizes(**({} if name == "FNet" else HEADS))
     theirs = published(name, **arguments)
-    ours = getattr(vx, name)(**arguments, stem=stem).double()
+    ours = getattr(vx.compat, name)(**arguments, stem=stem).double()
     before = {k: v.clone() for k, v in ours.state_dict().items()}
     with pytest.raises(ValueError, match=r"not in the module: .*to_patch_embedding\.1\.weight"):
         vx.load_weights(ours, theirs.state_dict())
@@ -202,7 +202,7 @@ def test_another_stem_is_refused(name: str, stem: str) -> None:
 
 def test_another_class_is_refused() -> None:
     arguments = sizes(**HEADS)
-    ours = vx.ViP(**arguments, stem="published").double()
+    ours = vx.ViP(**arguments, stem="v0.2").double()
     with pytest.raises(ValueError, match=r"missing: .*projection_matrix"):
         vx.load_weights(ours, published("ViL", **arguments).state_dict())
     with pytest.raises(ValueError, match=r"pos_embedding .*resize=True"):
@@ -212,7 +212,7 @@ def test_another_class_is_refused() -> None:
 def test_positions_of_another_size() -> None:
     """Published positions are interpolated like ours."""
     theirs = published("ViP", **sizes(**HEADS, image_size=(12, 8)))
-    ours = vx.ViP(**sizes(**HEADS, image_size=(18, 12)), stem="published").double()
+    ours = vx.ViP(**sizes(**HEADS, image_size=(18, 12)), stem="v0.2").double()
     report = vx.load_weights(ours, theirs.state_dict(), resize=True)
     assert report.resized == ["pos_embedding"]
     table = theirs.get_parameter("pos_embedding")[0]
@@ -225,7 +225,7 @@ def test_signatures(name: str) -> None:
     """The published keyword arguments with their defaults, in their order; ours may follow."""
     cls = getattr(import_published(name), name)
     theirs, ours = (
-        list(inspect.signature(c).parameters.values()) for c in (cls, getattr(vx, name))
+        list(inspect.signature(c).parameters.values()) for c in (cls, getattr(vx.compat, name))
     )
     assert len(theirs) >= 5
     for want, got in zip(theirs, ours[: len(theirs)], strict=True):
@@ -239,7 +239,7 @@ def test_signatures(name: str) -> None:
 
 @each_class
 def test_positional_and_unknown_arguments_are_refused(name: str) -> None:
-    for cls in (getattr(import_published(name), name), getattr(vx, name)):
+    for cls in (getattr(import_published(name), name), getattr(vx.compat, name)):
         with pytest.raises(TypeError, match="positional argument"):
             cls(12, 2, 5, 18, 2)
         with pytest.raises(TypeError, match="unexpected keyword argument 'spam'"):
@@ -264,10 +264,10 @@ def test_parameter_count_of_the_readme_example(name: str, count: int) -> None:
         arguments |= dict(image_size=32, patch_size=1)
     if name.startswith("Vi"):
         arguments |= dict(heads=4, dim_head=32)
-    more = {} if name == "FNet2D" else dict(stem="published")
+    more = {} if name == "FNet2D" else dict(stem="v0.2")
     for model in (
         getattr(import_published(name), name)(**arguments),
-        getattr(vx, name)(**arguments, **more),
+        getattr(vx.compat, name)(**arguments, **more),
     ):
         assert sum(p.numel() for p in model.parameters()) == count
 
@@ -275,7 +275,7 @@ def test_parameter_count_of_the_readme_example(name: str, count: int) -> None:
 @pytest.mark.parametrize("name", ["ViT", "ViL", "ViP", "ViN", "FNet"])
 def test_hybrid_classes(name: str) -> None:
     """The paper's other names: the same arguments, the convolutional stem."""
-    plain, hybrid = getattr(vx, name), getattr(vx, f"Hybrid{name}")
+    plain, hybrid = getattr(vx.compat, name), getattr(vx.compat, f"Hybrid{name}")
     assert inspect.signature(plain) == inspect.signature(hybrid)
     arguments = sizes(**({} if name == "FNet" else HEADS))
     assert plain(**arguments).config.stem == "patch"

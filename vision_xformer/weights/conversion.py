@@ -1,9 +1,9 @@
-"""How other packages name, split and order what we have: their state dicts in our words.
+"""Convert state-dict keys of other libraries to ours.
 
-Every known spelling of a parameter is brought to one, ours; a spelling that splits one of ours in
-parts (to_q, to_k, to_v) names the part. Names of the attention packages and of the published
-vision_xformer are understood in both directions; a :class:`Family` is a model of another library,
-whose tensors may have to be put into our order as well.
+Every known key of a parameter is renamed to ours. Keys that split one of our parameters in parts
+(to_q, to_k, to_v) name the part. The keys of the attention packages and of vision_xformer 0.2.0 are
+understood in both directions. A :class:`Library` is a model family of another library, whose
+tensors may have to be reordered as well.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Spellings = list[tuple[str, str | Callable[[re.Match[str]], str]]]
+KeyPatterns = list[tuple[str, str | Callable[[re.Match[str]], str]]]
 
-# (pattern, our spelling), applied in this order
-_WRAPPERS: Spellings = [  # of data parallel and torch.compile
+# (pattern, replacement), applied in this order
+_WRAPPERS: KeyPatterns = [  # of data parallel and torch.compile
     (r"^((module|_orig_mod)\.)+", ""),
     (r"\._orig_mod\.", "."),
 ]
-_PACKAGES: Spellings = [
+_PACKAGES: KeyPatterns = [
     # vision_xformer 0.1.8 to 0.2.0: ViN, ViP, ViL, FNet
     (r"^pos_embedding$", "position"),
     (r"^to_patch_embedding\.1\.", "stem.norm_in."),
@@ -43,7 +43,7 @@ _PACKAGES: Spellings = [
     (r"^pool\.2\.", "head."),
     # the norm after pooling is the norm
     (r"^fc_norm\.", "norm."),
-    # performer-pytorch, nystrom-attention, linformer: alone, in our slot, in a published model
+    # performer-pytorch, nystrom-attention, linformer: alone, in a mixer, in a model of 0.2.0
     (r"(^|\.)module\.", r"\1"),
     (r"(^|\.)to_qkv\.", r"\1projection.qkv."),
     (r"(^|\.)to_out\.(0\.)?", r"\1proj."),
@@ -52,7 +52,7 @@ _PACKAGES: Spellings = [
     (r"(^|mixer\.)(proj_[kv])$", r"\1kernel.\2"),
 ]
 _TABLE = r"(?:.*\.)?(?:position|kernel\.proj_[kv]|position_bias(?:\.table)?)"
-# (pattern, our spelling, which part of it this is)
+# (pattern, replacement, which part of that parameter this is)
 _PARTS = [
     (r"(^|\.)to_q\.", r"\1projection.qkv.", 0),
     (r"(^|\.)to_k\.", r"\1projection.qkv.", 1),
@@ -60,29 +60,32 @@ _PARTS = [
     (r"(^|\.)projection_query\.", r"\1projection.qkv.", 0),
     (r"(^|\.)projection_key\.", r"\1projection.qkv.", 1),
     (r"(^|\.)projection_value\.", r"\1projection.qkv.", 2),
+    (r"(^|\.)projection\.q\.(weight|bias)$", r"\1projection.qkv.\2", 0),
+    (r"(^|\.)projection\.k\.(weight|bias)$", r"\1projection.qkv.\2", 1),
+    (r"(^|\.)projection\.v\.(weight|bias)$", r"\1projection.qkv.\2", 2),
     (rf"^({_TABLE})\.prefix$", r"\1", 0),
     (rf"^({_TABLE})\.grid$", r"\1", 1),
 ]
 
 
-class Family(NamedTuple):
-    """The models of another library.
+class Library(NamedTuple):
+    """A model family of another library.
 
     Args:
-        library: its name.
-        telltale: what a key of theirs, and of no other family, matches.
-        spellings: as above.
+        name: its name.
+        signature_key: pattern that matches a key of this family, and of no other.
+        key_patterns: renaming of its keys, as above.
         convert: puts a tensor into our order: (key, tensor, the whole state) -> tensor.
     """
 
-    library: str
-    telltale: str
-    spellings: Spellings
+    name: str
+    signature_key: str
+    key_patterns: KeyPatterns
     convert: Callable[[str, Tensor, Mapping[str, Tensor]], Tensor]
 
 
 def _patches(key: str, tensor: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-    """A convolution over one patch, (D, C, *patch), as the linear map of a flattened one."""
+    """A convolution over one patch, (D, C, *patch), as a linear layer on a flattened patch."""
     return tensor.movedim(1, -1).flatten(1)
 
 
@@ -92,7 +95,7 @@ def _timm_vit(key: str, tensor: Tensor, state: Mapping[str, Tensor]) -> Tensor:
 
 
 def _timm_swin(key: str, tensor: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-    """Of four merged tokens, theirs are column by column, ours row by row."""
+    """The four merged tokens are column by column in timm, and row by row in ours."""
     if ".downsample." not in key:
         return tensor
     return tensor.unflatten(-1, (2, 2, -1)).transpose(-3, -2).flatten(-3)
@@ -103,12 +106,12 @@ def _compact_patches(key: str, tensor: Tensor, state: Mapping[str, Tensor]) -> T
     return _patches(key, tensor, state) if is_patch else tensor
 
 
-def _as_it_is(key: str, tensor: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+def _unchanged(key: str, tensor: Tensor, state: Mapping[str, Tensor]) -> Tensor:
     return tensor
 
 
 def _timm_levit(key: str, tensor: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-    """Theirs is head by head (q, k, v of each), ours is q, k and v of all heads; biases (H, M)."""
+    """timm is head by head (q, k, v of each), ours is q, k and v of all heads; biases (H, M)."""
     if key.endswith(".attention_biases"):
         return tensor.mT
     found = re.match(r"(.+\.)(qkv|kv)\.(linear|bn)\.(?!num_batches)", key)
@@ -123,10 +126,11 @@ def _timm_levit(key: str, tensor: Tensor, state: Mapping[str, Tensor]) -> Tensor
     return tensor[torch.cat(ours)]
 
 
-_LEVIT: Spellings = [
+_LEVIT: KeyPatterns = [
     (r"^stem\.conv(\d+)\.", lambda m: f"stem.convs.{int(m[1]) - 1}."),
     (r"^(stem\.convs\.\d+)\.linear\.", r"\1.conv."),
-    (r"^stages\.(\d+)\.downsample\.", lambda m: f"stages.{int(m[1]) - 1}.shrink."),
+    (r"^stages\.(\d+)\.downsample\.", r"stages.\1.downsample.block."),
+    (r"^stages\.(\d+)\.blocks\.", r"stages.\1."),
     (r"\.attn(_downsample)?\.", ".mixer."),
     (r"\.mixer\.(qkv|kv)\.", r".mixer.projection.\1."),
     (r"\.mixer\.q\.ln\.", ".mixer.projection.q."),
@@ -136,13 +140,13 @@ _LEVIT: Spellings = [
     (r"\.mlp\.ln2\.", ".mlp.2."),
     (r"\.bn\.", ".norm."),
 ]
-_VIT: Spellings = [
+_VIT: KeyPatterns = [
     (r"^pos_embed$", "position"),
     (r"^patch_embed\.", "stem."),
     (r"\.attn\.qkv\.", ".mixer.projection.qkv."),
     (r"\.attn\.", ".mixer."),
 ]
-_COMPACT: Spellings = [
+_COMPACT: KeyPatterns = [
     (r"^tokenizer\.conv_layers\.(\d+)\.0\.", r"stem.convs.\1."),
     (r"^classifier\.", ""),
     (r"^positional_emb$", "position"),
@@ -157,20 +161,21 @@ _COMPACT: Spellings = [
 ]
 _CVT = r"^(?:cvt\.)?encoder\.stages\.(\d+)\."
 _CVT_CONV = r"\.convolution_projection\."
-_FAMILIES = [
-    Family(
+_LIBRARIES = [
+    Library(
         "timm LeViT with two heads",
         r"^head_dist\.(bn|linear)\.",
         [(r"^head\.", "head.labels."), (r"^head_dist\.", "head.teacher."), *_LEVIT],
         _timm_levit,
     ),
-    Family("timm LeViT", r"\.attention_biases$", _LEVIT, _timm_levit),
-    Family(
+    Library("timm LeViT", r"\.attention_biases$", _LEVIT, _timm_levit),
+    Library(
         "timm CaiT",
         r"^blocks_token_only\.",
         [
-            (r"^blocks_token_only\.(\d+)\.attn\.([qkv])\.", r"class_blocks.\1.mixer.to_\2."),
-            (r"^blocks_token_only\.", "class_blocks."),
+            (r"^cls_token$", "class_stage.cls_token"),
+            (r"^(blocks_token_only\.\d+)\.attn\.([qkv])\.", r"\1.mixer.to_\2."),
+            (r"^blocks_token_only\.", "class_stage.blocks."),
             (r"\.attn\.proj_l\.", ".mixer.kernel.before."),
             (r"\.attn\.proj_w\.", ".mixer.kernel.after."),
             (r"\.gamma_([12])$", r".scale\1.gamma"),
@@ -178,7 +183,7 @@ _FAMILIES = [
         ],
         _timm_vit,
     ),
-    Family(
+    Library(
         "timm CrossViT",
         r"^cls_token_0$",
         [
@@ -188,22 +193,22 @@ _FAMILIES = [
             (r"^norm\.(\d)\.", r"norms.\1."),
             (r"^head\.(\d)\.", r"head.heads.\1."),
             (r"^blocks\.(\d+)\.blocks\.", r"stages.\1.branches."),
-            (r"^blocks\.(\d+)\.projs\.(\d)\.", r"stages.\1.exchanges.\2.there."),
-            (r"^blocks\.(\d+)\.revert_projs\.(\d)\.", r"stages.\1.exchanges.\2.back."),
+            (r"^blocks\.(\d+)\.projs\.(\d)\.", r"stages.\1.exchanges.\2.proj_in."),
+            (r"^blocks\.(\d+)\.revert_projs\.(\d)\.", r"stages.\1.exchanges.\2.proj_out."),
             (r"^blocks\.(\d+)\.fusion\.(\d)\.", r"stages.\1.exchanges.\2.block."),
             (r"\.attn\.w([qkv])\.", r".mixer.to_\1."),
             *_VIT,
         ],
         _timm_vit,
     ),
-    Family(
+    Library(
         "timm Swin",
         r"\.relative_position_bias_table$",
         [
             (r"^patch_embed\.proj\.", "stem."),
             (r"^patch_embed\.norm\.", "stem_norm."),
-            (r"^layers\.(\d+)\.downsample\.", lambda m: f"merges.{int(m[1]) - 1}."),
-            (r"^(merges\.\d+)\.reduction\.", r"\1.linear."),
+            (r"^layers\.(\d+)\.downsample\.reduction\.", r"stages.\1.downsample.linear."),
+            (r"^layers\.(\d+)\.downsample\.", r"stages.\1.downsample."),
             (r"^layers\.(\d+)\.blocks\.", r"stages.\1."),
             (r"\.attn\.relative_position_bias_table$", ".mixer.position_bias.table"),
             (r"^head\.fc\.", "head."),
@@ -211,7 +216,7 @@ _FAMILIES = [
         ],
         _timm_swin,
     ),
-    Family(
+    Library(
         "timm ConvMixer",
         r"^blocks\.\d+\.0\.fn\.0\.",
         [
@@ -224,13 +229,13 @@ _FAMILIES = [
         ],
         _timm_vit,
     ),
-    Family(
+    Library(
         "timm MLP-Mixer",
         r"\.mlp_tokens\.",
         [(r"\.mlp_tokens\.", ".mixer."), (r"\.mlp_channels\.", ".mlp.")],
         _timm_vit,
     ),
-    Family(
+    Library(
         "timm gMLP",
         r"\.mlp_channels\.gate\.",
         [
@@ -241,20 +246,21 @@ _FAMILIES = [
         ],
         _timm_vit,
     ),
-    Family(
+    Library(
         "timm ViT",
         r"^patch_embed\.proj\.weight$",
         [(r"\.ls([12])\.", r".scale\1."), (r"^fc_norm\.", "norm."), *_VIT],
         _timm_vit,
     ),
-    Family(
+    Library(
         "transformers CvT",
         _CVT,
         [
             (_CVT, r"stages.\1."),
-            (r"\.embedding\.convolution_embeddings\.projection\.", ".embed."),
-            (r"\.embedding\.convolution_embeddings\.normalization\.", ".embed_norm."),
-            (r"\.layers\.(\d+)\.", r".blocks.\1."),
+            (r"\.cls_token$", ".downsample.cls_token"),
+            (r"\.embedding\.convolution_embeddings\.projection\.", ".downsample.conv."),
+            (r"\.embedding\.convolution_embeddings\.normalization\.", ".downsample.norm."),
+            (r"\.layers\.(\d+)\.", r".\1."),
             (r"\.attention\.attention\.", ".mixer."),
             (rf"\.convolution_projection_query{_CVT_CONV}", ".projection.convs.0."),
             (rf"\.convolution_projection_key{_CVT_CONV}", ".projection.convs.1."),
@@ -269,58 +275,59 @@ _FAMILIES = [
             (r"^layernorm\.", "norm."),
             (r"^classifier\.", "head."),
         ],
-        _as_it_is,
+        _unchanged,
     ),
-    Family(
+    Library(
         "Compact-Transformers with patches",
         r"^tokenizer\.conv_layers\.0\.0\.bias$",
         [(r"^tokenizer\.conv_layers\.0\.0\.", "stem.proj."), *_COMPACT],
         _compact_patches,
     ),
-    Family("Compact-Transformers", r"^tokenizer\.conv_layers\.", _COMPACT, _as_it_is),
+    Library("Compact-Transformers", r"^tokenizer\.conv_layers\.", _COMPACT, _unchanged),
 ]
 
 
 class Part(NamedTuple):
-    """A tensor under its own key, and its place among those that are one of ours."""
+    """A tensor under its own key, and its order among the parts of one of our parameters."""
 
     order: int
     key: str
     tensor: Tensor
 
 
-def _spelled(name: str, spellings: Spellings) -> str:
-    for pattern, ours in spellings:
-        name = re.sub(pattern, ours, name)
-    return name
+def rename(key: str, patterns: KeyPatterns) -> str:
+    """Apply the patterns to a key, in order."""
+    for pattern, replacement in patterns:
+        key = re.sub(pattern, replacement, key)
+    return key
 
 
-def family_of(state: Mapping[str, Tensor]) -> Family | None:
-    """The library whose model has these keys; None where it is ours or a package's."""
-    keys = [_spelled(key, _WRAPPERS) for key in state]
-    for family in _FAMILIES:
-        if any(re.search(family.telltale, key) for key in keys):
-            return family
+def library_of(state: Mapping[str, Tensor]) -> Library | None:
+    """The library whose model has these keys; None for ours and for the attention packages."""
+    keys = [rename(key, _WRAPPERS) for key in state]
+    for library in _LIBRARIES:
+        if any(re.search(library.signature_key, key) for key in keys):
+            return library
     return None
 
 
-def by_our_name(state: Mapping[str, Tensor]) -> dict[str, list[Part]]:
-    """Group tensors by our spelling of their names; parts in order, in our order of rows."""
-    family = family_of(state)
-    unwrapped = {_spelled(key, _WRAPPERS): tensor for key, tensor in state.items()}
+def group_by_name(state: Mapping[str, Tensor]) -> dict[str, list[Part]]:
+    """Group tensors by our names of them; parts in order, with rows in our order."""
+    library = library_of(state)
+    unwrapped = {rename(key, _WRAPPERS): tensor for key, tensor in state.items()}
     groups: dict[str, list[Part]] = {}
     for key, tensor in state.items():
-        name, order = _spelled(key, _WRAPPERS), 0
-        if family is None:
-            name = _spelled(name, _PACKAGES)
+        name, order = rename(key, _WRAPPERS), 0
+        if library is None:
+            name = rename(name, _PACKAGES)
         else:
             try:
-                tensor = family.convert(name, tensor, unwrapped)
-                name = _spelled(name, family.spellings)
+                tensor = library.convert(name, tensor, unwrapped)
+                name = rename(name, library.key_patterns)
             except (KeyError, IndexError, RuntimeError, ZeroDivisionError):
-                pass  # what it takes to convert it is not there: it stays what it is, unknown
-        for pattern, ours, part in _PARTS:
-            name, found = re.subn(pattern, ours, name)
+                pass  # an incomplete state: the tensor keeps its key and is reported as unknown
+        for pattern, replacement, part in _PARTS:
+            name, found = re.subn(pattern, replacement, name)
             order = part if found else order
         groups.setdefault(name, []).append(Part(order, key, tensor))
     return {name: sorted(parts, key=lambda p: p.order) for name, parts in groups.items()}

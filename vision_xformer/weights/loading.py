@@ -1,4 +1,4 @@
-"""Weights in: state dicts and files, ours, of the attention packages and of other libraries."""
+"""Match state dicts and files to modules, resize tables, and report what was loaded."""
 
 from __future__ import annotations
 
@@ -14,22 +14,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .layers import resize_grid
-from .positions import FixedTable
-from .spellings import Part, by_our_name, family_of
+from ..positions import FixedTable, resize_grid
+from .conversion import Part, group_by_name, library_of
 
 _LENGTH_PROJECTION = re.compile(r"(^|\.)kernel\.proj_[kv]$")
 _POSITION_BIAS = re.compile(r"(^|\.)position_bias$")
 
 
 class LoadReport(NamedTuple):
-    """What :func:`load_weights` did with the source's keys and the module's.
+    """What :func:`load_weights` did with the keys of the source and of the module.
 
     Attributes:
-        used: keys of the source that were used as they are.
-        resized: those whose table was interpolated.
-        unused: those that were left out, of another shape or not in the module.
-        missing: keys of the module that stay as they were.
+        used: keys of the source that were used unchanged.
+        resized: keys of the source whose table was interpolated.
+        unused: keys of the source that were left out, of another shape or not in the module.
+        missing: keys of the module that were left unchanged.
     """
 
     used: list[str]
@@ -42,20 +41,20 @@ class LoadReport(NamedTuple):
         for what, keys in (
             ("resized", self.resized),
             ("left out", self.unused),
-            ("of the module's not given", self.missing),
+            ("missing from the weights", self.missing),
         ):
-            parts += [f"{len(keys)} {what}: {_some(keys)}"] if keys else []
+            parts += [f"{len(keys)} {what}: {_first_keys(keys)}"] if keys else []
         return "; ".join(parts)
 
 
-def _some(keys: list[str]) -> str:
-    """The first of them, sorted."""
+def _first_keys(keys: list[str]) -> str:
+    """The first five, sorted."""
     more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
     return f"{', '.join(sorted(keys)[:5])}{more}"
 
 
 def _check_state(weights: object) -> None:
-    """Raise a ValueError for what is not a dict of names and tensors that can be copied."""
+    """Raise a ValueError for anything but a dict of names and tensors that can be copied."""
     if not isinstance(weights, Mapping):
         kind = type(weights).__name__
         raise ValueError(f"weights must be a state dict or the path of a file, not {kind}")
@@ -80,10 +79,10 @@ def _is_table(parts: list[Part]) -> bool:
 
 
 def _fit(source: list[Part], target: list[Part]) -> list[Tensor] | None:
-    """The source cut to the target's parts and shapes; None where it does not fit."""
+    """The source split into the parts and shapes of the target; None if it does not fit."""
     tables = _is_table(source) and _is_table(target)
     if tables and source[-1].tensor.shape != target[-1].tensor.shape:
-        return None  # (4, 8) and (8, 4) have as many rows, but not the same places
+        return None  # (4, 8) and (8, 4) have as many rows, but other positions
     if not (_is_table(source) or _is_table(target)) and len(source) == len(target) == 1:
         shape = target[0].tensor.shape
         squeezed = source[0].tensor.squeeze().shape == target[0].tensor.squeeze().shape
@@ -97,14 +96,14 @@ def _fit(source: list[Part], target: list[Part]) -> list[Tensor] | None:
 
 
 def _is_computed(module: nn.Module, name: str, source: list[Part]) -> bool:
-    """Whether the tensor is a table that the module does not save but computes."""
+    """Whether the tensor is a table that the module computes instead of saving it."""
     table = dict(module.named_modules()).get(name)
     if not isinstance(table, FixedTable):
         return False
     theirs, ours = _rows(source[0].tensor), table()
     if not theirs.is_floating_point():
         return False
-    # both are rounded, and so is each place before its sine
+    # both are rounded, and so is each position before its sine
     rounding = max(torch.finfo(t.dtype).eps for t in (theirs, ours))
     atol = rounding + len(theirs) * torch.finfo(torch.float32).eps
     return theirs.shape == ours.shape and torch.allclose(
@@ -113,7 +112,7 @@ def _is_computed(module: nn.Module, name: str, source: list[Part]) -> bool:
 
 
 def _resize(name: str, source: list[Part], target: list[Part]) -> list[Tensor] | None:
-    """Tables interpolated along the grid, prefix rows kept; None where that cannot be."""
+    """Tables interpolated along the grid, with prefix rows kept; None if that is impossible."""
     if not _is_table(target):
         return None
     grid = tuple(target[-1].tensor.shape[:-1])
@@ -140,7 +139,7 @@ def _resize(name: str, source: list[Part], target: list[Part]) -> list[Tensor] |
 
 
 def _resize_distances(table: Tensor, grid: tuple[int, ...]) -> Tensor:
-    """A table over distances 0, 1, ... on each axis, interpolated as one over both directions."""
+    """Interpolate a table over distances 0, 1, ... on each axis as one over both directions."""
     for axis in range(len(grid)):
         table = torch.cat((table.narrow(axis, 1, table.shape[axis] - 1).flip(axis), table), axis)
     both = resize_grid(table, tuple(2 * g - 1 for g in grid))
@@ -148,7 +147,7 @@ def _resize_distances(table: Tensor, grid: tuple[int, ...]) -> Tensor:
 
 
 def _guess_grid(cells: int, like: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The grid of a table that does not say: of the target's proportions, or else square."""
+    """Guess the grid of a table of ``cells`` rows: same aspect ratio as the target, else square."""
     if cells < 1:
         return None
     for shape in (like, (1,) * len(like)):
@@ -165,7 +164,7 @@ def _match(
     target: Mapping[str, list[Part]],
     resize: bool,
 ) -> tuple[LoadReport, list[str], list[tuple[Tensor, Tensor]]]:
-    """The report, what stands against a strict load, and pairs of (to be filled, by what)."""
+    """The report, the problems of a strict load, and pairs of (target tensor, new values)."""
     report = LoadReport([], [], [], [])
     extra: list[str] = []
     missing: list[str] = []
@@ -197,7 +196,7 @@ def _match(
     for keys in report:
         keys.sort()
     kinds = {"missing": missing, "not in the module": extra}
-    problems = [f"{what}: {_some(keys)}" for what, keys in kinds.items() if keys] + misfits
+    problems = [f"{what}: {_first_keys(keys)}" for what, keys in kinds.items() if keys] + misfits
     return report, problems, pairs
 
 
@@ -208,29 +207,29 @@ def load_weights(
     resize: bool = False,
     strict: bool = True,
 ) -> LoadReport:
-    """Load weights into a model or mixer, whole or not at all.
+    """Load weights into a model or mixer, completely or not at all.
 
-    Understood names: ours; those of vision_xformer 0.1.8 to 0.2.0 (ViN, ViP, ViL, FNet, FNet2D);
-    those of performer-pytorch, nystrom-attention and linformer, whose modules may also be filled;
+    Understood keys: ours; those of vision_xformer 0.1.8 to 0.2.0 (ViN, ViP, ViL, FNet, FNet2D);
+    those of performer-pytorch, nystrom-attention and linformer, whose modules can be loaded, too;
     timm's ViT, LeViT, CaiT, CrossViT, Swin, ConvMixer, MLP-Mixer and gMLP, transformers' CvT, and
     the Compact-Transformers of the CCT authors.
 
     Args:
-        module: what to load into.
+        module: the module to load into.
         weights: a state dict, or a file of one (.safetensors, or a PyTorch file of tensors only).
-        resize: interpolate tables that have a row for each token (positions, Linformer's length
-            projections) or distance (LeViT's bias) to the module's grid: bicubic on images; prefix
-            rows are kept. A table of another library does not say its grid: as many rows are taken
-            as of the module's, others as of its proportions, or else as square.
-        strict: refuse weights that are not all of the module's and no others. Otherwise what fits
-            is loaded, and the report says what does not.
+        resize: interpolate tables that have a row for each token (positions, the projections of
+            Linformer) or distance (the bias of LeViT) to the grid of the module: bicubic on images;
+            prefix rows are kept. A table of another library does not store its grid, so it is
+            guessed: same number of rows, else same aspect ratio, else square.
+        strict: require exactly the tensors of the module. Otherwise those that fit are loaded, and
+            the report lists the others.
 
     Returns:
-        Which keys were used, resized, left out and not given.
+        The keys that were used, resized, left out and not given.
 
     Raises:
-        ValueError: with ``strict``, if a tensor is missing, left over or of another shape; it names
-            the keys. Without, if nothing fits. Nothing is loaded then.
+        ValueError: with ``strict``, if a tensor is missing, unexpected or of another shape; it
+            names the keys. Without, if nothing fits. The module is left untouched.
     """
     where = ""
     if isinstance(weights, str | os.PathLike):
@@ -242,10 +241,10 @@ def load_weights(
         raise ValueError(
             f"this {type(module).__name__} is on the meta device: call to_empty(device=...) first"
         )
-    library = family_of(own)
+    library = library_of(own)
     if library is not None:
-        raise ValueError(f"load_weights does not fill modules of {library.library}")
-    report, problems, loaded = _match(module, by_our_name(weights), by_our_name(own), resize)
+        raise ValueError(f"load_weights does not fill modules of {library.name}")
+    report, problems, loaded = _match(module, group_by_name(weights), group_by_name(own), resize)
     if (strict and problems) or not loaded:
         raise ValueError(
             f"weights{where} are not those of this {type(module).__name__}: {'; '.join(problems)}"
@@ -257,7 +256,11 @@ def load_weights(
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a file; one that is torn or holds anything but tensors is a ValueError."""
+    """Read the tensors of a file.
+
+    Raises:
+        ValueError: for a file that is missing, truncated, or contains anything but tensors.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no weights at {path}")

@@ -1,0 +1,157 @@
+"""Models by name, by configuration, and in files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .backbones import BACKBONES, Config, VisionModel
+from .names import name_to_config, with_mixer
+from .options import check_options, check_types
+from .weights import load_weights, read_weights
+
+
+def create_model(
+    name: str | Config | Mapping[str, Any],
+    *,
+    image_size: int | tuple[int, ...] | None = None,
+    channels: int | None = None,
+    mixer: str | None = None,
+    mixer_options: Mapping[str, Any] | None = None,
+    weights: Mapping[str, Tensor] | str | os.PathLike[str] | None = None,
+    **overrides: Any,
+) -> VisionModel:
+    """Build a model (B, C, *shape) -> (B, num_classes) by name, or from the ``config`` of another.
+
+    Args:
+        name: one of :func:`list_models` (case, ``-`` and ``_`` are ignored), a configuration, or
+            its ``to_dict()``.
+        image_size: pixels on all axes, or on each; sets ``input_shape``.
+        channels: number of input channels C; sets ``input_shape``.
+        mixer: another token mixer, see :func:`~vision_xformer.list_mixers`. Options and heads of
+            the name that it does not have are left out.
+        mixer_options: added to those of the name; an option that the mixer does not have raises an
+            error. ``stem_options`` likewise.
+        weights: a state dict or a file of one, under any names that
+            :func:`~vision_xformer.load_weights` understands. Tensors that fit are loaded; a warning
+            lists the others. To require all of them, or to resize tables, call ``load_weights``.
+        overrides: any other field of the configuration, such as ``num_classes``, or
+            ``input_shape=(1, 4096)`` for signals and ``(1, 28, 28, 28)`` for volumes.
+
+    Returns:
+        The model in training mode, with new weights except for those given.
+
+    Raises:
+        ValueError: for an unknown name, field or option (with the nearest), or values that do not
+            fit together.
+    """
+    check_types({"mixer": mixer, "mixer_options": mixer_options}, create_model)
+    config = _config_of(name, mixer)
+    what = f"model {name!r}" if isinstance(name, str) else f"backbone {config.backbone!r}"
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    given = {"mixer": mixer, "mixer_options": mixer_options}
+    changes = overrides | {k: v for k, v in given.items() if v is not None}
+    check_options(what, changes, {*fields, "image_size", "channels"})
+    if image_size is not None or channels is not None:
+        if "input_shape" in changes:
+            raise ValueError("give either input_shape or image_size and channels, not both")
+        changes["input_shape"] = input_shape_of(config.input_shape, image_size, channels)
+    if mixer is not None and mixer != fields["mixer"]:
+        fields |= with_mixer(fields, mixer, fields["mixer_options"])
+    same_stem = changes.get("stem", fields.get("stem")) == fields.get("stem")
+    for option, kept in (("mixer_options", True), ("stem_options", same_stem)):
+        if option in changes and kept:
+            changes[option] = {**fields[option], **changes[option]}
+    model = BACKBONES[config.backbone](type(config)(**{**fields, **changes}))
+    if weights is not None:
+        report = load_weights(model, weights, strict=False)
+        if report.unused or report.missing:
+            warnings.warn(f"weights of {what}: {report}", stacklevel=2)
+    return model
+
+
+def _config_of(name: str | Config | Mapping[str, Any], mixer: str | None) -> Config:
+    if isinstance(name, str):
+        return name_to_config(name, mixer)
+    if isinstance(name, Config):
+        return name
+    if not isinstance(name, Mapping) or not isinstance(name.get("backbone"), str):
+        raise ValueError(
+            f"a model is a name, a Config or its dict with the key 'backbone', not {name!r}"
+        )
+    return BACKBONES[name["backbone"]].config_class.from_dict(name)
+
+
+def input_shape_of(
+    default: tuple[int, ...], image_size: int | tuple[int, ...] | None, channels: int | None
+) -> tuple[int, ...]:
+    """The shape (C, *shape) for an image size and channels; None keeps those of ``default``.
+
+    Raises:
+        ValueError: for a value of the wrong type.
+    """
+    check_types({"image_size": image_size, "channels": channels}, create_model)
+    size = default[1:]
+    if isinstance(image_size, int):
+        size = (image_size,) * len(size)
+    elif image_size is not None:
+        size = tuple(image_size)
+    return (default[0] if channels is None else channels, *size)
+
+
+def save_model(model: VisionModel, path: str | os.PathLike[str]) -> None:
+    """Write weights and configuration to one safetensors file, atomically.
+
+    Raises:
+        ValueError: for another kind of module, or a path that cannot be the file.
+        OSError: if it cannot be written.
+    """
+    path = Path(path)
+    if not isinstance(model, VisionModel):
+        raise ValueError(f"save_model takes a model of create_model, not a {type(model).__name__}")
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path} must end in .safetensors")
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"{path} must be a file in a folder that exists")
+    metadata = {"format": "pt", "config": json.dumps(model.config.to_dict())}
+    state = {k: v.contiguous() for k, v in model.state_dict().items()}
+    part = path.with_name(f".{path.name}.part")
+    try:
+        save_file(state, part, metadata)
+        part.replace(path)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_model(path: str | os.PathLike[str]) -> VisionModel:
+    """Rebuild a model from a file of :func:`save_model`, in evaluation mode on the CPU.
+
+    Raises:
+        ValueError: for a file without a configuration, or one that does not fit its weights.
+    """
+    state = read_weights(path)
+    metadata = None
+    if Path(path).suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+    if not metadata or "config" not in metadata:
+        raise ValueError(f"{path} has no model configuration: was it written by save_model?")
+    try:
+        model = create_model(json.loads(metadata["config"]))
+        # in the type it was saved in
+        model.to(next(t.dtype for t in state.values() if t.is_floating_point()))
+        load_weights(model, state)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return model.eval()
