@@ -1,9 +1,8 @@
 """Operations of a forward pass.
 
-A multiplication with its addition is 2; those of matrix products and convolutions count, those for
-each element do not (the convention of ``torch.utils.flop_counter``). Kernels and mixers may state
-their own number: a counter sees no FFT, and would count what an implementation does in excess of
-its equation.
+A multiply-add counts as 2. Matrix products and convolutions are counted; element-wise operations
+are ignored (the convention of ``torch.utils.flop_counter``). Kernels and mixers may state their own
+number: a counter sees no FFT, and would count what an implementation does beyond its equation.
 """
 
 from __future__ import annotations
@@ -16,10 +15,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def count_flops(module: nn.Module, *inputs: Any) -> int:
-    """Operations of ``module(*inputs)`` in evaluation mode; tensors on "meta" are enough.
+    """Count the operations of ``module(*inputs)`` in evaluation mode.
 
-    A part with a method ``flops``, which is called with what the part is called with, counts for
-    what that returns.
+    A submodule with a method ``flops`` counts for what that returns; it is called like the module.
+
+    Args:
+        module: a model, mixer or any other module.
+        inputs: what it is called with; tensors on the meta device are enough.
+
+    Returns:
+        Floating-point operations.
     """
     counter = FlopCounterMode(display=False)
     stated, before = 0, 0
@@ -39,7 +44,8 @@ def count_flops(module: nn.Module, *inputs: Any) -> int:
             hooks.append(part.register_forward_hook(stop, with_kwargs=True))
     training = {part: part.training for part in module.modules()}
     try:
-        with counter, torch.enable_grad():  # without, the counter fails on a bare parameter
+        # without gradients the counter fails on a bare parameter
+        with counter, torch.enable_grad():
             module.eval()(*inputs)
     finally:
         for part, mode in training.items():

@@ -39,6 +39,7 @@ class TokenBatchNorm(nn.BatchNorm1d):
     """Batch norm over samples and tokens. Shape: (B, N, D) -> same."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalize: (B, N, D) -> (B, N, D)."""
         return super().forward(x.flatten(0, 1)).view_as(x)
 
 
@@ -73,6 +74,7 @@ class ConvNorm(nn.Module):
         self.strided_depthwise = groups > 1 and max(self.conv.stride) > 1
 
     def forward(self, x: Tensor) -> Tensor:
+        """Convolve and normalize: (B, C, *grid) -> (B, E, *ceil(grid / stride))."""
         if x.device.type != "cpu" or not (self.strided_depthwise and x.requires_grad):
             return self.norm(self.conv(x))
         # On CPU, the half-precision input gradient of a strided depth-wise conv is 15x slower.
@@ -108,6 +110,7 @@ class LinearNorm(nn.Module):
         nn.init.constant_(self.norm.weight, norm_weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Project and normalize: (B, N, D) -> (B, N, E)."""
         return self.norm(self.linear(x))
 
     def fused(self) -> nn.Module:
@@ -126,6 +129,7 @@ class NormLinear(nn.Module):
         self.linear = nn.Linear(dim, out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalize and project: (B, D) -> (B, E)."""
         return self.linear(self.norm(x))
 
     def fused(self) -> nn.Module:
@@ -158,6 +162,7 @@ class DistilledHead(nn.Module):
         self.separate: bool = False
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Classify: (B, D) -> (B, num_classes), or two of these."""
         labels, teacher = self.labels(x), self.teacher(x)
         if self.separate and self.training:
             return labels, teacher
@@ -172,4 +177,5 @@ class SequencePool(nn.Module):
         self.attention = nn.Linear(dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Pool: (B, N, D) -> (B, D)."""
         return (self.attention(x).softmax(1).mT @ x).squeeze(1)

@@ -40,6 +40,7 @@ class TokenTable(nn.Module):
         self.register_parameter("prefix", prefix)
 
     def forward(self) -> Tensor:
+        """The table (N, C)."""
         rows = self.grid.flatten(0, -2)
         return rows if self.prefix is None else torch.cat((self.prefix, rows))
 
@@ -92,6 +93,7 @@ class FixedTable(nn.Module):
         return self
 
     def forward(self) -> Tensor:
+        """The table (N, C)."""
         return self.table
 
 
@@ -218,6 +220,7 @@ class PositionBias(TokenTable, AttentionBias):
         self.offsets = _Offsets(grid, stride)
 
     def forward(self) -> Tensor:
+        """The bias (H, N, M)."""
         return _bias_map(self.grid.flatten(0, -2), self.offsets(), self.shape)
 
 
@@ -240,6 +243,7 @@ class RelativeBias(AttentionBias):
         self.offsets = _Offsets(TokenGrid(shape), signed=True)
 
     def forward(self) -> Tensor:
+        """The bias (H, N, N)."""
         return _bias_map(self.table(), self.offsets(), (self.length, self.length))
 
 
@@ -266,6 +270,7 @@ class DynamicBias(AttentionBias):
         self.offsets = _Offsets(TokenGrid(shape), signed=True)
 
     def forward(self) -> Tensor:
+        """The bias (H, N, N)."""
         like = next(self.parameters())
         axes = [torch.arange(1 - g, g, device=like.device, dtype=like.dtype) for g in self.shape]
         rows = self.layers(torch.cartesian_prod(*axes).view(-1, len(axes)))

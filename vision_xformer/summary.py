@@ -1,4 +1,4 @@
-"""What a model is made of, as text."""
+"""Text summary of a model."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def _shapes(model: nn.Module, sample: Tensor) -> dict[str, tuple[int, ...]]:
 
 
 def summary(model: nn.Module, sample: Tensor, depth: int) -> str:
-    """A table of the parts down to ``depth`` that have parameters: kind, output shape, parameters.
+    """A table of modules with parameters down to ``depth``: type, output shape, parameters.
 
-    What is deeper is counted in what holds it.
+    Deeper modules are counted in their parents. ``sample`` is a batch of one, (1, C, *shape).
     """
     shapes = _shapes(model, sample)
-    rows = [("part", "kind", "output", "parameters")]
+    rows = [("module", "type", "output", "parameters")]
 
     def visit(name: str, module: nn.Module, level: int) -> None:
         label = "  " * level + (name.rpartition(".")[2] or "(model)")
@@ -56,8 +56,8 @@ def summary(model: nn.Module, sample: Tensor, depth: int) -> str:
     visit("", model, 0)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
-    for part, kind, shape, size in rows:
-        cells = part.ljust(widths[0]), kind.ljust(widths[1]), shape.ljust(widths[2])
+    for name, kind, shape, size in rows:
+        cells = name.ljust(widths[0]), kind.ljust(widths[1]), shape.ljust(widths[2])
         lines.append("  ".join((*cells, size.rjust(widths[3]))))
     lines.insert(1, "-" * len(lines[0]))
     return "\n".join(lines)

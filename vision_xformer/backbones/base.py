@@ -82,7 +82,7 @@ class VisionModel(nn.Module):
         return {k: (tuple(v.shape), v.dtype) for k, v in self.state_dict().items()}
 
     def summary(self, depth: int = 2) -> str:
-        """A table of modules down to ``depth``: type, output shape for one sample, parameters."""
+        """A table of modules down to ``depth``: type, output shape of one sample, parameters."""
         sample = torch.zeros(1, *self.config.input_shape).to(next(self.parameters()))
         return summary(self, sample, depth)
 
@@ -178,7 +178,7 @@ class Stage(Checkpointed):
         return (self[index] for index in range(self.depth))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the stage to the output of the previous one."""
+        """Apply the stage to the tokens of the previous one: (B, M, C) -> (B, N, D)."""
         if self.downsample is not None:
             x = self.checkpointed(self.downsample, x)
         rope = None if self.rope is None else self.rope()
@@ -221,6 +221,7 @@ class LayerScale(nn.Module):
         self.gamma = nn.Parameter(torch.full((dim,), float(init)))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Scale the channels: (..., D) -> same."""
         return x * self.gamma
 
 

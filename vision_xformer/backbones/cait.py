@@ -69,6 +69,7 @@ class ClassStage(Checkpointed):
         self.blocks, self.grid = nn.ModuleList(blocks), grid
 
     def forward(self, x: Tensor) -> Tensor:
+        """Update the class token: (B, N, D) -> (B, 1, D)."""
         token = self.cls_token.expand(x.shape[0], -1, -1)
         for block in self.blocks:
             token = self.checkpointed(block, token, x, self.grid)

@@ -30,12 +30,15 @@ class ClassProjection(SplitProjection):
     """
 
     def inputs(self, x: Tensor, grid: TokenGrid) -> tuple[Tensor, Tensor, Tensor]:
+        """The first token (B, 1, D), and all tokens (B, N, D) twice."""
         return x[:, :1], x, x
 
     def queries(self, grid: TokenGrid) -> TokenGrid:
+        """The grid of the class token alone."""
         return _class_token(grid)
 
     def angles(self, rope: Tensor, grid: TokenGrid) -> tuple[Tensor, Tensor]:
+        """The angles (1, A) of the class token and (N, A) of all tokens."""
         return rope[:1], rope
 
 
@@ -88,7 +91,7 @@ class ClassBlock(Block):
     """A block that updates only the class token. Shape: (B, 1, D), (B, N, D) -> (B, 1, D)."""
 
     def forward(self, token: Tensor, x: Tensor, grid: TokenGrid) -> Tensor:  # type: ignore[override]
-        """Attend from ``token`` to itself and ``x``; ``grid`` is that of both together."""
+        """Attend from ``token`` (B, 1, D) to itself and ``x`` (B, N, D), on one grid: (B, 1, D)."""
         y = self.mixer(self.norm1(torch.cat((token, x), 1)), grid)
         token = token + self.drop_path(self.scale1(y))
         if self.mlp is None:

@@ -1,5 +1,7 @@
-"""CrossFormer (Wang et al. 2021, arXiv 2108.00154): patches of several sizes, short- and
-long-distance attention."""
+"""CrossFormer (Wang et al. 2021, arXiv 2108.00154) with any mixer that has queries and keys.
+
+Patches of several sizes become tokens; short- and long-distance attention alternate.
+"""
 
 from __future__ import annotations
 
@@ -48,6 +50,7 @@ class CrossScale(nn.Module):
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
+        """Convolve: (B, C, *shape) -> (B, D, *shape / stride)."""
         return torch.cat([conv(x) for conv in self.convs], 1)
 
 
@@ -71,6 +74,7 @@ class CrossScaleMerging(nn.Module):
         self.merge = CrossScale(dim, out_dim, kernels, (2,) * len(grid.shape))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Halve the grid: (B, N, D) -> (B, n, E)."""
         return on_grid(self.merge, self.norm(x), self.grid)
 
 
@@ -157,17 +161,20 @@ class CrossFormer(Pyramid):
     }  # fmt: skip
 
     def make_stem(self) -> nn.Module:
+        """Parallel convolutions, (B, C, *shape) -> (B, D, *grid)."""
         c = self.config
         patch_size, _ = patch_grid(c.input_shape, c.patch_size)
         return CrossScale(c.input_shape[0], c.dims[0], c.stem_kernels, patch_size)
 
     def make_merging(self, index: int, grid: TokenGrid) -> nn.Module:
+        """Parallel convolutions over the grid, (B, N, D) -> (B, n, E)."""
         c = self.config
         return CrossScaleMerging(
             grid, c.dims[index - 1], c.dims[index], c.merge_kernels, c.norm_eps
         )
 
     def make_attention(self, index: int, odd: bool, grid: TokenGrid) -> Mixer:
+        """Attention in windows, at an interval in odd blocks: (B, N, D) -> (B, N, D)."""
         c = self.config
         window, interval = c.window, 1
         if odd and min(grid.shape) > window:  # else one window is the whole grid

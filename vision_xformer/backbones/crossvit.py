@@ -100,6 +100,7 @@ class Branch(nn.Module):
         self.position = LearnedPosition(self.grid, dim, c.position_std)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Embed the image: (B, C, *shape) -> (B, N, D)."""
         if x.shape[2:] != torch.Size(self.shape):
             x = F.interpolate(x, self.shape, mode=_RESIZE[len(self.shape)], align_corners=False)
         token = self.cls_token.expand(x.shape[0], -1, -1)
@@ -136,6 +137,7 @@ class Exchange(nn.Module):
         self.grid = grid
 
     def forward(self, token: Tensor, x: Tensor) -> Tensor:
+        """Attend from the class token (B, 1, D) to ``x`` (B, N, E): (B, 1, D)."""
         return self.proj_out(self.block(self.proj_in(token), x, self.grid))
 
 
@@ -170,6 +172,7 @@ class CrossStage(Checkpointed):
         )
 
     def forward(self, xs: list[Tensor]) -> list[Tensor]:
+        """Apply the stage to both branches: two of (B, N, D) -> two of (B, N, D)."""
         xs = [stage(x) for stage, x in zip(self.branches, xs, strict=True)]
         tokens = [
             self.checkpointed(exchange, xs[branch][:, :1], xs[1 - branch][:, 1:])
@@ -186,6 +189,7 @@ class BranchHeads(nn.Module):
         self.heads = nn.ModuleList(heads)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Classify both branches: (B, D + E) -> (B, num_classes)."""
         parts = x.split([head.in_features for head in self.heads], -1)
         logits = [head(part) for head, part in zip(self.heads, parts, strict=True)]
         return (logits[0] + logits[1]) / 2

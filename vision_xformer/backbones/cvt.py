@@ -95,6 +95,8 @@ class ConvProjection(SplitProjection):
     Prefix tokens bypass the convolutions. q is divided by the square root of the number of heads:
     with the 1/sqrt(K) of the kernels the logits are scaled by 1/sqrt(D), as the authors do.
 
+    Shape: (B, N, D) -> (B, N, H K), (B, M, G K), (B, M, G V)
+
     Args:
         dim: token width D.
         grid: positions of the N tokens.
@@ -124,12 +126,14 @@ class ConvProjection(SplitProjection):
         )
 
     def inputs(self, x: Tensor, grid: TokenGrid) -> tuple[Tensor, Tensor, Tensor]:
+        """Convolve: (B, N, D) -> (B, N, D), (B, M, D), (B, M, D)."""
         q, k, *v = (on_grid(conv, x, grid) for conv in self.convs)
         return q, k, v[0] if v else k
 
     def forward(
         self, x: Tensor, grid: TokenGrid, shorten: Shorten | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Project: (B, N, D) -> (B, N, H K), (B, M, G K), (B, M, G V)."""
         q, k, v = super().forward(x, grid, shorten)
         return q * self.q_scale, k, v
 
@@ -224,6 +228,7 @@ class CvTEmbedding(nn.Module):
         self.grid = TokenGrid(out_shape, int(class_token))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Embed: (B, M, C) -> (B, N, D)."""
         x = self.norm(on_grid(self.conv, x, self.in_grid))
         if self.cls_token is None:
             return x

@@ -96,6 +96,8 @@ class LeViTConfig(StageFields, MixerConfig):
 class NormProjection(Projection):
     """Linear layers to q, k and v, each followed by batch norm; queries may be strided.
 
+    Shape: (B, N, D) -> (B, n, H K), (B, N, G K), (B, N, G V)
+
     Args:
         dim: token width D.
         grid: positions of the N tokens.
@@ -113,6 +115,7 @@ class NormProjection(Projection):
             self.kv = LinearNorm(dim, sum(widths[1:]))
 
     def forward(self, x: Tensor, grid: TokenGrid) -> tuple[Tensor, Tensor, Tensor]:
+        """Project: (B, N, D) -> (B, n, H K), (B, N, G K), (B, N, G V)."""
         if self.stride == 1:
             q, k, *v = self.qkv(x).split(self.widths, -1)
         else:
@@ -228,6 +231,7 @@ class Downsample(nn.Module):
         self.block, self.grid, self.rope = block, grid, rope
 
     def forward(self, x: Tensor) -> Tensor:
+        """Halve the grid: (B, N, D) -> (B, n, E)."""
         return self.block(x, self.grid, None if self.rope is None else self.rope())
 
 

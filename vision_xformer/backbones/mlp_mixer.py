@@ -1,5 +1,7 @@
-"""MLP-Mixer (Tolstikhin et al. 2021, arXiv 2105.01601) and gMLP (Liu et al. 2021, arXiv
-2105.08050): ViT whose tokens are mixed by linear layers along the length, or by any other mixer."""
+"""MLP-Mixer (Tolstikhin et al. 2021, arXiv 2105.01601) and gMLP (Liu et al. 2021, 2105.08050).
+
+Both are ViT whose tokens are mixed by linear layers along the length, or by any other mixer.
+"""
 
 from __future__ import annotations
 

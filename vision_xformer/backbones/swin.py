@@ -47,6 +47,7 @@ class PatchMerging(nn.Module):
         self.linear = nn.Linear(neighbors * dim, out_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Halve the grid: (B, N, D) -> (B, n, E)."""
         shape = self.grid.shape
         x = x.unflatten(1, shape)
         if any(size % 2 for size in shape):
@@ -86,15 +87,18 @@ class Swin(Pyramid):
     }  # fmt: skip
 
     def make_stem(self) -> nn.Module:
+        """A convolution over patches, (B, C, *shape) -> (B, D, *grid)."""
         channels, *shape = self.config.input_shape
         patch_size, _ = patch_grid(self.config.input_shape, self.config.patch_size)
         return CONV[len(shape)](channels, self.config.dims[0], patch_size, patch_size)
 
     def make_merging(self, index: int, grid: TokenGrid) -> nn.Module:
+        """Patch merging, (B, N, D) -> (B, n, E)."""
         c = self.config
         return PatchMerging(grid, c.dims[index - 1], c.dims[index], c.norm_eps)
 
     def make_attention(self, index: int, odd: bool, grid: TokenGrid) -> Mixer:
+        """Attention in windows, shifted in odd blocks: (B, N, D) -> (B, N, D)."""
         c = self.config
         return window_attention(
             c.mixer, c.mixer_options, dim=c.dims[index], heads=c.heads_of(index), grid=grid,

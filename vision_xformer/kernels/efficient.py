@@ -34,6 +34,7 @@ class EfficientAttention(Kernel):
         keys: TokenGrid,
         bias: Tensor | None = None,
     ) -> Tensor:
+        """Attend: q (B, H, N, K), k (B, G, M, K), v (B, G, M, V) -> (B, H, N, V)."""
         wide_q, wide_k = to_accumulate(q, k)
         context = wide_k.softmax(-2).to(v.dtype).mT @ v
         return wide_q.softmax(-1).to(v.dtype) @ context

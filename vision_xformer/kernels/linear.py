@@ -1,6 +1,6 @@
-"""Linear attention (Katharopoulos et al. 2020, arXiv 2006.16236, eq. 4-7) with f(x) = elu(x) + 1:
+"""Linear attention (Katharopoulos et al. 2020, arXiv 2006.16236, eq. 4-7).
 
-f(q) (f(k)^T v) / (f(q) sum f(k)). The cost is N K V; nothing N x M exists.
+f(q) (f(k)^T v) / (f(q) sum f(k)) with f(x) = elu(x) + 1. The cost is N K V; nothing N x M exists.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class LinearAttention(Kernel):
         keys: TokenGrid,
         bias: Tensor | None = None,
     ) -> Tensor:
+        """Attend: q (B, H, N, K), k (B, G, M, K), v (B, G, M, V) -> (B, H, N, V)."""
         fq, fk, values = to_accumulate(_feature(q), _feature(k), v)
         y = fq @ (fk.mT @ F.pad(values, (0, 1), value=1.0))  # the last column: sums of weights
         return (y[..., :-1] / y[..., -1:]).to(v.dtype)

@@ -18,7 +18,7 @@ from .softmax import MapKernel, attend
 
 
 class LengthProjection(TokenTable):
-    """E or F: a row of R weights for each of the M keys. Shape: () -> (M, R).
+    """E or F, a row of R weights for each of the M keys. Shape: () -> (M, R).
 
     It is initialized as average pooling over R patches of the grid plus noise, so that the first
     steps attend to a smaller image instead of to random sums whose variance grows with M.
@@ -39,12 +39,12 @@ class LengthProjection(TokenTable):
 
 
 def _shorten(x: Tensor, weights: Tensor) -> Tensor:
-    """(B, M, C), (M, R) -> (B, R, C). A broadcasting matmul would copy x; bmm does not."""
+    """Sum over tokens, (B, M, C), (M, R) -> (B, R, C); a broadcasting matmul would copy x."""
     return torch.bmm(weights.mT.expand(x.shape[0], -1, -1), x)
 
 
 def _merge_heads(x: Tensor) -> Tensor:
-    """(B, G, M, C) -> (B, M, G C)"""
+    """(B, G, M, C) -> (B, M, G C)."""
     return x.transpose(1, 2).flatten(2)
 
 
@@ -92,6 +92,7 @@ class Linformer(MapKernel):
 
     @property
     def operand_widths(self) -> tuple[int, ...]:
+        """Widths of q, k and v over all heads, see :class:`Kernel`."""
         heads, key_dim, value_dim, *_ = self.site
         values = () if self.share_kv else (self.kv_heads * value_dim,)
         return heads * key_dim, self.kv_heads * key_dim, *values
@@ -119,7 +120,13 @@ class Linformer(MapKernel):
         *,
         shortened: bool = False,
     ) -> Tensor:
-        """Attend, see :meth:`Kernel.forward`; with ``shortened``, k and v have R rows already."""
+        """Attend: q (B, H, N, K), k (B, G, M, K), v (B, G, M, V) -> (B, H, N, V).
+
+        With ``shortened``, k and v have R rows already, those of :meth:`shorten`.
+
+        Raises:
+            ValueError: for keys on another grid than that of the site.
+        """
         if keys != self.site.keys:
             raise ValueError(
                 f"{type(self).__name__} was built for keys on {self.site.keys} and cannot take "
@@ -155,4 +162,5 @@ class Linformer(MapKernel):
         return 2 * batch * self.rank * (heads * length * widths + shortening)
 
     def extra_repr(self) -> str:
+        """The options that ``print`` shows."""
         return ", ".join(filter(None, (f"rank={self.rank}", super().extra_repr())))

@@ -1,8 +1,10 @@
-"""Nyströmformer (Xiong et al. 2021, arXiv 2102.03902, eq. 13-15) with landmarks ql, kl:
+"""Nyströmformer (Xiong et al. 2021, arXiv 2102.03902, eq. 13-15).
 
-softmax(q kl^T) pinv(softmax(ql kl^T)) softmax(ql k^T) v  +  depth-wise convolution of v,
+With landmarks ql and kl, and all logits scaled by 1/sqrt(K):
 
-all logits scaled by 1/sqrt(K). The two outer maps are fused attention calls, so nothing N x m is
+    softmax(q kl^T) pinv(softmax(ql kl^T)) softmax(ql k^T) v  +  depth-wise convolution of v
+
+The two outer maps are fused attention calls, so nothing N x m is
 stored. pinv is a fixed number of Newton-Schulz steps (eq. 14): a regularized inverse that the
 method relies on. Its start is scaled for each matrix alone, so no image depends on its batch.
 """
@@ -156,6 +158,7 @@ class Nystrom(Kernel):
         keys: TokenGrid,
         bias: Tensor | None = None,
     ) -> Tensor:
+        """Attend: q (B, H, N, K), k (B, G, M, K), v (B, G, M, V) -> (B, H, N, V)."""
         if len(queries.shape) != len(keys.shape):
             raise ValueError(f"queries on {queries} and keys on {keys} differ in their axes")
         parts = self._parts(queries, keys)
@@ -199,4 +202,5 @@ class Nystrom(Kernel):
         return q.shape[0] * self.site.heads * (outer + core + 2 * length * value_dim * taps)
 
     def extra_repr(self) -> str:
+        """The options that ``print`` shows."""
         return f"landmarks={self.landmarks}, segments={self.segments}"

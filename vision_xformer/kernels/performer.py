@@ -143,8 +143,10 @@ def _blocks(q: Tensor, k: Tensor, w: Tensor) -> Iterator[slice]:
 def _blocked(
     q: Tensor, k: Tensor, v: Tensor, w: Tensor, form: str, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`_attend` with one leading dimension A. It also returns the normalizer
-    (A, N, 1) and the context (A, m, V + 1) for the backward pass."""
+    """Compute :func:`_attend` with one leading dimension A.
+
+    The normalizer (A, N, 1) and the context (A, m, V + 1) are returned for the backward pass.
+    """
     phi_q, phi_k = _maps(form, q.shape[-1])
     out, normalizer, context = _like_blocked(q, k, v, w, form, eps)
     with without_autocast(q):
@@ -281,6 +283,7 @@ class Performer(Kernel):
         keys: TokenGrid,
         bias: Tensor | None = None,
     ) -> Tensor:
+        """Attend: q (B, H, N, K), k (B, G, M, K), v (B, G, M, V) -> (B, H, N, V)."""
         with without_autocast(q):
             q_, k_, v_ = to_accumulate(q, k, v)
             w = self.projection_matrix.to(q_) * self.site.key_dim**-0.25
@@ -308,6 +311,7 @@ class Performer(Kernel):
         return 2 * q.shape[0] * self.site.heads * self.projection_matrix.shape[0] * tokens * widths
 
     def extra_repr(self) -> str:
+        """The options that ``print`` shows."""
         return f"features={self.projection_matrix.shape[0]}, form={self.form}"
 
 

@@ -73,6 +73,7 @@ class MapKernel(Kernel):
         return attend_flops(q, k, v)
 
     def extra_repr(self) -> str:
+        """The options that ``print`` shows."""
         return f"dropout={self.dropout}" if self.dropout else ""
 
 
@@ -98,6 +99,7 @@ class Softmax(MapKernel):
         keys: TokenGrid,
         bias: Tensor | None = None,
     ) -> Tensor:
+        """Attend: q (B, H, N, K), k (B, G, M, K), v (B, G, M, V) -> (B, H, N, V)."""
         return attend(q, k, v, bias, self.dropout_now)
 
 
@@ -123,6 +125,7 @@ class SoftmaxEager(MapKernel):
         keys: TokenGrid,
         bias: Tensor | None = None,
     ) -> Tensor:
+        """Attend: q (B, H, N, K), k (B, G, M, K), v (B, G, M, V) -> (B, H, N, V)."""
         logits = q @ k.mT * self.site.key_dim**-0.5
         if bias is not None:
             logits = logits + bias

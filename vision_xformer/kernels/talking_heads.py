@@ -1,5 +1,8 @@
-"""Talking-heads attention (Shazeer et al. 2020, arXiv 2003.02436; in CaiT, Touvron et al. 2021,
-arXiv 2103.17239): linear layers mix the heads of the map before and after the softmax."""
+"""Talking-heads attention (Shazeer et al. 2020, arXiv 2003.02436).
+
+Linear layers mix the heads of the map before and after the softmax. CaiT uses it (Touvron et al.
+2021, arXiv 2103.17239).
+"""
 
 from __future__ import annotations
 
@@ -49,6 +52,7 @@ class TalkingHeads(MapKernel):
         keys: TokenGrid,
         bias: Tensor | None = None,
     ) -> Tensor:
+        """Attend: q (B, H, N, K), k (B, G, M, K), v (B, G, M, V) -> (B, H, N, V)."""
         logits = _mix(self.before, (q * self.site.key_dim**-0.5) @ k.mT)
         maps = _mix(self.after, logits.softmax(-1))
         return F.dropout(maps, self.dropout_now) @ v

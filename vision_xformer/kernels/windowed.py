@@ -115,6 +115,7 @@ class WindowedKernel(Kernel):
 
     @property
     def operand_widths(self) -> tuple[int, ...]:
+        """Widths of q, k and v over all heads, see :class:`Kernel`."""
         return self.kernel.operand_widths
 
     def forward(
@@ -126,6 +127,7 @@ class WindowedKernel(Kernel):
         keys: TokenGrid,
         bias: Tensor | None = None,
     ) -> Tensor:
+        """Attend: q (B, H, N, K), k (B, G, M, K), v (B, G, M, V) -> (B, H, N, V)."""
         if queries.prefix:
             raise ValueError(f"windows cannot contain {queries.prefix} prefix token(s)")
         shape, window = queries.shape, self.site.keys.shape

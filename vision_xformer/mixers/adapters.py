@@ -32,9 +32,11 @@ class Adapter(Mixer):
         self.proj = nn.Identity() if proj is None else proj
 
     def out_grid(self, grid: TokenGrid) -> TokenGrid:
+        """The positions of the output tokens for an input grid."""
         return grid.strided(self.stride)
 
     def forward(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> Tensor:
+        """Mix tokens: (B, N, D) -> (B, n, E)."""
         self.check(x, grid, rope)
         if self.conv is not None:
             x = on_grid(self.conv, x, grid)

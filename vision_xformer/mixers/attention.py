@@ -70,12 +70,15 @@ class LinearProjection(Projection):
         self.qkv = nn.Linear(dim, sum(widths), bias=bias)
 
     def forward(self, x: Tensor, grid: TokenGrid) -> tuple[Tensor, Tensor, Tensor]:
+        """Project: (B, N, D) -> (B, N, H K), (B, N, G K), (B, N, G V)."""
         q, k, *v = self.qkv(x).split(self.widths, -1)
         return q, k, v[0] if v else k
 
 
 class SplitProjection(Projection):
     """A linear layer each to q, k and v, whose inputs may differ.
+
+    Shape: (B, N, D) -> (B, n, H K), (B, M, G K), (B, M, G V)
 
     Args:
         dim: token width D.
@@ -159,9 +162,11 @@ class Attention(Mixer):
         self.fixed = kernel.fixed or (bias is not None and bias.fixed)
 
     def out_grid(self, grid: TokenGrid) -> TokenGrid:
+        """The positions of the output tokens for an input grid."""
         return self.projection.queries(grid)
 
     def forward(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> Tensor:
+        """Attend: (B, N, D) -> (B, n, E)."""
         if x.shape[1:] != self.tokens_shape or grid != self.grid or rope is not None:
             self.check(x, grid, rope)
         projection, kernel = self.projection, self.kernel

@@ -57,7 +57,7 @@ class Mixer(nn.Module):
         return grid
 
     def check(self, x: Tensor, grid: TokenGrid, rope: Tensor | None) -> None:
-        """Raise a ValueError for inputs that this mixer cannot take."""
+        """Raise a ValueError unless tokens are (B, N, D), and grid and angles (N, A) fit."""
         name = type(self).__name__
         if x.ndim != 3 or x.shape[1:] != (grid.length, self.dim):
             raise ValueError(

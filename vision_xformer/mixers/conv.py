@@ -35,6 +35,7 @@ class DepthwiseConv(Mixer):
         self.conv = CONV[len(grid.shape)](dim, dim, kernel, padding=kernel // 2, groups=dim)
 
     def forward(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> Tensor:
+        """Mix tokens: (B, N, D) -> (B, N, D)."""
         self.check(x, grid, rope)
         if len(grid.shape) != len(self.grid.shape):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""External attention (Guo et al. 2021, arXiv 2105.02358, eq. 5-10) to S learned keys and values:
+"""External attention (Guo et al. 2021, arXiv 2105.02358, eq. 5-10) to S learned keys and values.
 
 norm(q M_k^T) M_v, where norm is a softmax over the N tokens, then a division by the sum over the S
 memory units. Keys and values are parameters: the cost is N S.
@@ -51,6 +51,7 @@ class ExternalAttention(Mixer):
         self.proj = nn.Linear(self.heads * width, dim)
 
     def forward(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> Tensor:
+        """Mix tokens: (B, N, D) -> (B, N, D)."""
         self.check(x, grid, rope)
         q = self.query(x).unflatten(-1, (self.heads, -1))
         (logits,) = to_accumulate(q @ self.memory_k.mT)

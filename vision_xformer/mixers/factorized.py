@@ -1,5 +1,8 @@
-"""A mixer along some axes of the grid only: factorized space-time mixing (Arnab et al. 2021,
-ViViT, arXiv 2103.15691, section 3.3; Bertasius et al. 2021, arXiv 2102.05095)."""
+"""A mixer along some axes of the grid only: factorized space-time mixing.
+
+Arnab et al. 2021 (ViViT, arXiv 2103.15691, section 3.3) and Bertasius et al. 2021 (arXiv
+2102.05095) factorize attention for video.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +36,7 @@ class AxisMixer(Mixer):
         self.updates_prefix = mixer.updates_prefix
 
     def forward(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> Tensor:
+        """Mix tokens: (B, N, D) -> (B, N, D)."""
         self.check(x, grid, rope)
         inner, prefix = subgrid(grid, self.axes), grid.prefix
         y = self._fold(x, grid)

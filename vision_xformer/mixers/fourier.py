@@ -91,6 +91,7 @@ class Fourier(Mixer):
         self.axes, self.norm = axes, norm
 
     def forward(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> Tensor:
+        """Mix tokens: (B, N, D) -> (B, N, D)."""
         self.check(x, grid, rope)
         (y,) = to_accumulate(x)
         if self.axes == "grid":
@@ -104,4 +105,5 @@ class Fourier(Mixer):
         return round(2.5 * x.shape[0] * size * math.log2(size))
 
     def extra_repr(self) -> str:
+        """The options that ``print`` shows."""
         return f"axes={self.axes}, norm={self.norm}"

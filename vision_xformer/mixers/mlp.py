@@ -1,5 +1,7 @@
-"""Linear layers along the length: MLP-Mixer (Tolstikhin et al. 2021, arXiv 2105.01601, eq. 1) and
-gMLP (Liu et al. 2021, arXiv 2105.08050, section 2)."""
+"""Linear layers along the length, as in MLP-Mixer and gMLP.
+
+Tolstikhin et al. 2021 (arXiv 2105.01601, eq. 1) and Liu et al. 2021 (arXiv 2105.08050, section 2).
+"""
 
 from __future__ import annotations
 
@@ -30,6 +32,7 @@ class TokenLinear(nn.Module):
         self.bias = nn.Parameter(torch.full((out_length,), bias))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer: (B, N, C) -> (B, R, C)."""
         weight = self.weight.expand(x.shape[0], -1, -1)
         return torch.baddbmm(self.bias[:, None], weight, x)
 
@@ -63,6 +66,7 @@ class TokenMlp(Mixer):
         self.fc2 = TokenLinear(hidden, grid.length)
 
     def forward(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> Tensor:
+        """Mix tokens: (B, N, D) -> (B, N, D)."""
         self.check(x, grid, rope)
         return self.fc2(F.gelu(self.fc1(x)))
 
@@ -102,6 +106,7 @@ class GatedMlp(Mixer):
         self.fc2 = nn.Linear(hidden // 2, dim)
 
     def forward(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> Tensor:
+        """Mix tokens: (B, N, D) -> (B, N, D)."""
         self.check(x, grid, rope)
         u, v = F.gelu(self.fc1(x)).chunk(2, -1)
         return self.fc2(u * self.gate(self.norm(v)))

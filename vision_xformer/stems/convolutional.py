@@ -104,6 +104,7 @@ class ConvStem(Stem):
         self.convs = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Convolve: (B, C, *shape) -> (B, N, D)."""
         return self.convs(channels_last(x)).flatten(2).mT
 
 
@@ -158,6 +159,7 @@ class Tokenizer(Stem):
         self.pool = MAX_POOL[axes](3, pool_stride, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Convolve and pool: (B, C, *shape) -> (B, N, D)."""
         x = channels_last(x)
         for conv in self.convs:
             x = self.pool(conv(x)).relu()  # relu commutes with max-pool and is cheaper afterwards
@@ -206,6 +208,7 @@ class LeViTStem(Stem):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Convolve: (B, C, *shape) -> (B, N, D)."""
         first, *rest = self.convs
         x = first(channels_last(x))
         for conv in rest:

@@ -47,6 +47,7 @@ class PatchStem(Stem):
         return rearrange(x, _PATCHES[len(sizes)], **sizes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Embed patches: (B, C, *shape) -> (B, N, D)."""
         return self.proj(self.patches(x))
 
 
@@ -73,6 +74,7 @@ class NormPatchStem(PatchStem):
         self.norm_out = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Embed patches: (B, C, *shape) -> (B, N, D)."""
         return self.norm_out(self.proj(self.norm_in(self.patches(x))))
 
 
@@ -113,6 +115,7 @@ class FourierStem(NormPatchStem):
         self.grid = TokenGrid(self.grid.shape, self.freq.grid.length)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Embed patches: (B, C, *shape) -> (B, P + N, D)."""
         # float16 overflows on the plain sums; the following norm removes the scale
         norm = "ortho" if x.dtype == torch.float16 else "backward"
         with without_autocast(x):

@@ -111,7 +111,7 @@ def _unchanged(key: str, tensor: Tensor, state: Mapping[str, Tensor]) -> Tensor:
 
 
 def _timm_levit(key: str, tensor: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-    """timm is head by head (q, k, v of each), ours is q, k and v of all heads; biases (H, M)."""
+    """Reorder rows: timm has q, k, v of each head, ours has q, k, v of all heads; biases (H, M)."""
     if key.endswith(".attention_biases"):
         return tensor.mT
     found = re.match(r"(.+\.)(qkv|kv)\.(linear|bn)\.(?!num_batches)", key)

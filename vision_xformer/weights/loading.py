@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -158,46 +158,63 @@ def _guess_grid(cells: int, like: tuple[int, ...]) -> tuple[int, ...] | None:
     return None
 
 
+class _Match(NamedTuple):
+    """The parts of one parameter in the source and in the module, and how they go together.
+
+    ``values`` are the new values of the target's parts if the kind is "used" or "resized".
+    """
+
+    kind: Literal["used", "resized", "unexpected", "missing", "misfit"]
+    source: list[Part]
+    target: list[Part]
+    values: list[Tensor]
+
+    @property
+    def misfit(self) -> str:
+        keys = " + ".join(part.key for part in self.source)
+        return f"{keys} of shape {_shapes(self.source)} does not fit {_shapes(self.target)}"
+
+
 def _match(
-    module: nn.Module,
-    source: Mapping[str, list[Part]],
-    target: Mapping[str, list[Part]],
-    resize: bool,
-) -> tuple[LoadReport, list[str], list[tuple[Tensor, Tensor]]]:
-    """The report, the problems of a strict load, and pairs of (target tensor, new values)."""
-    report = LoadReport([], [], [], [])
-    extra: list[str] = []
-    missing: list[str] = []
-    misfits: list[str] = []
-    pairs: list[tuple[Tensor, Tensor]] = []
-    for name in source.keys() | target.keys():
-        theirs, ours = source.get(name, []), target.get(name, [])
-        keys, own_keys = [p.key for p in theirs], [p.key for p in ours]
-        if not theirs:
-            missing += own_keys
-            continue
-        if not ours:
-            (report.used if _is_computed(module, name, theirs) else extra).extend(keys)
-            continue
-        new, kind = _fit(theirs, ours), report.used
-        if new is None and resize:
-            new, kind = _resize(name, theirs, ours), report.resized
-        if new is None:
-            hint = "" if resize or not _is_table(ours) else ", resize=True interpolates it"
-            both = f"{_shapes(theirs)} does not fit {_shapes(ours)}"
-            misfits.append(f"{' + '.join(keys)} of shape {both}{hint}")
-            report.unused.extend(keys)
-            report.missing.extend(own_keys)
-        else:
-            kind += keys
-            pairs += [(p.tensor, t) for p, t in zip(ours, new, strict=True)]
-    report.unused.extend(extra)
-    report.missing.extend(missing)
-    for keys in report:
-        keys.sort()
-    kinds = {"missing": missing, "not in the module": extra}
-    problems = [f"{what}: {_first_keys(keys)}" for what, keys in kinds.items() if keys] + misfits
-    return report, problems, pairs
+    module: nn.Module, name: str, source: list[Part], target: list[Part], resize: bool
+) -> _Match:
+    if not source:
+        return _Match("missing", source, target, [])
+    if not target:
+        known = _is_computed(module, name, source)
+        return _Match("used" if known else "unexpected", source, target, [])
+    values = _fit(source, target)
+    if values is not None:
+        return _Match("used", source, target, values)
+    resized = _resize(name, source, target) if resize else None
+    if resized is not None:
+        return _Match("resized", source, target, resized)
+    return _Match("misfit", source, target, [])
+
+
+def _report(matches: list[_Match]) -> LoadReport:
+    def keys(side: Literal["source", "target"], *kinds: str) -> list[str]:
+        return sorted(p.key for m in matches if m.kind in kinds for p in getattr(m, side))
+
+    return LoadReport(
+        used=keys("source", "used"),
+        resized=keys("source", "resized"),
+        unused=keys("source", "unexpected", "misfit"),
+        missing=keys("target", "missing", "misfit"),
+    )
+
+
+def _problems(matches: list[_Match], resize: bool) -> list[str]:
+    """What a strict load refuses, as text."""
+    missing = [p.key for m in matches if m.kind == "missing" for p in m.target]
+    unexpected = [p.key for m in matches if m.kind == "unexpected" for p in m.source]
+    kinds = {"missing": missing, "not in the module": unexpected}
+    problems = [f"{what}: {_first_keys(keys)}" for what, keys in kinds.items() if keys]
+    for match in matches:
+        if match.kind == "misfit":
+            tables = _is_table(match.target) and not resize
+            problems.append(match.misfit + (", resize=True interpolates it" if tables else ""))
+    return problems
 
 
 def load_weights(
@@ -244,15 +261,22 @@ def load_weights(
     library = library_of(own)
     if library is not None:
         raise ValueError(f"load_weights does not fill modules of {library.name}")
-    report, problems, loaded = _match(module, group_by_name(weights), group_by_name(own), resize)
-    if (strict and problems) or not loaded:
+    source, target = group_by_name(weights), group_by_name(own)
+    matches = [
+        _match(module, name, source.get(name, []), target.get(name, []), resize)
+        for name in sorted(source.keys() | target.keys())
+    ]
+    problems = _problems(matches, resize)
+    if (strict and problems) or not any(match.values for match in matches):
         raise ValueError(
             f"weights{where} are not those of this {type(module).__name__}: {'; '.join(problems)}"
         )
     with torch.no_grad():
-        for tensor, value in loaded:
-            tensor.copy_(value)
-    return report
+        for match in matches:
+            if match.values:
+                for part, value in zip(match.target, match.values, strict=True):
+                    part.tensor.copy_(value)
+    return _report(matches)
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
