@@ -112,7 +112,7 @@ def test_every_page_with_python_has_its_snippets_run() -> None:
     """A snippet under another mark would not be run."""
     for file, text in PAGES.items():
         marks = set(re.findall(r"^```(\w*)$", text, re.MULTILINE))
-        assert marks <= {"", "python", "py", "sh", "text", "bibtex"}, file
+        assert marks <= {"", "python", "py", "sh", "text", "bibtex", "math"}, file
 
 
 def test_tables_are_those_of_the_results() -> None:
@@ -288,7 +288,10 @@ def commands(start: str) -> list[list[str]]:
 def test_make_targets_are_there() -> None:
     makefile = (ROOT / "Makefile").read_text()
     found = {
-        t for text in PAGES.values() for t in re.findall(r"^make ([\w-]+)", text, re.MULTILINE)
+        target
+        for file in PAGES
+        for snippet in snippets(file, "sh")
+        for target in re.findall(r"^make ([\w-]+)", snippet, re.MULTILINE)
     }
     found |= {t for text in PAGES.values() for t in re.findall(r"`make ([\w-]+)`", text)}
     assert found >= {"demo", "test", "lint", "docs"}
