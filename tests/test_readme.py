@@ -275,9 +275,12 @@ def test_what_is_said_of_accuracy_is_in_the_results() -> None:
 
 def commands(start: str) -> list[list[str]]:
     """The words of each command of the pages that begins like this."""
-    lines = (
-        line for text in PAGES.values() for line in re.findall(r"^ *(python -m .*)$", text, re.M)
-    )
+    lines = [
+        line
+        for file in PAGES
+        for snippet in snippets(file, "sh")
+        for line in snippet.replace("\\\n", " ").splitlines()
+    ]
     return [
         shlex.split(line.removeprefix(start), comments=True)
         for line in lines
