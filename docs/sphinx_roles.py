@@ -1,14 +1,18 @@
 """Docstrings refer to code as Sphinx does, :func:`~vision_xformer.create_model`; the site shows
-``create_model``, with a link where it has an entry of that name."""
+``create_model``, with a link where the page of the API has an entry of that name."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import griffe
 
-_ROLE = re.compile(r":(?:func|class|meth|mod|attr):`(~?)([\w.]+)`")
+_ROLE = re.compile(r":(?:func|class|meth|mod|attr|data):`(~?)([\w.]+)`")
+_ENTRIES = set(
+    re.findall(r"^::: vision_xformer\.(\w+)$", Path(__file__).with_name("api.md").read_text(), re.M)
+)
 
 
 class SphinxRoles(griffe.Extension):
@@ -21,8 +25,6 @@ class SphinxRoles(griffe.Extension):
 
 def _markdown(match: re.Match[str]) -> str:
     short, path = match.groups()
-    name = path.rpartition(".")[2] if short else path
-    public = re.fullmatch(r"(?:vision_xformer\.)?(\w+)", path)
-    if public and path.startswith("vision_xformer."):
-        return f"[`{name}`][{path}]"
-    return f"`{name}`"
+    name = path.rpartition(".")[2]
+    shown = f"`{name if short else path}`"
+    return f"[{shown}][vision_xformer.{name}]" if name in _ENTRIES else shown

@@ -62,6 +62,11 @@ def test_readme_is_read_in_five_minutes() -> None:
     assert "pip install ." in first
 
 
+def test_readme_counts_the_mixers() -> None:
+    assert "Sixteen [mixers]" in README
+    assert len(vx.list_mixers()) == 16
+
+
 def test_readme_has_six_snippets() -> None:
     found = [s for language in ("python", "py") for s in snippets("README.md", language)]
     assert len(found) == 4
@@ -156,11 +161,19 @@ def test_pictures_are_there_and_shown() -> None:
     assert shown >= set((ROOT / "docs").rglob("*.png"))
 
 
+def anchors(text: str) -> set[str]:
+    """Of the headings of a page, as GitHub and the site make them."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_between_files_are_there() -> None:
+    """Those that the site does not check."""
     for file in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
-        for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", PAGES[file]):
+        for link, anchor in re.findall(r"\]\(([^)#]+)(?:#([^)]*))?\)", PAGES[file]):
             if not link.startswith("http"):
                 assert (ROOT / link).exists(), f"{file}: {link}"
+                assert not anchor or anchor in anchors(PAGES[link]), f"{file}: {link}#{anchor}"
 
 
 def test_what_is_said_of_the_benchmark_is_in_the_results() -> None:
