@@ -46,6 +46,18 @@ def test_families_are_those_of_the_registry() -> None:
     assert shown == known
 
 
+def test_names_in_tables_are_names_of_models() -> None:
+    models = (DOCS / "models.md").read_text()
+    letters = re.findall(r"^\| [TLPNFE] \|(.*)$", models, re.MULTILINE)
+    readme = (ROOT / "README.md").read_text().split("## Families")[1].split("\n\n")[1]
+    examples = [line.split("|")[2] for line in readme.splitlines()[2:]]
+    assert len(letters) == 6
+    assert len(examples) == 9
+    for cell in [*letters, *examples]:
+        for name in re.findall(r"`(\w+)`", cell):
+            assert name in vx.list_models(), name
+
+
 def test_every_mixer_is_described() -> None:
     text = (DOCS / "mixers.md").read_text()
     assert [name for name in vx.list_mixers() if f"`{name}`" not in text] == []
