@@ -187,6 +187,13 @@ def test_what_is_said_of_the_benchmark_is_in_the_results() -> None:
     least, most = gains[slowest], gains[fastest]
     assert f"they are {least:.0f} (Performer) to {most:.0f} times (Fourier) faster" in said
     assert f"the linear mixers are {least:.0f} to {most:.0f} times faster" in readme
+    memory = {
+        name: dict(points)[16384]
+        for name, points in series(rows, "peak_mib").items()
+        if name in (*MEASURED, "softmax")
+    }
+    assert {n for n in MEASURED if memory[n] < memory["softmax"]} == {"fourier", "linformer"}
+    assert "of these only Linformer and Fourier use less memory" in readme
     first, *others = (crossing(step[name], step["softmax"]) for name in MEASURED)
     assert first == 64
     since = (
