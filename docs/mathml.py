@@ -19,5 +19,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def _mathml(match: re.Match[str]) -> str:
-    lines = (convert(line, display="block") for line in match[1].strip().splitlines())
+    lines = (
+        convert(line, display="block") for line in match[1].strip().splitlines()
+    )
     return f'<div class="equation">{"".join(lines)}</div>'

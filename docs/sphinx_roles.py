@@ -11,7 +11,11 @@ import griffe
 
 _ROLE = re.compile(r":(?:func|class|meth|mod|attr|data):`(~?)([\w.]+)`")
 _ENTRIES = set(
-    re.findall(r"^::: vision_xformer\.(\w+)$", Path(__file__).with_name("api.md").read_text(), re.M)
+    re.findall(
+        r"^::: vision_xformer\.(\w+)$",
+        Path(__file__).with_name("api.md").read_text(),
+        re.M,
+    )
 )
 
 
