@@ -1,9 +1,10 @@
 # make demo: train ten models and draw what they cost.   make test: run the tests.
+# make docs: build the documentation site.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-slow lint install constraints clean
+.PHONY: demo test test-slow lint docs install constraints clean
 
 demo: install
 	$(RUN) -m train.demo
@@ -19,6 +20,11 @@ lint: install
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
+# An undocumented public name and a broken link or anchor are errors. Nothing in site/ needs a network.
+docs: $(VENV)/docs
+	$(RUN) -m pytest -q tests/test_docs.py
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
 install: $(VENV)/installed
 
 # The published package is the oracle of tests/test_published.py. It has our name, so it lies apart.
@@ -29,10 +35,14 @@ $(VENV)/installed: constraints.txt pyproject.toml
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/published vision_xformer==0.2.0
 	touch $@
 
+$(VENV)/docs: $(VENV)/installed
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
+
 # Writes constraints.txt anew, for every supported Python.
 constraints:
 	$(RUN) -m pip install --quiet uv
-	$(RUN) -m uv pip compile --quiet --universal --python-version 3.10 --no-header --no-annotate --no-emit-index-url --extra train --extra test --upgrade -o constraints.txt pyproject.toml
+	$(RUN) -m uv pip compile --quiet --universal --python-version 3.10 --no-header --no-annotate --no-emit-index-url --extra train --extra test --extra docs --upgrade -o constraints.txt pyproject.toml
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) runs build site *.egg-info

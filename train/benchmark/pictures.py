@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from ..page import Table
-from ..pictures import BLUE, STYLE
+from ..pictures import BLUE, STYLE, save
 from .cases import BASE, EAGER, PAIRS
 from .controls import CONTROLS
-from .rows import Row, label, number
+from .rows import Row, label, number, read_rows
 
 Points = list[tuple[int, float]]
 FROM = 1024  # tokens from which an exponent is fitted
@@ -24,6 +26,11 @@ _COLOURS = {
 _MORE = (  # for mixers that were added
     "#8250df", "#0a7d8c", "#d4498e", "#6e4c1e", "#7ab8f5", "#9bd08f", "#e8a87c", "#b08fd8",
 )  # fmt: skip
+_HEADLINE = {
+    "softmax": "softmax (fused)", "linformer": "Linformer", "performer": "Performer",
+    "nystrom": "Nyströmformer", "fourier": "Fourier",
+}  # fmt: skip
+_PRECISION = {"fp32": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autocast"}
 _PEERS = {peer: ours for ours, (peer, *_) in PAIRS.items()}
 
 
@@ -126,6 +133,81 @@ def lengths(rows: Sequence[Row], panels: Sequence[tuple[str, str]], title: str) 
     return figure
 
 
+def headline(rows: Sequence[Row], device: str) -> Figure:
+    """Time and peak memory of a training step against tokens, five mixers, labeled directly.
+
+    Args:
+        rows: measured rows of single layers, all of one batch size and precision.
+        device: what they were measured on.
+
+    Raises:
+        ValueError: for rows of more than one batch size or precision, or without fused softmax.
+    """
+    rows = [r for r in rows if r["name"] in _HEADLINE and r["mode"] == "eager"]
+    if len({(row["batch"], row["dtype"]) for row in rows}) != 1 or BASE not in series(
+        rows, "step_ms_p50"
+    ):
+        raise ValueError("headline() needs rows of fused softmax, one batch size and one precision")
+    cpu = " (CPU)" if all(row["device_mib"] is None for row in rows) else ""
+    panels = [("step_ms_p50", "Time (ms)"), ("peak_mib", "Peak memory (MiB)")]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(12.5, 4.7))
+        for axis, (column, heading) in zip(figure.subplots(1, 2), panels, strict=True):
+            ends = {}
+            for name, points in series(rows, column).items():
+                points = [(n, y) for n, y in points if y < math.inf]
+                width = 3.0 if name == BASE else 2.2
+                axis.plot(
+                    *zip(*points, strict=True), color=_COLOURS[name], linewidth=width,
+                    marker="o", markersize=4, zorder=3 if name == BASE else 2,
+                )  # fmt: skip
+                ends[name] = points[-1]
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
+            sizes = sorted({row["size"] for row in rows})
+            axis.set_xticks(sizes, [f"{n:,}" for n in sizes])
+            axis.xaxis.set_minor_formatter(NullFormatter())
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
+            axis.yaxis.set_minor_formatter(NullFormatter())
+            axis.set_xlabel("tokens N")
+            axis.set_title(heading, loc="left", fontsize=13)
+            axis.grid(axis="y", color="#eaeef2")
+            low, high = (math.log(y) for y in axis.get_ylim())
+            heights = _spread(
+                {name: (math.log(y) - low) / (high - low) for name, (_, y) in ends.items()}, 0.058
+            )
+            for name, height in heights.items():
+                x, y = ends[name]
+                axis.annotate(
+                    f"{_HEADLINE[name]}  {number(y)}", (x, y), (1.02, height),
+                    textcoords="axes fraction", color=_COLOURS[name], va="center", fontsize=11,
+                    weight="bold" if name == BASE else "normal", annotation_clip=False,
+                )  # fmt: skip
+        figure.suptitle(
+            "Forward and backward pass of one attention layer", x=0.01, ha="left", weight="bold"
+        )
+        figure.text(
+            0.01, 0.885,
+            f"{device}{cpu}, {_PRECISION[rows[0]['dtype']]}, batch {rows[0]['batch']}, 4 heads of "
+            "width 64; 64 landmarks, rank 64, 266 random features",
+            color="#57606a", fontsize=11,
+        )  # fmt: skip
+        figure.tight_layout(rect=(0, 0, 1, 0.95), w_pad=2)
+    return figure
+
+
+def _spread(heights: dict[str, float], gap: float) -> dict[str, float]:
+    """Heights of labels in the same order, at least ``gap`` apart, as close as that allows."""
+    names = sorted(heights, key=lambda name: heights[name])
+    placed = [heights[name] for name in names]
+    for _ in range(100):
+        for i in range(len(placed) - 1):
+            if (overlap := gap - (placed[i + 1] - placed[i])) > 1e-9:
+                placed[i] -= overlap / 2
+                placed[i + 1] += overlap / 2
+    return dict(zip(names, placed, strict=True))
+
+
 def bars(rows: Sequence[Row], panels: Sequence[tuple[str, str]], title: str) -> Figure:
     """A panel for each (column, heading): a bar for each model of one size."""
     with mpl.rc_context(STYLE):
@@ -197,3 +279,16 @@ def savings(rows: Sequence[Row], fused: str, materialised: str, size: int) -> Ta
 
 def _times(figure: float | None, other: float) -> str:
     return "" if figure is None else "OOM" if math.isinf(figure) else f"{figure / other:.2f}"
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Draw the README's picture: ``python -m train.benchmark.pictures MIXERS.csv cost.png``."""
+    from .page import fingerprint  # which imports this module
+
+    source, out = map(Path, arguments)
+    comments, rows = read_rows(source)
+    save(headline(rows, comments[0].partition(": ")[2]), out, source=fingerprint(source))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

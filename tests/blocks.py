@@ -1,0 +1,129 @@
+"""Blocks of README.md and docs/ that are made from results: the tests compare them.
+
+Run it to write them anew: ``PYTHONPATH=. python tests/blocks.py``. A block stands between
+``<!-- name -->`` and ``<!-- /name -->``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from matrix import markdown
+
+from train.benchmark.pictures import savings, series, wins
+from train.benchmark.rows import (
+    Row,
+    column_table,
+    number,
+    package_table,
+    read_csv,
+    read_rows,
+)
+from train.commands import read_runs
+from train.page import Table
+from train.report import table
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results" / "benchmark"
+MIXERS = ("fourier", "linformer", "nystrom", "performer")  # those of the papers
+WINS = (
+    "mixer", "time grows as N to the power", "memory grows as N to the power",
+    "faster than fused softmax from", "less memory than fused softmax from",
+    "less memory than materialized softmax from",
+)  # fmt: skip
+LEARNED = "cct_1024"  # of errors.csv: queries and keys of a trained model
+
+
+def measured(name: str) -> list[Row]:
+    """Rows of the results that the documentation is about."""
+    folder = next(RESULTS.rglob("mixers.csv")).parent
+    return read_rows(folder / f"{name}.csv")[1]
+
+
+def layers() -> list[Row]:
+    """Rows of single layers, not compiled."""
+    return [row for row in measured("mixers") if row["mode"] == "eager"]
+
+
+def by_tokens(column: str, names: Sequence[str], faster: bool) -> Table:
+    """Fused softmax over each mixer in a column (``faster``), or the mixer over fused softmax."""
+    lines = {name: dict(points) for name, points in series(layers(), column).items()}
+    base = lines["softmax"]
+    rows = []
+    for name in names:
+        ratios = {n: base[n] / y if faster else y / base[n] for n, y in lines[name].items()}
+        rows.append([name, *(number(ratios[n]) if n in ratios else "" for n in base)])
+    return Table(["tokens", *(f"{n:,}" for n in base)], rows)
+
+
+def learned_errors() -> dict[tuple[str, int], list[float]]:
+    """Mean errors by (kernel, landmarks or features), one for each layer of a trained model."""
+    [file] = RESULTS.rglob("errors.csv")
+    found: dict[tuple[str, int], list[float]] = {}
+    for row in read_csv(file)[1]:
+        if row["input"].startswith(LEARNED):
+            found.setdefault((row["kernel"], int(row["size"])), []).append(float(row["error"]))
+    return found
+
+
+def error_table() -> Table:
+    """Smallest and largest error over the layers of a trained model."""
+    errors = learned_errors()
+    sizes = sorted({size for _, size in errors})
+    rows = [
+        [name, *(f"{min(e):.1%} to {max(e):.1%}" for e in (errors[kernel, n] for n in sizes))]
+        for kernel, name in (
+            ("nystrom, grid", "Nyströmformer, patches"),
+            ("nystrom, sequence", "Nyströmformer, strips"),
+            ("performer", "Performer"),
+        )
+    ]
+    return Table(["landmarks or features", *map(str, sizes)], rows)
+
+
+def blocks() -> dict[str, dict[str, str]]:
+    """The text of each block, by the file that it stands in and its name."""
+    mixers, models = measured("mixers"), measured("models")
+    vix = [row for row in models if row["name"].startswith("vi") and row["mode"] == "eager"]
+    [plan] = RESULTS.rglob("plan-*.txt")
+    return {
+        "docs/mixers.md": {"support matrix": markdown().strip()},
+        "docs/training.md": {"training": table(read_runs([ROOT / "results"])).markdown()},
+        "docs/benchmark.md": {
+            "wins": Table(WINS, wins(layers()).rows).markdown(),
+            "gains": by_tokens("step_ms_p50", MIXERS, faster=True).markdown(),
+            "memory": by_tokens("peak_mib", MIXERS, faster=False).markdown(),
+            "ratios": package_table(mixers).markdown(),
+            "savings": savings(layers(), "softmax", "softmax_eager", 1024).markdown(),
+            "models": savings(vix, "vit", "vit, softmax_eager", 32).markdown(),
+            "sizes": column_table(measured("models-vit-tiny"), "peak_mib", "").markdown(),
+            "plan": f"```text\n{plan.read_text()}```",
+            "errors": error_table().markdown(),
+        },
+    }
+
+
+def between(text: str, name: str) -> str:
+    """A block of a text; an error where it has none of that name."""
+    found = re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", text, re.DOTALL)
+    if found is None:
+        raise ValueError(f"there are no marks for {name}")
+    return found[1].strip()
+
+
+def write() -> None:
+    """Put every block in its place."""
+    for file, named in blocks().items():
+        path = ROOT / file
+        text = path.read_text()
+        for name, block in named.items():
+            marks = f"<!-- {name} -->", f"<!-- /{name} -->"
+            start, end = (text.index(mark) for mark in marks)
+            text = f"{text[: start + len(marks[0])]}\n\n{block}\n\n{text[end:]}"
+        path.write_text(text)
+
+
+if __name__ == "__main__":
+    write()
