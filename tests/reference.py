@@ -259,7 +259,7 @@ def patches(x, patch):
 # What the backbones do around their kernels
 
 
-def normalise(y, norm):
+def normalize(y, norm):
     """Batch norm in evaluation, channels last; ``norm``: mean, variance, weight, bias."""
     mean, variance, weight, bias = norm
     return (y - mean) / (variance + 1e-5).sqrt() * weight + bias
@@ -302,7 +302,7 @@ def depthwise_on_grid(x, grid, prefix, weight, stride):
 def cvt_operand(x, grid, prefix, weight, norm, stride, matrix, bias):
     """q, k or v of CvT: depth-wise convolution, batch norm (not for the prefix), linear map."""
     y = depthwise_on_grid(x, grid, prefix, weight, stride)
-    y = torch.cat((y[:, :prefix], normalise(y[:, prefix:], norm)), 1)
+    y = torch.cat((y[:, :prefix], normalize(y[:, prefix:], norm)), 1)
     return y @ matrix.T + (0 if bias is None else bias)
 
 

@@ -27,7 +27,7 @@ from nystrom_attention import NystromAttention
 DIM, HEADS, WIDTH = 15, 3, 7  # DIM != HEADS * WIDTH
 
 
-def randomised(module):
+def randomized(module):
     """In float64, far from the start."""
     module = module.double()
     for parameter in module.parameters():
@@ -67,15 +67,15 @@ def check(raw, wrapper, ours, x, grid):
     assert not report.resized
     assert_equal(raw, ours, x, grid)
 
-    randomised(ours)
+    randomized(ours)
     load_weights(raw, ours.state_dict())
     assert_equal(raw, ours, x, grid)
 
-    randomised(ours)
+    randomized(ours)
     load_weights(wrapper, ours.state_dict())
     assert relative_error(wrapper(x, grid), ours(x, grid)) <= 1e-10
     before = copy.deepcopy(ours.state_dict())
-    randomised(ours)
+    randomized(ours)
     load_weights(ours, wrapper.state_dict())
     assert relative_error(wrapper(x, grid), ours(x, grid)) <= 1e-10
     for name, tensor in ours.state_dict().items():
@@ -104,12 +104,12 @@ def test_performer_is_performer_pytorch(feature_map, features, qkv_bias, grid):
     wrapper = create_mixer("performer-pytorch", **common)
     ours = create_mixer("performer", **common, **stabilizer)
     x = torch.randn(2, grid.length, DIM, dtype=torch.float64)
-    check(randomised(raw), wrapper, ours, x, grid)
+    check(randomized(raw), wrapper, ours, x, grid)
 
 
 def test_performer_by_default_is_not_performer_pytorch():
     grid = TokenGrid((5, 7))
-    raw = randomised(SelfAttention(DIM, heads=HEADS, dim_head=WIDTH))
+    raw = randomized(SelfAttention(DIM, heads=HEADS, dim_head=WIDTH))
     ours = create_mixer("performer", dim=DIM, heads=HEADS, grid=grid, head_dim=WIDTH).double()
     load_weights(ours, raw.state_dict())
     x = torch.randn(2, 35, DIM, dtype=torch.float64)
@@ -130,7 +130,7 @@ def test_linformer_is_linformer(one_kv_head, share_kv, width, grid):
     wrapper = create_mixer("linformer-pytorch", **common, **options)
     ours = create_mixer("linformer", **common, **options)
     x = torch.randn(2, grid.length, DIM, dtype=torch.float64)
-    check(randomised(raw), wrapper, ours, x, grid)
+    check(randomized(raw), wrapper, ours, x, grid)
 
 
 # nystrom-attention
@@ -150,7 +150,7 @@ def nystrom_pair(grid, heads, **options):
     )
     common = {"dim": DIM, "heads": heads, "grid": grid, "head_dim": WIDTH, **options}
     wrapper = create_mixer("nystrom-attention", **common)
-    return randomised(raw), wrapper, create_mixer("nystrom", **common, segments="sequence")
+    return randomized(raw), wrapper, create_mixer("nystrom", **common, segments="sequence")
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def biased_linformer(grid, share_kv, one_kv_head):
         share_kv=share_kv,
         one_kv_head=one_kv_head,
     )
-    return randomised(mixer)
+    return randomized(mixer)
 
 
 @pytest.mark.parametrize("grid", [TokenGrid((13,)), TokenGrid((3, 5), 2)], ids=str)

@@ -263,7 +263,7 @@ def test_levit_stem_is_convolution_norm_and_hard_swish(shape, layers, patch, str
             if not training:
                 mean, variance = before[i]
             norm = (mean, variance, layer.norm.weight, layer.norm.bias)
-            y = reference.normalise(y.movedim(1, -1), norm).movedim(-1, 1)
+            y = reference.normalize(y.movedim(1, -1), norm).movedim(-1, 1)
         return y.flatten(2).mT
 
     assert stem.grid.shape == rounded_up(shape, patch)

@@ -88,7 +88,7 @@ class Case(NamedTuple):
 
     def theirs(self, size: Size) -> nn.Module:
         """The oracle with weights that are far from fresh ones."""
-        return randomised(self.oracle(size))
+        return randomized(self.oracle(size))
 
     def images(self, size: Size, count: int = 2) -> Tensor:
         return torch.randn(count, self.fields.get("channels", 3), *size)
@@ -305,7 +305,7 @@ ONE_OF_EACH = ["levit, distilled", "cvt", "cct", "cvt_lite", "vit_lite",
 one_of_each = pytest.mark.parametrize("case", [SMALL[n] for n in ONE_OF_EACH], ids=ONE_OF_EACH)
 
 
-def randomised(model: nn.Module) -> nn.Module:
+def randomized(model: nn.Module) -> nn.Module:
     """Maps that keep the size of what they map; all else far from 0 and 1. In evaluation mode."""
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -986,7 +986,7 @@ def test_two_heads_do_not_make_a_levit() -> None:
     """timm's distilled DeiT is a ViT with a second head, and loads as one but for that."""
     case = SMALL["vit"]
     size = case.sizes[0]
-    theirs = randomised(VisionTransformerDistilled(img_size=size, **VIT))
+    theirs = randomized(VisionTransformerDistilled(img_size=size, **VIT))
     assert_refused(theirs, case.ours(size).state_dict(), "does not fill modules of timm ViT")
     state = theirs.state_dict()
     model = case.ours(size)
@@ -1006,7 +1006,7 @@ def test_models_of_other_libraries_are_not_filled(case: Case, wrapped: bool) -> 
     size = case.sizes[0]
     theirs = case.theirs(size)
     target = nn.DataParallel(theirs) if wrapped else theirs
-    for weights in (case.ours(size).state_dict(), randomised(case.oracle(size)).state_dict()):
+    for weights in (case.ours(size).state_dict(), randomized(case.oracle(size)).state_dict()):
         for options in ({}, {"strict": False}, {"resize": True}):
             message = assert_refused(target, weights, "does not fill modules of", **options)
     libraries = {
