@@ -27,7 +27,7 @@ docs: $(VENV)/docs
 
 install: $(VENV)/installed
 
-# The published package is the oracle of tests/test_published.py. It has our name, so it lies apart.
+# The authors' package is the oracle of tests/test_compat.py. It has our name, so it is kept apart.
 $(VENV)/installed: constraints.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)

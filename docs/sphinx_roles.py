@@ -1,5 +1,8 @@
-"""Docstrings refer to code as Sphinx does, :func:`~vision_xformer.create_model`; the site shows
-``create_model``, with a link where the page of the API has an entry of that name."""
+"""Turn the Sphinx roles of docstrings into links.
+
+:func:`~vision_xformer.create_model` is shown as ``create_model``, with a link if the API page has an
+entry of that name.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,7 @@ class SphinxRoles(griffe.Extension):
     """Turn the roles of a docstring into Markdown."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Rewrite the docstring of an object as it is collected."""
         if obj.docstring is not None:
             obj.docstring.value = _ROLE.sub(_markdown, obj.docstring.value)
 

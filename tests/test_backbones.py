@@ -1,4 +1,4 @@
-"""LeViT, CvT and CCT: their wiring against slow compositions, fusing, sizes, refusals."""
+"""LeViT, CvT and CCT: their blocks against slow compositions, fusing, sizes, refusals."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops import StochasticDepth
 
 import vision_xformer as vx
-from vision_xformer import Layout
+from vision_xformer import TokenGrid
 from vision_xformer.layers import ConvNorm
 from vision_xformer.mixers import takes_heads
-from vision_xformer.zoo import parse_name
+from vision_xformer.names import parse_name
 
 TEST_MODELS = [n for n in vx.list_models() if parse_name(n).size == "test"]
 FAMILIES = ["levit_test", "cvt_test", "cct_test", "cvt_lite_test", "vit_lite_test"]
@@ -123,10 +123,10 @@ def test_rope_of_odd_sizes_signals_and_volumes(name: str, shape: tuple[int, ...]
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_levit_down_to_one_token(size: int) -> None:
-    """A grid of one place cannot shrink, but its tokens still get the next width."""
+    """A grid of one token cannot get smaller, but its tokens still get the next width."""
     model = shake(vx.create_model("levit_test", image_size=size))
     first, last = (tuple(-(-size // s) for _ in "hw") for s in (2, 4))
-    assert [s.layout for s in model.stages] == [Layout(first), Layout(last)]
+    assert [s.grid for s in model.stages] == [TokenGrid(first), TokenGrid(last)]
     features = model.forward_features(images(model))
     assert features.shape == (3, last[0] * last[1], 20)
 
@@ -135,10 +135,10 @@ def test_levit_grids_are_halved_and_rounded_up() -> None:
     with torch.device("meta"):
         model: Any = vx.create_model("levit_128s")
         odd: Any = vx.create_model("levit_128s", image_size=(210, 333))
-    assert [s.layout.grid for s in model.stages] == [(14, 14), (7, 7), (4, 4)]
-    assert [s.layout.grid for s in odd.stages] == [(14, 21), (7, 11), (4, 6)]
-    # as many heads in the shrinking attention as keys fill the width
-    assert [s.shrink.mixer.heads for s in model.stages[:-1]] == [8, 16]
+    assert [s.grid.shape for s in model.stages] == [(14, 14), (7, 7), (4, 4)]
+    assert [s.grid.shape for s in odd.stages] == [(14, 21), (7, 11), (4, 6)]
+    # as many heads in the downsampling attention as keys fill the width
+    assert [s.downsample.block.mixer.heads for s in model.stages[1:]] == [8, 16]
 
 
 # LeViT
@@ -149,18 +149,18 @@ def statistics(norm: Any) -> tuple[Tensor, ...]:
 
 
 def linear_norm(x: Tensor, layer: Any) -> Tensor:
-    y: Tensor = reference.normalise(x @ layer.linear.weight.T, statistics(layer.norm))
+    y: Tensor = reference.normalize(x @ layer.linear.weight.T, statistics(layer.norm))
     return y
 
 
 def test_levit_is_its_composition() -> None:
-    """Residual branches; attention that shrinks without one; a mean; two heads; their mean."""
+    """Residual branches; attention that downsamples without one; a mean; two heads; their mean."""
     model = create("levit_test", distilled=True)
     x = images(model)
     y = x
     for i, layer in enumerate(model.stem.convs):
         y = F.conv2d(y if i == 0 else reference.hard_swish(y), layer.conv.weight, None, 2 - i, 1)
-        y = reference.normalise(y.movedim(1, -1), statistics(layer.norm)).movedim(-1, 1)
+        y = reference.normalize(y.movedim(1, -1), statistics(layer.norm)).movedim(-1, 1)
     assert y.shape == (3, 12, 7, 5)
     y = y.flatten(2).mT
 
@@ -182,19 +182,21 @@ def test_levit_is_its_composition() -> None:
         return linear_norm(reference.hard_swish(out), mixer.proj[1])
 
     first, second = model.stages
-    for block in first.blocks:
+    assert (len(first), len(second)) == (2, 1)
+    assert first.downsample is None
+    for block in first:
         y = y + attention(y, block.mixer, (7, 5), 3, 1)
         y = y + mlp(y, block)
-    y = attention(y, first.shrink.mixer, (7, 5), 12 // 4, 2)
-    y = y + mlp(y, first.shrink)
+    between = second.downsample.block
+    y = attention(y, between.mixer, (7, 5), 12 // 4, 2)
+    y = y + mlp(y, between)
     assert y.shape == (3, 4 * 3, 20)
-    for block in second.blocks:
+    for block in second:
         y = y + attention(y, block.mixer, (4, 3), 2, 1)
         y = y + mlp(y, block)
-    assert second.shrink is None
     assert relative_error(model.forward_features(x), y) < 1e-10
     logits = [
-        reference.normalise(y.mean(1), statistics(h.norm)) @ h.linear.weight.T + h.linear.bias
+        reference.normalize(y.mean(1), statistics(h.norm)) @ h.linear.weight.T + h.linear.bias
         for h in (model.head.labels, model.head.teacher)
     ]
     assert relative_error(*logits) > 0.1
@@ -329,16 +331,19 @@ def test_cvt_is_its_composition(shape: tuple[int, ...], kv_stride: int, class_to
     for i, stage in enumerate(model.stages):
         heads, dim = (3, 2)[i], (12, 20)[i]
         kernel = (5, 3)[i]
-        y = conv(y, stage.embed.weight, stage.embed.bias, 2, kernel // 2)
+        embed = stage.downsample
+        y = conv(y, embed.conv.weight, embed.conv.bias, 2, kernel // 2)
         grid = tuple(y.shape[2:])
-        y = F.layer_norm(y.flatten(2).mT, (dim,), stage.embed_norm.weight, stage.embed_norm.bias)
+        y = F.layer_norm(y.flatten(2).mT, (dim,), embed.norm.weight, embed.norm.bias)
         prefix = int(class_token and i == 1)
         if prefix:
-            y = torch.cat((stage.cls_token.expand(2, -1, -1), y), 1)
-        assert stage.layout == Layout(grid, prefix)
-        for block in stage.blocks:
+            y = torch.cat((embed.cls_token.expand(2, -1, -1), y), 1)
+        assert stage.grid == TokenGrid(grid, prefix)
+        assert len(stage) == (1, 2)[i]
+        for block in stage:
             z = F.layer_norm(y, (dim,), block.norm1.weight, block.norm1.bias)
             p = block.mixer.projection
+            weights = p.q.weight, p.k.weight, p.v.weight
             q, k, v = (
                 reference.in_heads(
                     reference.cvt_operand(
@@ -346,9 +351,7 @@ def test_cvt_is_its_composition(shape: tuple[int, ...], kv_stride: int, class_to
                     ),
                     heads,
                 )
-                for c, stride, w in zip(
-                    p.convs, (1, kv_stride, kv_stride), p.qkv.weight.split(dim), strict=True
-                )
+                for c, stride, w in zip(p.convs, (1, kv_stride, kv_stride), weights, strict=True)
             )
             z = reference.out_of_heads(reference.biased_attention(q, k, v, None, dim**-0.5))
             y = y + z @ block.mixer.proj.weight.T + block.mixer.proj.bias
@@ -364,10 +367,11 @@ def test_cvt_is_its_composition(shape: tuple[int, ...], kv_stride: int, class_to
 
 def test_cvt_has_its_class_token_in_the_last_stage_only() -> None:
     model: Any = vx.create_model("cvt_test")
-    assert [s.layout.prefix for s in model.stages] == [0, 1]
-    assert model.stages[0].cls_token is None
+    assert [s.grid.prefix for s in model.stages] == [0, 1]
+    assert model.stages[0].downsample.cls_token is None
+    assert model.stages[1].downsample.cls_token.shape == (1, 1, 20)
     without: Any = vx.create_model("cvt_test", class_token=False)
-    assert all(s.cls_token is None for s in without.stages)
+    assert all(s.downsample.cls_token is None for s in without.stages)
 
 
 @pytest.mark.parametrize(
@@ -461,7 +465,7 @@ def test_lite_models_are_cct_without_convolutions() -> None:
     models: list[Any] = [vx.create_model(f"{n}_test") for n in ("cct", "cvt_lite", "vit_lite")]
     stems = [type(m.stem).__name__ for m in models]
     assert stems == ["Tokenizer", "PatchStem", "PatchStem"]
-    assert [m.layout.prefix for m in models] == [0, 0, 1]
+    assert [m.grid.prefix for m in models] == [0, 0, 1]
     assert [m.pool is None for m in models] == [False, False, True]
     assert len({type(m.blocks[0]) for m in models}) == 1
 
@@ -513,8 +517,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "no key_dim": ("levit_test", dict(key_dim=None), "'softmax' needs heads and key_dim"),
     "key_dim 0": ("levit_test", dict(key_dim=0), "key_dim 0 must be at least 1"),
     "no heads": ("levit_test", dict(heads=None), "heads None must be one number for each"),
-    "heads of fourier": ("levif_test", dict(heads=(3, 2)), "heads and key_dim must be None"),
-    "key_dim of fourier": ("levif_test", dict(key_dim=4), "heads and key_dim must be None"),
+    "heads of fourier": (
+        "levif_test",
+        dict(heads=(3, 2)),
+        r"no heads: heads \(3, 2\) must be None",
+    ),
+    "key_dim of fourier": ("levif_test", dict(key_dim=4), "has no heads: key_dim 4 must be None"),
     "head_dim": ("levit_test", dict(mixer_options={"head_dim": 4}), "head_dim .* is key_dim"),
     "qkv_bias": ("levit_test", dict(mixer_options={"qkv_bias": True}), "qkv_bias=True"),
     "share_kv": ("levil_test", dict(mixer_options={"share_kv": True}), "share_kv=True"),
@@ -523,10 +531,14 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "value_ratio": ("levit_test", dict(value_ratio=0), "value_ratio 0 must be at least 1"),
     "mlp_ratio": ("levit_test", dict(mlp_ratio=0), "mlp_ratio 0 must be at least 1"),
     "drop_path": ("levit_test", dict(drop_path=1.5), "drop_path 1.5 must be between 0 and 1"),
-    "rope kind": ("levit_test", dict(rope="axil"), "rope 'axil'; did you mean 'axial'"),
+    "rope kind": ("levit_test", dict(rope="axil"), "rope 'axil' must be 'axial', 'raster' or None"),
     "rope of fourier": ("levif_test", dict(rope="axial"), "rope must be None"),
-    "patch for three axes": ("levit_test", dict(patch=(2, 2, 2)), r"patch \(2, 2, 2\) must be"),
-    "patch of 0": ("levit_test", dict(patch=0), "patch 0 must be"),
+    "patch for three axes": (
+        "levit_test",
+        dict(patch_size=(2, 2, 2)),
+        r"patch_size \(2, 2, 2\) must be",
+    ),
+    "patch of 0": ("levit_test", dict(patch_size=0), "patch_size 0 must be"),
     "distilled as a word": ("levit_test", dict(distilled="yes"), "distilled='yes' must be"),
     "cvt, more dims": ("cvt_test", dict(dims=(12, 20, 28)), r"depths \(1, 2\) must be one"),
     "cvt, kernels": ("cvt_test", dict(embed_kernels=(5,)), r"embed_kernels \(5,\) must be one"),
@@ -544,7 +556,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "cvt, grid with class token": (
         "cvf_test",
         dict(mixer_options={"axes": "grid"}),
-        "axes='grid' has no place for 1 prefix token",
+        "axes='grid' cannot contain 1 prefix token",
     ),
     "cct, even kernel": (
         "cct_test",
@@ -553,10 +565,14 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "cct, patch beside the pools": (
         "cct_test",
-        dict(patch=6),
-        r"patch 6 is not a multiple of 4, to which 2 pool\(s\) of stride 2 come",
+        dict(patch_size=6),
+        r"patch_size 6 is not a multiple of 4, the total stride of 2 pool\(s\) of stride 2",
     ),
-    "cct, patch below the pools": ("cct_test", dict(patch=2), "patch 2 is not a multiple of 4"),
+    "cct, patch below the pools": (
+        "cct_test",
+        dict(patch_size=2),
+        "patch_size 2 is not a multiple of 4",
+    ),
     "cct, layers": (
         "cct_test",
         dict(stem_options={"layers": 0}),
@@ -579,7 +595,7 @@ NEARBY: list[tuple[str, dict[str, Any]]] = [
     ("levit_test", dict(dims=(14, 20))),
     ("levit_test", dict(dims=(13, 20), stem_layers=1)),
     ("levit_test", dict(value_ratio=1, mlp_ratio=1)),
-    ("levit_test", dict(patch=(6, 3), stem_layers=3)),
+    ("levit_test", dict(patch_size=(6, 3), stem_layers=3)),
     ("levit_test", dict(position_bias=False)),
     ("levil_test", dict(mixer_options={"one_kv_head": True})),
     ("levit_test", dict(depths=(1,), dims=(12,), heads=(5,))),
@@ -589,9 +605,9 @@ NEARBY: list[tuple[str, dict[str, Any]]] = [
     ("cvt_test", dict(mixer_options={"qkv_bias": True, "head_dim": 5}, heads=(5, 7))),
     ("cvl_test", dict(mixer_options={"share_kv": True, "one_kv_head": True})),
     ("cvf_test", dict(mixer_options={"axes": "grid"}, class_token=False)),
-    ("cct_test", dict(patch=12)),
-    ("cct_test", dict(patch=(4, 8))),
-    ("cct_test", dict(patch=3, stem_options={"pool_stride": 1})),
+    ("cct_test", dict(patch_size=12)),
+    ("cct_test", dict(patch_size=(4, 8))),
+    ("cct_test", dict(patch_size=3, stem_options={"pool_stride": 1})),
     ("cct_test", dict(position="raster_sincos")),
     ("cct_test", dict(position="none", pool="mean")),
 ]
@@ -608,9 +624,9 @@ def test_nearby_works(name: str, fields: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("name", "fields", "message"),
     [
-        ("levit_128s", dict(patch=14), "needs a stride of 7, but a kernel of 3 reads no farther"),
-        ("levit_128s", dict(stem_layers=1), "needs a stride of 16, but a kernel of 3"),
-        ("ccn", dict(patch=10, stem_options={"pool_stride": 1}), "needs a stride of 5"),
+        ("levit_128s", dict(patch_size=14), "needs a stride of 7, more than the kernel of 3"),
+        ("levit_128s", dict(stem_layers=1), "needs a stride of 16, more than the kernel of 3"),
+        ("ccn", dict(patch_size=10, stem_options={"pool_stride": 1}), "needs a stride of 5"),
         ("cvt_test", dict(kv_stride=5), "kv_stride 5 must be at most kernel 3"),
     ],
     ids=str,

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from reference import site
 import torch.nn.functional as F
+from reference import site
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 

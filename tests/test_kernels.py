@@ -17,9 +17,9 @@ from reference import assert_same, relative_error, site
 from torch.autograd import forward_ad
 
 from vision_xformer import KERNELS, TokenGrid, create_mixer
+from vision_xformer.grid import grid_parts, pool_grid, segment_means
 from vision_xformer.kernels import performer
 from vision_xformer.kernels.nystrom import depthwise_conv, newton_schulz_pinv
-from vision_xformer.grid import grid_parts, pool_grid, segment_means
 
 HEADS, K, V = 3, 5, 7
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import random
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,13 +16,13 @@ import torch
 import vision_xformer as vx
 from vision_xformer.backbones.vit import ViTConfig
 from vision_xformer.mixers import takes_bias, takes_heads, takes_rope
-from vision_xformer.zoo import LETTERS, Name, name_to_config, parse_name
+from vision_xformer.names import LETTERS, Name, name_to_config, parse_name
 
 MODELS = vx.list_models()
 MODELS_WITH_MIXER = [n for n in MODELS if parse_name(n).letter]
 
 
-def create(name: Any, **overrides: Any) -> vx.Backbone:
+def create(name: Any, **overrides: Any) -> vx.VisionModel:
     """A model without memory or arithmetic."""
     with torch.device("meta"):
         return vx.create_model(name, **overrides)
@@ -29,6 +32,11 @@ def vit_config(name: Any, **overrides: Any) -> ViTConfig:
     config = create(name, **overrides).config
     assert isinstance(config, ViTConfig)
     return config
+
+
+def hidden_widths(model: Any) -> set[int]:
+    """Of the MLPs of all blocks."""
+    return {block.mlp.fc1.out_features for block in model.blocks}
 
 
 # The grammar
@@ -153,7 +161,7 @@ OTHERS = {
     "swin": ["tiny", "small", "base"],
     "crossformer": ["tiny", "small", "base", "large"],
     "convmixer": ["256_8", "768_32", "1024_20", "1536_20"],
-    "mixer": ["s32", "s16", "b32", "b16", "l16"],
+    "mlp_mixer": ["s32", "s16", "b32", "b16", "l16"],
     "gmlp": ["ti16", "s16", "b16"],
 }
 
@@ -171,6 +179,18 @@ def test_list_models_holds_the_whole_grammar() -> None:
     assert sorted(names) == MODELS
     for backbone in vx.BACKBONES.names():
         assert "test" in vx.BACKBONES[backbone].presets
+
+
+def test_the_library_itself_has_no_test_sizes() -> None:
+    """presets.py registers them, for this process only."""
+    code = "import vision_xformer as vx; print(*vx.list_models(), sep='\\n')"
+    root = Path(vx.__file__).parents[1]
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+    )
+    names = process.stdout.split()
+    assert [name for name in names if "test" in name] == []
+    assert names == [name for name in MODELS if parse_name(name).size != "test"]
 
 
 @pytest.mark.parametrize(
@@ -208,7 +228,7 @@ def test_list_mixers() -> None:
 
 
 PAPER: dict[str, Any] = dict(
-    input_shape=(3, 32, 32), num_classes=10, patch=1, dim=128, depth=4, heads=4, mlp_dim=256,
+    input_shape=(3, 32, 32), num_classes=10, patch_size=1, dim=128, depth=4, heads=4, mlp_ratio=2.0,
     mixer="softmax", mixer_options={}, stem="patch", stem_options={}, position="learned", rope=None,
     pool="cls", has_class_token=True, registers=0, dropout=0.0, emb_dropout=0.0, drop_path=0.0,
     layer_scale=None, norm_eps=1e-5,
@@ -239,13 +259,15 @@ PAPER: dict[str, Any] = dict(
 def test_paper_names(name: str, changed: dict[str, Any]) -> None:
     config = name_to_config(name)
     assert {field: getattr(config, field) for field in PAPER} == {**PAPER, **changed}
+    assert hidden_widths(create(name)) == {256}
 
 
 @pytest.mark.parametrize("size", ["tiny", "small", "base"])
 def test_imagenet_sizes(size: str) -> None:
     vit, vip, rope = (vit_config(n) for n in (f"vit_{size}", f"vip_{size}", f"vit_{size}_rope"))
-    assert (vit.input_shape, vit.num_classes, vit.patch) == ((3, 224, 224), 1000, 16)
-    assert (vit.depth, vit.dim // (vit.heads or 1), vit.mlp_dim) == (12, 64, 4 * vit.dim)
+    assert (vit.input_shape, vit.num_classes, vit.patch_size) == ((3, 224, 224), 1000, 16)
+    assert (vit.depth, vit.dim // (vit.heads or 1), vit.mlp_ratio) == (12, 64, 4.0)
+    assert hidden_widths(create(f"vit_{size}")) == {4 * vit.dim}
     assert vit.mixer_options == {"qkv_bias": True}
     assert vip == dataclasses.replace(vit, mixer="performer")
     assert rope == dataclasses.replace(vit, position="none", rope="axial")
@@ -289,13 +311,13 @@ def test_without_a_size_it_is_of_the_papers(family: str, letter: str, rope: str)
     assert (c["input_shape"], c["num_classes"]) == ((3, 32, 32), 10)
     if family == "cc*":
         assert (c["dim"], c["depth"], c["heads"]) == (128, 4, heads)
-        layout = model.layout
+        grid = model.grid
     else:
         assert set(c["dims"]) == {128}
         assert sum(c["depths"]) == 4
         assert c["heads"] == (heads and (heads,) * len(c["dims"]))
-        layout = model.get_submodule("stages.0").layout
-    assert layout == vx.Layout((32, 32))
+        grid = model.get_submodule("stages.0").grid
+    assert grid == vx.TokenGrid((32, 32))
     assert c["mixer"] == mixer
     assert c["mixer_options"] == {}
     assert c["rope"] == ("axial" if rope else None)
@@ -391,8 +413,12 @@ def test_a_position_bias_asked_for_is_refused_by_a_mixer_that_cannot(mixer: str)
         ("vit_tiny", dict(mixer="fourier", heads=3), "no heads"),
         ("vit_tiny", dict(landmarks=7), "option of model 'vit_tiny': 'landmarks'"),
         ("fnet2d", dict(mixer="fourier"), "option of model 'fnet2d': 'mixer'"),
-        ("cvf_13", dict(heads=(1, 3, 6)), "'fourier' has no heads: heads must be None"),
-        ("levif_128s", dict(key_dim=16), "'fourier' has no heads: heads and key_dim must be None"),
+        (
+            "cvf_13",
+            dict(heads=(1, 3, 6)),
+            r"'fourier' has no heads: heads \(1, 3, 6\) must be None",
+        ),
+        ("levif_128s", dict(key_dim=16), "'fourier' has no heads: key_dim 16 must be None"),
         ("cvt_13", dict(mixer_options={"landmarks": 7}), "option of mixer 'softmax'"),
         ("cct_7_3x1", dict(stem_options={"layer": 2}), "option of stem 'tokenizer': 'layer'"),
         ("levit_128s", dict(dim=128), "option of model 'levit_128s': 'dim'"),

@@ -12,14 +12,15 @@ import torch.nn.functional as F
 from reference import assert_same, relative_error
 
 from vision_xformer import TokenGrid
-from vision_xformer.positions import TokenTable, resize_grid
 from vision_xformer.positions import (
     LearnedPosition,
     PositionBias,
     RasterSinCosPosition,
     RotaryPosition,
     SinCosPosition,
+    TokenTable,
     make_position,
+    resize_grid,
     rotate,
 )
 

@@ -411,9 +411,9 @@ def test_shapes_that_do_not_fit_are_refused(name, input_shape, patch, message):
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="norm 'layer' must be 'batch'"):
+    with pytest.raises(ValueError, match="norm 'layer' must be 'batch' or None"):
         ConvStem((3, 5, 7), 1, 11, norm="layer")
-    with pytest.raises(ValueError, match=r"activation 'gleu' must be 'gelu' or 'relu'"):
+    with pytest.raises(ValueError, match=r"activation 'gleu' must be 'gelu', 'relu' or None"):
         ConvStem((3, 5, 7), 1, 11, activation="gleu")
     with pytest.raises(ValueError, match="unknown stem 'pach'; did you mean 'patch'"):
         STEMS.create("pach", (3, 5, 7), 1, 11, options={})

@@ -48,11 +48,11 @@ def check_types(values: Mapping[str, Any], annotated: Any) -> None:
 
 
 def _misfit(name: str, value: object, hint: Any) -> str:
-    choices = [h for h in (hint, *get_args(hint)) if get_origin(h) is Literal]
-    if choices and isinstance(value, str):
-        *first, last = [repr(choice) for choice in get_args(choices[0])]
-        listed = f"{', '.join(first)} or {last}" if first else last
-        return f"{name} {value!r} must be {listed}"
+    literals = [h for h in (hint, *get_args(hint)) if get_origin(h) is Literal]
+    if literals and isinstance(value, str):
+        choices = [repr(choice) for literal in literals for choice in get_args(literal)]
+        choices += ["None"] * (type(None) in get_args(hint))
+        return f"{name} {value!r} must be {', '.join(choices[:-1])} or {choices[-1]}"
     kind = getattr(hint, "__name__", None)
     wanted = kind if isinstance(hint, type) and kind else str(hint)
     return f"{name}={value!r} must be of type {wanted.replace('typing.', '')}"

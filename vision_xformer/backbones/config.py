@@ -119,13 +119,10 @@ class StageFields:
 
         So must ``heads`` for a mixer that has them; for others they must be None.
         """
-        if not takes_heads(mixer):
-            if self.heads is not None:
-                raise ValueError(f"mixer {mixer!r} has no heads: heads must be None")
-        elif self.heads is None:
-            raise ValueError(f"mixer {mixer!r} needs heads")
-        else:
+        if takes_heads(mixer):
             names = (*names, "heads")
+        elif self.heads is not None:
+            raise ValueError(f"mixer {mixer!r} has no heads: heads {self.heads} must be None")
         for name in ("dims", "depths", *names):
             values = getattr(self, name)
             if not values or len(values) != len(self.dims) or min(values) < 1:

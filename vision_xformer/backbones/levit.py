@@ -80,11 +80,12 @@ class LeViTConfig(StageFields, MixerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_stages(self.mixer)
-        if (self.heads is None) != (self.key_dim is None):
-            needs = (
-                "needs heads and key_dim" if self.heads else "has no heads: key_dim must be None"
+        if self.heads is None and self.key_dim is not None:
+            raise ValueError(
+                f"mixer {self.mixer!r} has no heads: key_dim {self.key_dim} must be None"
             )
-            raise ValueError(f"mixer {self.mixer!r} {needs}")
+        if self.heads is not None and self.key_dim is None:
+            raise ValueError(f"mixer {self.mixer!r} needs heads and key_dim, not key_dim None")
         if self.key_dim is not None:
             check_at_least("key_dim", self.key_dim, 1)
         if "head_dim" in self.mixer_options:

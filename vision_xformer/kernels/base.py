@@ -42,7 +42,7 @@ class Kernel(nn.Module):
         takes_rope: whether rotating q and k before the kernel is meaningful.
         takes_bias: whether the kernel forms an attention map that ``bias`` can be added to.
         supports_single_query: whether the output for one query is independent of the other queries.
-        fixed: whether the kernel is tied to the grids of its site; others raise a ValueError.
+        fixed: whether the kernel is tied to the keys of its site; another grid raises a ValueError.
     """
 
     takes_rope: bool = True

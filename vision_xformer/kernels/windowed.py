@@ -64,10 +64,12 @@ class Windows:
 
     def __post_init__(self) -> None:
         check_types(vars(self), type(self))
-        check_at_least("window", self.size, 1)
+        check_at_least("window size", self.size, 1)
         check_at_least("interval", self.interval, 1)
         if not 0 <= self.shift < self.size:
-            raise ValueError(f"shift {self.shift} must be between 0 and window {self.size} - 1")
+            raise ValueError(
+                f"shift {self.shift} must be between 0 and {self.size - 1}, below the window"
+            )
         if self.shift and self.interval > 1:
             raise ValueError(f"interval {self.interval} has no windows to shift: shift must be 0")
 
