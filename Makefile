@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 .PHONY: demo test test-slow lint docs install constraints clean
 
 demo: install
-	$(RUN) -m train.demo
+	$(RUN) -m train.examples.demo
 
 test: install
 	$(RUN) -m pytest -q -n 2

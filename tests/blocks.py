@@ -22,7 +22,7 @@ from train.benchmark.rows import (
     read_rows,
 )
 from train.commands import read_runs
-from train.page import Table
+from train.html import Table
 from train.report import table
 
 ROOT = Path(__file__).parents[1]

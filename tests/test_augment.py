@@ -60,9 +60,9 @@ def test_digits_are_not_mirrored() -> None:
     assert not torch.equal(augment(x, draws(), flips, mirror=True), plain(x))
 
 
-def test_colour_multiplies_brightness_and_saturation() -> None:
+def test_color_multiplies_brightness_and_saturation() -> None:
     x, d = images(), draws()
-    got = augment(x, d, AugmentConfig(crop=False, flip=False, colour=0.4), mirror=True)
+    got = augment(x, d, AugmentConfig(crop=False, flip=False, color=0.4), mirror=True)
     for i in (0, 7, 28):
         brightness, saturation = (1 + 0.4 * (2 * d[i, 3:5] - 1)).tolist()
         bright = x[i].float() * brightness
@@ -102,7 +102,7 @@ def test_a_policy_changes_images_by_the_global_generator(policy: str) -> None:
 
 def test_a_process_does_to_its_rows_what_all_would() -> None:
     x, d = images(28), draws(28)
-    config = AugmentConfig(colour=0.3, erasing=0.5)
+    config = AugmentConfig(color=0.3, erasing=0.5)
     whole = augment(x, d, config, mirror=True)
     parts = [augment(x[a : a + 7], d[a : a + 7], config, mirror=True) for a in range(0, 28, 7)]
     assert torch.equal(whole, torch.cat(parts))

@@ -29,7 +29,7 @@ from vit_pytorch import (
 )
 
 import vision_xformer as vx
-from train import dimensions
+from train.examples import dimensions
 from vision_xformer import TokenGrid
 from vision_xformer.backbones.class_attention import class_attention
 from vision_xformer.backbones.pyramid import window_attention

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from train.__main__ import main
+from train.atomic import read_state
 from train.config import AugmentConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
-from train.files import read_state
 from train.loop import Interrupted, Run
 
 ROOT = Path(__file__).parents[1]
@@ -36,7 +36,7 @@ def config_for(folder: Path, **train: object) -> RunConfig:
     return RunConfig(
         model=ModelConfig(name="hybrid_vin", options=TINY, mixer_options={"landmarks": 5}),
         data=DataConfig(name="digits", batch_size=116),
-        augment=AugmentConfig(policy="rand", colour=0.3, erasing=0.4, mixup=0.3, cutmix=1.0),
+        augment=AugmentConfig(policy="rand", color=0.3, erasing=0.4, mixup=0.3, cutmix=1.0),
         train=TrainConfig(**{"epochs": 4, "warmup_epochs": 1, "ema": 0.9, "accumulate": 2,
                              "save_every": 4, "precision": "fp32", **train}),
         run_dir=str(folder),
@@ -213,7 +213,7 @@ def test_a_full_disk_leaves_the_last_state(tmp_path: Path, monkeypatch: pytest.M
         path.write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("train.files.torch.save", full)
+    monkeypatch.setattr("train.atomic.torch.save", full)
     with pytest.raises(OSError, match="no space left"):
         run.save_state()
     assert (tmp_path / "state.pt").read_bytes() == before
@@ -273,7 +273,7 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     for processes in (1, 2):
         config = config_for(tmp_path / str(processes), epochs=1)
         config.model.options = {**TINY, "dropout": 0.0, "drop_path": 0.0}
-        config.augment = AugmentConfig(colour=0.3, erasing=0.4)  # the others draw on each process
+        config.augment = AugmentConfig(color=0.3, erasing=0.4)  # the others draw on each process
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         subprocess.run(
             [*launch, f"--nproc_per_node={processes}", "-m", "train", *arguments_of(config)],

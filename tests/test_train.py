@@ -25,13 +25,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import vision_xformer as vx
-from train import demo
 from train.__main__ import main, parse
+from train.atomic import write_whole
 from train.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from train.data import CIFAR10, load_data, open_image
 from train.devices import make_accelerator, pick_precision
 from train.evaluation import accuracy, predict
-from train.files import write_whole
+from train.examples import demo
 from train.loop import Run
 from train.measure import bytes_kept
 from train.optim import average, learning_rate, parameter_groups
@@ -692,7 +692,7 @@ def test_images_of_other_shapes_are_cut_to_their_middle(tmp_path: Path) -> None:
 def test_a_teacher_is_learned_beside_the_labels(tmp_path: Path) -> None:
     teacher = config_for(tmp_path / "teacher")
     Run(teacher).fit()
-    options = {"patch": 1, "stem_layers": 2, "dims": [12, 12], "depths": [1, 1], "heads": [2, 2],
+    options = {"patch_size": 1, "stem_layers": 2, "dims": [12, 12], "depths": [1, 1], "heads": [2, 2],
                "key_dim": 4, "distilled": True}  # fmt: skip
     config = config_for(tmp_path / "student")
     config.model = ModelConfig(name="levin", options=options)

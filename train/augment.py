@@ -33,7 +33,7 @@ def augment(x: Tensor, draws: Tensor, config: AugmentConfig, mirror: bool) -> Te
     """(B, C, H, W) uint8 and its draws (B, 10) -> float32 in [-1, 1].
 
     Crops and mirrors (``mirror`` where the data set allows), then a policy of torchvision (from
-    PyTorch's global generator), colour, erasing.
+    PyTorch's global generator), color, erasing.
     """
     draws = draws.to(x.device)
     if config.crop or (config.flip and mirror):
@@ -42,8 +42,8 @@ def augment(x: Tensor, draws: Tensor, config: AugmentConfig, mirror: bool) -> Te
         policy = {"trivial": v2.TrivialAugmentWide, "rand": v2.RandAugment}[config.policy]()
         x = torch.cat([policy(part) for part in x.split(_SHARING)])
     y = x.float()
-    if config.colour:
-        y = _colour(y, 1 + config.colour * (2 * draws[:, 3:5] - 1))
+    if config.color:
+        y = _color(y, 1 + config.color * (2 * draws[:, 3:5] - 1))
     y = plain(y)
     return _erase(y, draws[:, 5:], config.erasing) if config.erasing else y
 
@@ -64,7 +64,7 @@ def _crop_and_flip(x: Tensor, draws: Tensor, crop: bool, flip: bool) -> Tensor:
     return x.gather(3, columns[:, None, None].expand(-1, channels, height, -1))
 
 
-def _colour(x: Tensor, factors: Tensor) -> Tensor:
+def _color(x: Tensor, factors: Tensor) -> Tensor:
     """Brightness and saturation multiplied, (B, C, H, W) in [0, 255] and (B, 2)."""
     brightness, saturation = factors[:, :, None, None, None].unbind(1)
     x = x * brightness

@@ -12,12 +12,12 @@ import torch
 
 import vision_xformer as vx
 
+from .atomic import read_json, read_yaml
 from .augment import plain
 from .config import RunConfig
 from .data import decode, load_data
 from .devices import make_accelerator
 from .evaluation import accuracy, predict
-from .files import read_json, read_yaml
 from .report import page, table
 
 

@@ -63,7 +63,7 @@ class AugmentConfig:
         flip: mirror images, but of digits.
         policy: "trivial" (TrivialAugmentWide) or "rand" (RandAugment), after torchvision; four
             images share a draw.
-        colour: brightness and saturation change by up to this share.
+        color: brightness and saturation change by up to this share.
         erasing: share of images with a rectangle erased.
         mixup: alpha of its beta distribution; 0 for none.
         cutmix: the same for CutMix; with both, each batch has one of them.
@@ -72,7 +72,7 @@ class AugmentConfig:
     crop: bool = True
     flip: bool = True
     policy: Literal["none", "trivial", "rand"] = "none"
-    colour: float = 0.0
+    color: float = 0.0
     erasing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -169,7 +169,7 @@ class RunConfig:
         shares = {
             "train.label_smoothing": self.train.label_smoothing,
             "train.ema": self.train.ema,
-            "augment.colour": self.augment.colour,
+            "augment.color": self.augment.color,
             "augment.erasing": self.augment.erasing,
         }
         for name, value in shares.items():

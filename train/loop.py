@@ -28,17 +28,17 @@ from tqdm import tqdm
 import vision_xformer as vx
 from vision_xformer.backbones.levit import LeViT
 
+from .atomic import write_state, write_whole
 from .augment import augment, draw, mixing
 from .config import ModelConfig, RunConfig
 from .data import Images, Splits, load_data
 from .devices import make_accelerator
 from .evaluation import Accuracy, accuracy, predict
-from .files import write_state, write_whole
-from .folder import claim, discard, new_folder, state_of, write_metrics
 from .measure import known_peak
 from .optim import average, learning_rate, make_optimizer
-from .pictures import confusion, curves, mistakes, save
+from .plots import confusion, curves, mistakes, save
 from .provenance import note_session
+from .run_dir import claim, discard, new_folder, state_of, write_metrics
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error

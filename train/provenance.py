@@ -16,7 +16,7 @@ from accelerate import Accelerator
 
 import vision_xformer as vx
 
-from .files import read_json, write_whole
+from .atomic import read_json, write_whole
 
 _PACKAGES = ("torch", "torchvision", "accelerate", "einops")
 

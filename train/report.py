@@ -14,8 +14,8 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .page import Section, Table, write_page
-from .pictures import GREY, STYLE
+from .html import Section, Table, write_page
+from .plots import GREY, STYLE
 
 Run = dict[str, Any]
 _COLUMNS = [  # heading, key of a run's figures, format
@@ -70,14 +70,14 @@ def table(runs: Sequence[Run]) -> Table:
 
 def curves(runs: Sequence[Run]) -> Figure:
     """Validation accuracy of all runs by epoch."""
-    colours = [f"C{i}" for i in range(10)]
+    colors = [f"C{i}" for i in range(10)]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10, 5))
         axis = figure.subplots()
-        for run, colour in zip(runs, itertools.cycle(colours), strict=False):
+        for run, color in zip(runs, itertools.cycle(colors), strict=False):
             rows = run["rows"]
             axis.plot(
-                [r["epoch"] for r in rows], [100 * r["val_top1"] for r in rows], color=colour,
+                [r["epoch"] for r in rows], [100 * r["val_top1"] for r in rows], color=color,
                 marker="o" if len(rows) < 20 else None, label=run["folder"].name,
             )  # fmt: skip
         axis.set(title="validation accuracy (%)", xlabel="epoch")

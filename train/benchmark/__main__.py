@@ -19,7 +19,7 @@ import vision_xformer as vx
 
 from ..__main__ import parse
 from ..commands import Parser, folder_of, read_runs
-from ..page import Table
+from ..html import Table
 from ..report import cost_sections
 from .cases import BASE, DTYPES, EAGER, Case, grid_of, mixer_of
 from .compare import compare

@@ -105,7 +105,7 @@ def with_weights(name: str, tokens: int) -> vx.Mixer:
 def make(case: Case, batch: int) -> tuple[nn.Module, Tensor, tuple[vx.TokenGrid, ...]]:
     """The module, a batch of its input, and what else it is called with.
 
-    A model is for square colour images and ``CLASSES`` classes.
+    A model is for square color images and ``CLASSES`` classes.
     """
     if case.kind == "mixer":
         mixer = with_weights(case.name, case.size)

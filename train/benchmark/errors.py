@@ -23,8 +23,8 @@ from vision_xformer.kernels.softmax import Softmax, SoftmaxEager
 from ..augment import plain
 from ..config import RunConfig
 from ..data import load_data
-from ..page import Section, Table
-from ..pictures import STYLE
+from ..html import Section, Table
+from ..plots import STYLE
 from .rows import Row
 
 COLUMNS = ("input", "kernel", "size", "error", "largest")
@@ -142,14 +142,14 @@ def picture(rows: Sequence[Row]) -> Figure:
         for axis in axes.flat[len(inputs) :]:
             axis.remove()
         for axis, name in zip(axes.flat, inputs, strict=False):
-            for kernel, (colour, style) in _STYLES.items():
+            for kernel, (color, style) in _STYLES.items():
                 points = [
                     (int(r["size"]), float(r["error"]))
                     for r in rows
                     if (r["input"], r["kernel"]) == (name, kernel)
                 ]
                 if points:
-                    axis.plot(*zip(*points, strict=True), color=colour, linestyle=style,
+                    axis.plot(*zip(*points, strict=True), color=color, linestyle=style,
                               marker="o", markersize=5, label=kernel)  # fmt: skip
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")

@@ -7,8 +7,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..page import Section, write_page
-from ..pictures import save
+from ..html import Section, write_page
+from ..plots import save
 from .errors import error_section
 from .pictures import bars, lengths, wins
 from .rows import Row, column_table, package_table, read_csv, read_rows, refusals

@@ -11,8 +11,8 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from ..page import Table
-from ..pictures import BLUE, STYLE, save
+from ..html import Table
+from ..plots import BLUE, STYLE, save
 from .cases import BASE, EAGER, PAIRS
 from .controls import CONTROLS
 from .rows import Row, label, number, read_rows
@@ -83,7 +83,7 @@ def lengths(rows: Sequence[Row], panels: Sequence[tuple[str, str]], title: str) 
     drawn: it would press the others together.
     """
     more = iter(_MORE * len(rows))
-    colours = dict(_COLOURS)
+    colors = dict(_COLOURS)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7 * len(panels), 7.2))
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -92,8 +92,8 @@ def lengths(rows: Sequence[Row], panels: Sequence[tuple[str, str]], title: str) 
             lines.pop("identity", None)
             for name, points in lines.items():
                 ours = _PEERS.get(name, name)
-                if ours not in colours:
-                    colours[ours] = "#c9d1d9" if ours in CONTROLS else next(more)
+                if ours not in colors:
+                    colors[ours] = "#c9d1d9" if ours in CONTROLS else next(more)
                 points = [(n, y) for n, y in points if y < math.inf]
                 if not points:
                     continue
@@ -102,14 +102,14 @@ def lengths(rows: Sequence[Row], panels: Sequence[tuple[str, str]], title: str) 
                 axis.plot(
                     *zip(*points, strict=True), linestyle=style, marker="o", markersize=4,
                     label=name if power is None else f"{name}  $N^{{{power:.2f}}}$",
-                    color=colours[ours], linewidth=2.8 if name in (BASE, EAGER) else 1.7,
+                    color=colors[ours], linewidth=2.8 if name in (BASE, EAGER) else 1.7,
                 )  # fmt: skip
                 place = crossing(points, lines.get(BASE, []))
                 if place is not None and name in PAIRS and points[0][0] < place < math.inf:
-                    axis.axvline(place, color=colours[ours], linewidth=0.9, linestyle=":")
+                    axis.axvline(place, color=colors[ours], linewidth=0.9, linestyle=":")
                     axis.annotate(
                         f"{place:,.0f}", (place, 0.01), xycoords=("data", "axes fraction"),
-                        rotation=90, fontsize=9, color=colours[ours], ha="right", va="bottom",
+                        rotation=90, fontsize=9, color=colors[ours], ha="right", va="bottom",
                     )  # fmt: skip
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from ..files import write_whole
-from ..page import Table
+from ..atomic import write_whole
+from ..html import Table
 from ..provenance import device_name, git_revision, versions
 from .cases import PAIRS, Case
 

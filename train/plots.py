@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from .atomic import replace
 from .data import Images
-from .files import replace
 
 STYLE = {"font.size": 12, "axes.spines.top": False, "axes.spines.right": False}
 BLUE, GREY, RED = "#1f6feb", "#9aa5b1", "#cf222e"
@@ -31,9 +31,9 @@ def curves(rows: Sequence[dict[str, float]], title: str) -> Figure:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(11, 4.2))
         left, right = figure.subplots(1, 2)
-        for key, colour in (("train", GREY), ("val", BLUE)):
+        for key, color in (("train", GREY), ("val", BLUE)):
             losses = [row[f"{key}_loss"] for row in rows]
-            left.plot(epochs, losses, marker=marker, color=colour, label=key)
+            left.plot(epochs, losses, marker=marker, color=color, label=key)
         left.set(title="loss", xlabel="epoch")
         left.legend(frameon=False)
         top1 = [100 * row["val_top1"] for row in rows]
@@ -71,9 +71,9 @@ def confusion(logits: Tensor, labels: Tensor, classes: Sequence[str], title: str
                 for taken in range(count):
                     share = 100 * float(shares[true, taken])
                     if share >= 1:
-                        colour = "white" if share > 55 else "black"
+                        color = "white" if share > 55 else "black"
                         axis.text(
-                            taken, true, f"{share:.0f}", ha="center", va="center", color=colour,
+                            taken, true, f"{share:.0f}", ha="center", va="center", color=color,
                             fontsize=9,
                         )  # fmt: skip
         else:

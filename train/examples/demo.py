@@ -20,11 +20,11 @@ import torch
 from matplotlib import pyplot as plt
 from tqdm import tqdm
 
-from .augment import plain
-from .config import AugmentConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
-from .files import write_whole
-from .loop import Run
-from .measure import bytes_kept
+from ..atomic import write_whole
+from ..augment import plain
+from ..config import AugmentConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
+from ..loop import Run
+from ..measure import bytes_kept
 
 MIXERS: dict[str, dict[str, Any]] = {
     "ViT": {},
@@ -96,7 +96,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     """Accuracy, memory and speed of each mixer, with either stem."""
     mpl.use("Agg")
     plt.rcParams.update({"font.size": 13, "axes.spines.top": False, "axes.spines.right": False})
-    colours = {"": "#9aa5b1", "Hybrid": "#1f6feb"}
+    colors = {"": "#9aa5b1", "Hybrid": "#1f6feb"}
     labels = {"": "linear stem", "Hybrid": "convolutional stem (Hybrid)"}
     panels = [
         ("test accuracy (%)", "test_top1", 100.0, "{:.1f}"),
@@ -110,7 +110,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
         for offset, kind in ((-0.19, ""), (0.19, "Hybrid")):
             values = [by_name[kind + mixer][key] * scale for mixer in mixers]
             places = [i + offset for i in range(len(mixers))]
-            bars = axis.barh(places, values, 0.36, color=colours[kind], label=labels[kind])
+            bars = axis.barh(places, values, 0.36, color=colors[kind], label=labels[kind])
             axis.bar_label(bars, [form.format(v) for v in values], padding=4, fontsize=11)
         axis.set_title(title, fontsize=13, loc="left", pad=10)
         axis.margins(x=0.14)
@@ -143,7 +143,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m train.demo", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m train.examples.demo", description=__doc__)
     parser.add_argument("--epochs", type=int, default=EPOCHS, help=f"(default: {EPOCHS})")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="(default: runs/demo)")
     args = parser.parse_args(arguments)

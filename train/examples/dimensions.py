@@ -1,4 +1,4 @@
-"""``python -m train.dimensions``: one model family on signals, images, volumes and video.
+"""``python -m train.examples.dimensions``: one model family on signals, images, volumes and video.
 
 Nothing is downloaded. Signals and images are the 1,797 handwritten digits that come with
 scikit-learn, as 64 values one after the other and as 8 x 8 pixels. Volumes and video are synthetic:
@@ -114,7 +114,7 @@ def train(name: str, model_name: str, epochs: int, progress: tqdm[Any]) -> tuple
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m train.dimensions", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m train.examples.dimensions", description=__doc__)
     models = [name for kind in ("vi?", "hybrid_vi?") for name in vx.list_models(kind)]
     parser.add_argument("--model", choices=models, default="vip", help="(default: vip)")
     parser.add_argument("--epochs", type=int, default=15, help="(default: 15)")

@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
+from .atomic import read_state, write_whole
 from .config import RunConfig
-from .files import read_state, write_whole
 
 _FIRST = ("config.yaml", "classes.json", "sessions.json")  # what a run writes before its first step
 
