@@ -38,6 +38,7 @@ from train.benchmark.rows import (
     write_csv,
 )
 from train.benchmark.worker import Worker, _kilobytes
+from train.cli import parse_command
 from train.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from train.loop import Run
 from train.measure import bytes_kept
@@ -95,7 +96,7 @@ def test_bytes_kept_grow_as_the_papers_say(name: str) -> None:
     def kept(side: int) -> int:
         layout = vx.TokenGrid((side, side))
         heads = 2 if takes_heads(name) else None
-        mixer = vx.create_mixer(name, dim=64, heads=heads, layout=layout, **few)
+        mixer = vx.create_mixer(name, dim=64, heads=heads, grid=layout, **few)
         x = torch.randn(1, side * side, 64, requires_grad=True)
         return bytes_kept(mixer, lambda: mixer(x, layout))
 
@@ -111,7 +112,7 @@ def test_nystrom_keeps_nothing_of_the_steps_of_its_inverse() -> None:
     layout, x = vx.TokenGrid((8, 8)), torch.randn(1, 64, 64, requires_grad=True)
     kept = []
     for iterations in (1, 12):
-        mixer = vx.create_mixer("nystrom", dim=64, heads=2, layout=layout, iterations=iterations)
+        mixer = vx.create_mixer("nystrom", dim=64, heads=2, grid=layout, iterations=iterations)
         kept.append(bytes_kept(mixer, lambda mixer=mixer: mixer(x, layout)))
     assert kept[0] == kept[1]
 
@@ -121,7 +122,7 @@ def test_performer_keeps_no_features_where_it_is_compiled() -> None:
     layout, x = vx.TokenGrid((8, 8)), torch.randn(1, 64, 64, requires_grad=True)
     kept = []
     for features in (100, 400):
-        mixer = vx.create_mixer("performer", dim=64, heads=2, layout=layout, features=features)
+        mixer = vx.create_mixer("performer", dim=64, heads=2, grid=layout, features=features)
         compiled = torch.compile(mixer, backend="aot_eager", dynamic=False)
         kept.append(bytes_kept(mixer, lambda compiled=compiled: compiled(x, layout)))
     context, scaled = 2 * (32 + 1), 32  # numbers of each feature: sums of values, w / K^(1/4)
@@ -271,15 +272,15 @@ def test_a_step_of_minutes_ends_with_the_process_that_asked() -> None:
     ("arguments", "words"),
     [
         (["mixers", "--lengths", "200"], "length 200 must be a square"),
-        (["mixers", "--lengths", "0"], "0 must be a whole number of at least 1"),
-        (["mixers", "--batch", "-4"], "-4 must be a whole number of at least 1"),
+        (["mixers", "--lengths", "0"], "lengths 0 must be above 0"),
+        (["mixers", "--batch", "-4"], "batch -4 must be above 0"),
         (["mixers", "--out", "no/where.csv"], "--out no/where.csv must be a file in a folder"),
         (["mixers", "--only", "performr"], "performr"),
         (["models", "--names", "vig"], "--names vig: no model is called so"),
         (["plan", "--memory", "much", "--name", "vit"], "--memory much must be a number with"),
         (["plan", "--memory", "1GB", "--name", "vi?"], "unknown model 'vi?'"),
         (["plan", "--memory", "1GB", "--name", "vin_test", "--image-size", "7"], "7x7 is not"),
-        (["compare", "a.csv", "b.csv", "--threshold", "nan"], "nan must be a number of at least 0"),
+        (["compare", "a.csv", "b.csv", "--threshold", "nan"], "threshold nan must be at least 0"),
         (["page", "--runs", "nowhere", "--", "a.csv"], "--runs nowhere is not a folder"),
         (["compare", "a.csv", "b.csv"], "a.csv is not a file"),
         (["page", "a.csv"], "a.csv is not a file"),
@@ -418,8 +419,9 @@ def test_tables_say_what_wins_what_is_missing_and_what_is_noisy() -> None:
 
 
 def test_models_with_softmax_are_measured_with_both() -> None:
-    args = program.command_line().parse_args(["models", "--names", "vi[tn]", "vit", "fnet2d"])
-    found = [(case.name, case.mixer) for case in program.cases_of(args)]
+    arguments = ["models", "--names", "vi[tn]", "vit", "fnet2d"]
+    name, args = parse_command(program.command_line(), arguments)
+    found = [(case.name, case.mixer) for case in program.cases_of(name, args)]
     assert found == [("vin", ""), ("vit", ""), ("vit", "softmax_eager"), ("fnet2d", "")]
 
 

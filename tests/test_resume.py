@@ -1,4 +1,4 @@
-"""A run that was cut off goes on as if nothing had happened; processes share a batch exactly."""
+"""An interrupted run resumes as if nothing had happened; processes share a batch exactly."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from train.__main__ import main
 from train.atomic import read_state
+from train.checkpoint import save_state
 from train.config import AugmentConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
-from train.loop import Interrupted, Run
+from train.loop import Run
+from train.signals import Interrupted
 
 ROOT = Path(__file__).parents[1]
 TINY = {"dim": 12, "depth": 1, "heads": 2, "mlp_ratio": 1.2, "dropout": 0.1, "drop_path": 0.2}
@@ -215,7 +217,7 @@ def test_a_full_disk_leaves_the_last_state(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr("train.atomic.torch.save", full)
     with pytest.raises(OSError, match="no space left"):
-        run.save_state()
+        save_state(run)
     assert (tmp_path / "state.pt").read_bytes() == before
     assert not list(tmp_path.glob(".*.part"))
 

@@ -35,6 +35,7 @@ from train.examples import demo
 from train.loop import Run
 from train.measure import bytes_kept
 from train.optim import average, learning_rate, parameter_groups
+from train.run_dir import discard
 
 ROOT = Path(__file__).parents[1]
 TINY = {"dim": 12, "depth": 1, "heads": 2, "mlp_ratio": 1.2}
@@ -376,7 +377,7 @@ def test_a_file_is_written_whole_or_not_at_all(
 ) -> None:
     write_whole(tmp_path / "a.txt", "first")
 
-    def torn(self: Path, text: str) -> None:
+    def torn(self: Path, text: str, encoding: str) -> None:
         with self.open("w") as file:
             file.write(text[:3])
         raise OSError("no space left")
@@ -410,7 +411,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         run.fit()
     assert not (tmp_path / "state.pt").exists()
-    run.discard()
+    discard(run)
     assert not tmp_path.exists()
 
 
@@ -442,7 +443,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     first.fit()
     with pytest.raises(ValueError, match="already holds a run"):
         second.fit()
-    second.discard()
+    discard(second)
     assert (tmp_path / "run" / "result.json").is_file()
 
 
@@ -626,7 +627,7 @@ def test_evaluate_and_predict(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         image, _ = load_data(config.data).test[i]
         best = model(image[None].float() / 127.5 - 1).argmax().item()
         assert line.startswith(f"{file}: {['cat', 'dog', 'emu'][best]} ")
-    for name, text, word in (("classes.json", '["a"]', "must have the model's 3 classes, has 1"),
+    for name, text, word in (("classes.json", '["a"]', "must have 3 classes, as the model, not 1"),
                              ("classes.json", "[", "classes.json cannot be read")):  # fmt: skip
         before = (tmp_path / "run" / name).read_text()
         (tmp_path / "run" / name).write_text(text)

@@ -1,53 +1,64 @@
-"""``python -m train --config configs/cifar10/hybrid_vin_rope.yaml --data.root DIR``
+"""Train and compare models: ``python -m train fit --config configs/cifar10/base.yaml ...``.
 
-``python -m train --resume DIR`` goes on with a run that was cut off. ``python -m train evaluate``,
-``predict`` and ``report`` look at runs that are there.
+``resume`` continues an interrupted run; ``evaluate``, ``predict`` and ``report`` use finished runs;
+``benchmark`` measures memory and time. ``python -m train --config FILE`` means ``fit``, and
+``python -m train --resume DIR`` means ``resume``.
 """
 
 from __future__ import annotations
 
-import difflib
-import re
 import sys
 from pathlib import Path
-from typing import NoReturn
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 from . import commands
+from .cli import Parser, parse_command, with_commands
 from .config import RunConfig
-from .loop import Interrupted, Run
-
-COMMANDS = ("evaluate", "predict", "report")
-
-
-class Parser(ArgumentParser):
-    """One sentence for a mistake, with the nearest option, in place of the usage."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        known = {key for key, _ in self.get_defaults().items()} - {"config"}
-        for word in re.findall(r"[\w.]+", message.split("\n")[0]):
-            near = difflib.get_close_matches(word, known - {word}, n=1, cutoff=0.8)
-            if near and word not in known:
-                message += f"; did you mean {near[0]}?"
-                break
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
-        raise SystemExit(2)
+from .loop import Run
+from .run_dir import discard
+from .signals import Interrupted
 
 
-def parse(arguments: list[str] | None = None) -> RunConfig:
-    """The configuration from YAML files and the command line, the later over the earlier."""
-    parser = Parser(
-        prog="python -m train",
-        description="Train a model, choose on validation, test once. Beside this: --resume DIR "
-        "goes on with a run; evaluate, predict and report look at runs that are there.",
-        allow_abbrev=False,
-    )
+def fit_parser() -> Parser:
+    """The options of ``fit``: those of :class:`RunConfig`, and recipes that set them."""
+    parser = Parser(prog="python -m train fit")
     parser.add_argument("--config", action="config", help="a YAML file of the options below")
     parser.add_class_arguments(RunConfig, as_group=False)
+    return parser
+
+
+def command_line() -> Parser:
+    """The parser of all commands."""
+    resume, evaluate, predict, report, benchmark = (Parser() for _ in range(5))
+    for parser, what in ((resume, "to resume"), (evaluate, "to evaluate"), (predict, "to use")):
+        parser.add_argument("run", type=Path, help=f"folder of the run {what}")
+    evaluate.add_argument("--split", choices=("test", "val"), default="test", help="which images")
+    predict.add_argument("images", nargs="+", help="image files")
+    report.add_argument("runs", nargs="+", type=Path, help="folders with runs in or below them")
+    report.add_argument(
+        "--out", type=Path, help="the page (default: report.html in the first folder)"
+    )
+    return with_commands(
+        "python -m train",
+        "Train image classifiers, and use and compare the runs.",
+        {
+            "fit": ("train a model from a recipe; see fit --help for its options", fit_parser()),
+            "resume": ("continue an interrupted run", resume),
+            "evaluate": ("accuracy of the best weights of a run", evaluate),
+            "predict": ("classes of image files", predict),
+            "report": ("compare runs on one page", report),
+            "benchmark": ("memory and time; see python -m train.benchmark --help", benchmark),
+        },
+    )
+
+
+def parse(arguments: list[str]) -> RunConfig:
+    """The configuration of ``fit``: YAML files and options, the later over the earlier."""
+    parser = fit_parser()
     try:
         namespace = parser.parse_args(arguments)
-    except (TypeError, ValueError) as error:  # a file that is no YAML of options
+    except (TypeError, ValueError) as error:  # a file that is not YAML of options
         parser.error(str(error))
     namespace.pop("config")
     for part in ("model", "data", "augment", "train"):
@@ -56,64 +67,76 @@ def parse(arguments: list[str] | None = None) -> RunConfig:
     return RunConfig(**parser.instantiate(namespace).as_dict())
 
 
-def command(arguments: list[str]) -> str:
-    """What ``evaluate``, ``predict`` or ``report`` say."""
-    args = commands.command_line().parse_args(arguments)
-    if args.command == "report":
-        return commands.report(args.runs, args.out)
+def with_command(arguments: list[str]) -> list[str]:
+    """The arguments with their command first.
+
+    Raises:
+        ValueError: for ``--resume`` next to other options.
+    """
+    if any(word.split("=")[0] == "--resume" for word in arguments):
+        words = arguments[0].split("=", 1) if len(arguments) == 1 else arguments
+        if len(words) != 2 or words[0] != "--resume":
+            raise ValueError("--resume DIR stands alone: a run resumes its own configuration")
+        return ["resume", words[1]]
+    if arguments and (not arguments[0].startswith("-") or arguments[0] in ("-h", "--help")):
+        return arguments
+    return ["fit", *arguments]
+
+
+def start(arguments: list[str]) -> Run | None:
+    """Run a command; of ``fit`` and ``resume``, return the run that is ready to train."""
+    if arguments[0] == "fit":
+        return Run(parse(arguments[1:]))
+    name, args = parse_command(command_line(), arguments)
+    if name == "resume":
+        folder = commands.resumable(args.run)
+        return Run(parse(["--config", str(folder / "config.yaml")]), folder)
+    if name == "report":
+        print(commands.report(args.runs, args.out))
+        return None
     folder = commands.folder_of(args.run)
-    if args.command == "predict":
-        return "\n".join(commands.classify(folder, args.images))
-    config = parse(["--config", str(folder / "config.yaml")])
-    return commands.evaluate(folder, config, args.split)
-
-
-def start(arguments: list[str]) -> Run:
-    """A new run, or with ``--resume DIR`` one that goes on."""
-    if not any(word.split("=")[0] == "--resume" for word in arguments):
-        return Run(parse(arguments))
-    if len(arguments) == 1:
-        arguments = arguments[0].split("=", 1)
-    if len(arguments) != 2 or arguments[0] != "--resume":
-        raise ValueError("--resume DIR stands alone: a run goes on with its own configuration")
-    folder = Path(arguments[1]).expanduser()
-    if not (folder / "config.yaml").is_file():
-        raise ValueError(f"--resume {folder}: there is no run (no config.yaml)")
-    if (folder / "result.json").is_file():
-        raise ValueError(f"--resume {folder}: the run is complete, see its result.json")
-    return Run(parse(["--config", str(folder / "config.yaml")]), folder)
+    if name == "predict":
+        print("\n".join(commands.classify(folder, args.images)))
+    else:
+        config = parse(["--config", str(folder / "config.yaml")])
+        print(commands.evaluate(folder, config, args.split))
+    return None
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """The program; ``arguments`` are those of the command line by default."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] == "benchmark":
+        from .benchmark.__main__ import main as benchmark
+
+        return benchmark(arguments[1:])
     run: Run | None = None
     try:
-        if arguments and arguments[0] in COMMANDS:
-            print(command(arguments))
+        run = start(with_command(arguments))
+        if run is None:
             return
-        run = start(arguments)
         test = run.fit()
         run.accelerator.end_training()  # processes that leave a group open may abort
     except Interrupted as interrupted:
         assert run is not None
         if run.main:
             print(
-                f"stopped after step {run.step} of {run.steps}; go on with: "
-                f"python -m train --resume {run.folder}",
+                f"stopped after step {run.step} of {run.steps}; resume with: "
+                f"python -m train resume {run.folder}",
                 file=sys.stderr,
             )
         raise SystemExit(128 + interrupted.number) from None
     except (ValueError, OSError) as error:
         if run is not None:
-            run.discard()
-        # one that crossed from a worker process brings its traceback along
+            discard(run)
+        # an error of a worker process contains its traceback
         sentence = str(error).split("ValueError: ")[-1].strip()
         print(f"error: {sentence}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     if run.main:
-        print(f"test top-1 {test.top1:.2%}, top-5 {test.top5:.2%}; all of it in {run.folder}")
+        print(f"test top-1 {test.top1:.2%}, top-5 {test.top5:.2%}; everything is in {run.folder}")
 
 
 if __name__ == "__main__":

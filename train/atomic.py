@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written atomically, and read with one sentence for a mistake."""
 
 from __future__ import annotations
 
@@ -13,31 +13,35 @@ import yaml
 
 
 def replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside the file, on the disk, and put it in place in one step; else an OSError."""
+    """Write next to the file, flush to disk, and rename; a failure is an OSError."""
     part = path.with_name(f".{path.name}.part")
     try:
         write(part)
-        with part.open("rb") as file:
+        with part.open("r+b") as file:
             os.fsync(file.fileno())
         part.replace(path)
-    except (OSError, RuntimeError) as error:  # torch.save has the latter for a full disk
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter for a full disk
         raise OSError(f"{path} cannot be written: {error}") from error
     finally:
         part.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Put a text in place of what was there."""
-    replace(path, lambda part: part.write_text(text))
+    """Replace a file by a text, atomically."""
+    replace(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def write_state(path: Path, state: dict[str, Any]) -> None:
-    """Put a state of tensors and plain values in place of what was there."""
+    """Replace a file by a state of tensors and plain values, atomically."""
     replace(path, lambda part: torch.save(state, part))
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """A state written by :func:`write_state`; a torn file is a ValueError."""
+    """Read a state of :func:`write_state`.
+
+    Raises:
+        ValueError: for a file that cannot be read.
+    """
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and value errors of torch.load
@@ -46,9 +50,13 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path, kind: type) -> Any:
-    """What a JSON file holds, a list or a dict; a ValueError names a file that holds none."""
+    """Read a JSON file that holds a list or a dict.
+
+    Raises:
+        ValueError: for anything else; it names the file.
+    """
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(value, kind):
@@ -57,9 +65,13 @@ def read_json(path: Path, kind: type) -> Any:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """What a YAML file of options holds; a ValueError names a file that holds none."""
+    """Read a YAML file of options.
+
+    Raises:
+        ValueError: for anything else; it names the file.
+    """
     try:
-        value = yaml.safe_load(path.read_text())
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(value, dict):

@@ -1,12 +1,10 @@
-"""What can be done with runs that are there: evaluate, predict, report."""
+"""What can be done with the folders of runs: evaluate, predict, report."""
 
 from __future__ import annotations
 
-import argparse
 import csv
-import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -21,9 +19,27 @@ from .evaluation import accuracy, predict
 from .report import page, table
 
 
-def folder_of(text: str) -> Path:
-    """A run's folder with weights; a ValueError says what is missing."""
-    folder = Path(text).expanduser()
+def resumable(path: Path) -> Path:
+    """The folder of a run that can be resumed.
+
+    Raises:
+        ValueError: if there is no run, or it is complete.
+    """
+    folder = path.expanduser()
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(f"resume {folder}: there is no run (no config.yaml)")
+    if (folder / "result.json").is_file():
+        raise ValueError(f"resume {folder}: the run is complete, see its result.json")
+    return folder
+
+
+def folder_of(path: Path) -> Path:
+    """The folder of a run with weights.
+
+    Raises:
+        ValueError: for a folder without them; it names what is missing.
+    """
+    folder = path.expanduser()
     for name in ("config.yaml", "best.safetensors", "classes.json"):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} is not a run with weights: it has no {name}")
@@ -31,7 +47,11 @@ def folder_of(text: str) -> Path:
 
 
 def evaluate(folder: Path, config: RunConfig, split: str) -> str:
-    """Accuracy of a run's best weights on one of its sets."""
+    """Measure the accuracy of the best weights of a run on one of its sets.
+
+    Raises:
+        ValueError: if the data has other classes now.
+    """
     accelerator = make_accelerator(config.train)
     data = load_data(config.data, accelerator.device)
     if data.classes != read_json(folder / "classes.json", list):
@@ -50,12 +70,16 @@ def evaluate(folder: Path, config: RunConfig, split: str) -> str:
 
 @torch.no_grad()
 def classify(folder: Path, files: list[str]) -> list[str]:
-    """The five likeliest classes of each image file, surest first."""
+    """The five most likely classes of each image file, most likely first.
+
+    Raises:
+        ValueError: for a file that cannot be read, or classes that are not those of the model.
+    """
     classes: list[str] = read_json(folder / "classes.json", list)
     model = vx.load_model(folder / "best.safetensors")
     if len(classes) != model.config.num_classes:
         raise ValueError(
-            f"{folder}/classes.json must have the model's {model.config.num_classes} classes, has "
+            f"{folder}/classes.json must have {model.config.num_classes} classes, as the model, not "
             f"{len(classes)}"
         )
     channels, *shape = model.config.input_shape
@@ -73,19 +97,23 @@ def classify(folder: Path, files: list[str]) -> list[str]:
 
 
 def read_runs(paths: list[Path]) -> list[dict[str, Any]]:
-    """Every run in or below the folders: its configuration, result, sessions and metrics."""
+    """Read the configuration, result, sessions and metrics of all runs in or below the folders.
+
+    Raises:
+        ValueError: for a metrics.csv that is not of a run.
+    """
     found = sorted({file.parent for path in paths for file in path.rglob("metrics.csv")})
     runs = []
     for folder in found:
         names = "config.yaml", "result.json", "sessions.json"
         config, result, sessions = (folder / name for name in names)
         try:
-            lines = (folder / "metrics.csv").read_text().splitlines()
+            lines = (folder / "metrics.csv").read_text(encoding="utf-8").splitlines()
             rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(lines)]
-            # a row at least, and in each what the report shows
+            # at least one row, with the columns that the report shows
             max(row["val_top1"] + row["images_per_second"] for row in rows)
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{folder / 'metrics.csv'} is not a run's: {error!r}") from error
+            raise ValueError(f"{folder / 'metrics.csv'} is not of a run: {error!r}") from error
         runs.append(
             {
                 "folder": folder,
@@ -98,32 +126,12 @@ def read_runs(paths: list[Path]) -> list[dict[str, Any]]:
     return runs
 
 
-class Parser(argparse.ArgumentParser):
-    """One sentence for a mistake, in place of the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"error: {message}", file=sys.stderr)
-        raise SystemExit(2)
-
-
-def command_line() -> argparse.ArgumentParser:
-    """Of the three commands."""
-    parser = Parser(prog="python -m train", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("evaluate", help="accuracy of a run's best weights")
-    one.add_argument("run")
-    one.add_argument("--split", choices=("test", "val"), default="test")
-    one = commands.add_parser("predict", help="classes of image files")
-    one.add_argument("run")
-    one.add_argument("images", nargs="+")
-    one = commands.add_parser("report", help="compare runs on one page")
-    one.add_argument("runs", nargs="+", type=Path)
-    one.add_argument("--out", type=Path, help="the page (default: report.html in the first folder)")
-    return parser
-
-
 def report(paths: list[Path], out: Path | None) -> str:
-    """Write the page that compares runs; returns a table of them for the terminal."""
+    """Write the page that compares runs, and return a table of them for the terminal.
+
+    Raises:
+        ValueError: for paths that are not folders, or without runs.
+    """
     for path in paths:
         if not path.is_dir():
             raise ValueError(f"{path} is not a folder")

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType
 
-from .config import TrainConfig
+from .config import RunConfig, TrainConfig
 
 
 def pick_precision(precision: str, cpu: bool) -> str:
-    """Accelerate's word for a precision; "auto" is what the device does well."""
+    """The name of a precision in accelerate; "auto" is the fastest that the device supports well."""
     if precision != "auto":
         return {"fp32": "no"}.get(precision, precision)
     if not cpu:
@@ -23,18 +23,18 @@ def pick_precision(precision: str, cpu: bool) -> str:
 
 
 def make_accelerator(config: TrainConfig, folder: Path | None = None) -> Accelerator:
-    """Device, precision and processes; with a folder, events for TensorBoard where it is installed.
+    """Set up device, precision and processes; with a folder, events for TensorBoard if installed.
 
     Raises:
-        ValueError: for a device that is not there, a precision it does not train in, or a launcher
-            that cuts the model in pieces.
+        ValueError: for a device that is missing, a precision that it does not support, or a
+            launcher that shards the model.
     """
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("train.device cuda: PyTorch finds no such device; choose auto or cpu")
+        raise ValueError("train.device cuda: PyTorch finds no such device; use auto or cpu")
     cpu = config.device == "cpu" or not torch.cuda.is_available()
     precision = pick_precision(config.precision, cpu)
     if precision == "fp16" and cpu:
-        raise ValueError("train.precision fp16 needs a GPU; choose auto, bf16 or fp32")
+        raise ValueError("train.precision fp16 needs a GPU; use auto, bf16 or fp32")
     accelerator = Accelerator(
         cpu=config.device == "cpu",
         mixed_precision=precision,
@@ -44,6 +44,24 @@ def make_accelerator(config: TrainConfig, folder: Path | None = None) -> Acceler
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ValueError(
             f"launched with {accelerator.distributed_type.value}: each process keeps the whole "
-            "model here; launch with --multi_gpu or --num_processes alone"
+            "model; launch with --multi_gpu or --num_processes alone"
         )
     return accelerator
+
+
+def part_size(config: RunConfig, batch_size: int, accelerator: Accelerator) -> int:
+    """Images in each part of a batch: one part per process and gradient accumulation step.
+
+    Raises:
+        ValueError: for a batch that these do not divide, or parts too small to mix.
+    """
+    accumulate, processes = config.train.accumulate, accelerator.num_processes
+    parts = accumulate * processes
+    if batch_size % parts:
+        raise ValueError(
+            f"data.batch_size {batch_size} must be a multiple of {parts}: train.accumulate "
+            f"{accumulate} times {processes} process(es)"
+        )
+    if batch_size == parts and (config.augment.mixup or config.augment.cutmix):
+        raise ValueError("augment.mixup and augment.cutmix mix images of a part: it has only 1")
+    return batch_size // parts

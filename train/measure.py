@@ -1,4 +1,4 @@
-"""What is measured the same way everywhere: bytes kept for backward, memory of a process."""
+"""Memory of a process or GPU, and bytes stored for the backward pass."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 
 def bytes_kept(module: nn.Module, forward: Callable[[], Tensor]) -> int:
-    """Bytes that a forward pass keeps for the backward pass, parameters and buffers apart.
+    """Count the bytes that a forward pass stores for the backward pass.
 
-    Each storage counts once, as a whole: a view keeps all of what it views.
+    Parameters and buffers are not counted. Each storage counts once and completely: a view stores
+    all of its base.
     """
     held: list[weakref.ref[Tensor]] = []
 
@@ -24,36 +25,42 @@ def bytes_kept(module: nn.Module, forward: Callable[[], Tensor]) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         output = forward()
-    # those of a branch that the output does not need are gone already
+    # those of a branch that the output does not need are already freed
     tensors = [tensor for reference in held if (tensor := reference()) is not None]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    del output  # alive until here, so that no address was used twice
+    del output  # alive until here, so that no address is reused
     for own in (*module.parameters(), *module.buffers()):
         storages.pop(own.untyped_storage().data_ptr(), None)
     return sum(storages.values())
 
 
 def reset_peak() -> int:
-    """Start a new peak; returns the bytes held now, of the GPU's allocator or of the process."""
+    """Start a new peak and return the bytes held now, by the GPU allocator or the process."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    # The kernel's own counter: getrusage would begin at the size of the process that started us.
+    # The counter of the kernel: getrusage would start from the size of the parent process.
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
 
 
 def peak_bytes() -> int:
-    """Most bytes held since :func:`reset_peak`."""
+    """The peak bytes since :func:`reset_peak`."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")
 
 
 def known_peak() -> int | None:
-    """Most bytes held by the process so far; None on a system that does not say."""
+    """The peak bytes of the process so far; None on a system that does not report it."""
     try:
         return peak_bytes()
     except (OSError, RuntimeError):
         return None
+
+
+def peak_text() -> str:
+    """The peak memory so far in MiB, for a progress bar; empty on a system that does not say."""
+    peak = known_peak()
+    return "" if peak is None else f", {peak / 2**20:.0f} MiB"
 
 
 def _status(field: str) -> int:

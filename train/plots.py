@@ -1,4 +1,4 @@
-"""Pictures of a run: curves, confusion matrix, worst mistakes. Written whole or not at all."""
+"""Figures of a run: curves, confusion matrix, most confident mistakes."""
 
 from __future__ import annotations
 
@@ -11,21 +11,50 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from .atomic import replace
-from .data import Images
+from .config import RunConfig
+from .data import Images, Splits
+from .evaluation import accuracy
 
 STYLE = {"font.size": 12, "axes.spines.top": False, "axes.spines.right": False}
 BLUE, GREY, RED = "#1f6feb", "#9aa5b1", "#cf222e"
-NAMED = 30  # classes up to which their names fit on an axis
+NAMED = 30  # with more classes, their names do not fit on an axis
 
 
 def save(figure: Figure, path: Path, source: str = "") -> None:
-    """Write a figure as PNG, which says what it was drawn from."""
+    """Write a figure as PNG, atomically; its metadata say what it was drawn from."""
     metadata = {"Source": source} if source else {}
     replace(path, lambda part: figure.savefig(part, dpi=130, format="png", metadata=metadata))
 
 
+def draw_run(
+    folder: Path,
+    config: RunConfig,
+    rows: Sequence[dict[str, float]],
+    data: Splits,
+    logits: Tensor,
+    labels: Tensor,
+) -> None:
+    """Write the figures of a run: curves.png, confusion.png and mistakes.png.
+
+    Args:
+        folder: of the run.
+        config: of the run.
+        rows: of metrics.csv.
+        data: whose test set was predicted.
+        logits: (N, classes) of the test images.
+        labels: their classes (N,).
+    """
+    mixer = f" with {config.model.mixer}" if config.model.mixer else ""
+    name = f"{config.model.name}{mixer} on {config.data.name}"
+    tested = f"{name}, test top-1 {accuracy(logits, labels).top1:.1%}"
+    save(curves(rows, name), folder / "curves.png")
+    save(confusion(logits, labels, data.classes, tested), folder / "confusion.png")
+    figure = mistakes(data.test, logits, labels, data.classes, tested)
+    save(figure, folder / "mistakes.png")
+
+
 def curves(rows: Sequence[dict[str, float]], title: str) -> Figure:
-    """Loss and validation accuracy by epoch."""
+    """Plot loss and validation accuracy by epoch."""
     epochs = [row["epoch"] for row in rows]
     marker = "o" if len(rows) < 20 else None
     with mpl.rc_context(STYLE):
@@ -40,7 +69,7 @@ def curves(rows: Sequence[dict[str, float]], title: str) -> Figure:
         right.plot(epochs, top1, marker=marker, color=BLUE)
         best = max(range(len(top1)), key=top1.__getitem__)
         right.annotate(
-            f"{top1[best]:.1f} %", (epochs[best], top1[best]), xytext=(0, 7),
+            f"{top1[best]:.1f}%", (epochs[best], top1[best]), xytext=(0, 7),
             textcoords="offset points", ha="center", color=BLUE,
         )  # fmt: skip
         right.set(title="validation accuracy (%)", xlabel="epoch")
@@ -53,7 +82,14 @@ def curves(rows: Sequence[dict[str, float]], title: str) -> Figure:
 
 
 def confusion(logits: Tensor, labels: Tensor, classes: Sequence[str], title: str) -> Figure:
-    """Share of each class's images that were taken for each class."""
+    """Plot a confusion matrix, normalized by true class.
+
+    Args:
+        logits: (N, classes).
+        labels: true classes (N,).
+        classes: their names.
+        title: of the figure.
+    """
     count = len(classes)
     pairs = (labels * count + logits.argmax(1)).bincount(minlength=count * count)
     matrix = pairs.view(count, count).double()
@@ -68,21 +104,21 @@ def confusion(logits: Tensor, labels: Tensor, classes: Sequence[str], title: str
             axis.set_xticks(range(count), classes, rotation=60, ha="right", rotation_mode="anchor")
             axis.set_yticks(range(count), classes)
             for true in range(count):
-                for taken in range(count):
-                    share = 100 * float(shares[true, taken])
+                for predicted in range(count):
+                    share = 100 * float(shares[true, predicted])
                     if share >= 1:
                         color = "white" if share > 55 else "black"
                         axis.text(
-                            taken, true, f"{share:.0f}", ha="center", va="center", color=color,
+                            predicted, true, f"{share:.0f}", ha="center", va="center", color=color,
                             fontsize=9,
                         )  # fmt: skip
         else:
             axis.set_xticks([])
             axis.set_yticks([])
-        axis.set(xlabel="taken for", ylabel="class")
+        axis.set(xlabel="predicted class", ylabel="true class")
         axis.spines[:].set_visible(False)
         axis.tick_params(length=0)
-        figure.colorbar(image, label="% of the class", shrink=0.7, pad=0.02)
+        figure.colorbar(image, label="% of the true class", shrink=0.7, pad=0.02)
         axis.set_title(title, loc="left", weight="bold")
         figure.tight_layout()
     return figure
@@ -91,9 +127,17 @@ def confusion(logits: Tensor, labels: Tensor, classes: Sequence[str], title: str
 def mistakes(
     images: Images, logits: Tensor, labels: Tensor, classes: Sequence[str], title: str
 ) -> Figure:
-    """The 24 images whose wrong answer was surest: what they are, what they were taken for."""
-    sure, taken = logits.softmax(1).max(1)
-    wrong = (taken != labels).nonzero().flatten()
+    """Show the 24 misclassified images of highest confidence, with true and predicted class.
+
+    Args:
+        images: N of them.
+        logits: (N, classes).
+        labels: true classes (N,).
+        classes: their names.
+        title: of the figure.
+    """
+    sure, predicted = logits.softmax(1).max(1)
+    wrong = (predicted != labels).nonzero().flatten()
     worst = wrong[sure[wrong].argsort(descending=True)][:24]
     columns = 8
     lines = max(1, -(-len(worst) // columns))
@@ -103,11 +147,11 @@ def mistakes(
         for axis in axes.flat:
             axis.axis("off")
         for axis, i in zip(axes.flat, worst.tolist(), strict=False):
-            picture = images[i][0].permute(1, 2, 0).squeeze(-1)
-            axis.imshow(picture.numpy(), cmap="gray", vmin=0, vmax=255)
-            true, false = (_short(classes[int(which[i])]) for which in (labels, taken))
-            axis.set_title(f"is {true}\nas {false}, {sure[i]:.0%}", fontsize=9, color=RED)
-        text = f"{title}: the surest mistakes" if len(worst) else f"{title}: no mistake"
+            pixels = images[i][0].permute(1, 2, 0).squeeze(-1)
+            axis.imshow(pixels.numpy(), cmap="gray", vmin=0, vmax=255)
+            true, false = (_short(classes[int(which[i])]) for which in (labels, predicted))
+            axis.set_title(f"{true}, predicted\n{false}, {sure[i]:.0%}", fontsize=9, color=RED)
+        text = f"{title}: most confident mistakes" if len(worst) else f"{title}: no mistakes"
         figure.suptitle(text, x=0.01, ha="left", weight="bold")
         figure.tight_layout()
     return figure

@@ -1,31 +1,37 @@
-"""A run's folder: its name, who has it, and the state that belongs to it."""
+"""The folder of a run: its name, its owner, and what a run writes there first."""
 
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
 import itertools
+import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import yaml
-
-from .atomic import read_state, write_whole
+from .atomic import write_whole
+from .checkpoint import resolved
 from .config import RunConfig
+from .provenance import note_session
 
-_FIRST = ("config.yaml", "classes.json", "sessions.json")  # what a run writes before its first step
+if TYPE_CHECKING:
+    from .loop import Run
+
+_WRITTEN_FIRST = ("config.yaml", "classes.json", "sessions.json")  # before the first step
 
 
 def new_folder(config: RunConfig) -> Path:
-    """The folder asked for, which must not hold a run, or the first free name."""
+    """The folder that was asked for, or the first free name.
+
+    Raises:
+        ValueError: for a folder that already holds a run.
+    """
     if config.run_dir is not None:
         folder = Path(config.run_dir).expanduser()
         if (folder / "config.yaml").exists():
             raise ValueError(
-                f"run_dir {folder} already holds a run: go on with --resume {folder}, choose "
-                "another, or remove it"
+                f"run_dir {folder} already holds a run: resume it with --resume {folder}, "
+                "choose another, or remove it"
             )
         return folder
     parts = [config.model.name, config.model.mixer or "", config.data.name, str(config.seed)]
@@ -34,59 +40,33 @@ def new_folder(config: RunConfig) -> Path:
     return next(f for f in itertools.chain([name], numbered) if not f.exists())
 
 
-def claim(folder: Path) -> None:
-    """Take a new run's folder; a ValueError where another took it since we looked."""
-    try:
-        (folder / "config.yaml").touch(exist_ok=False)
-    except FileExistsError as error:
-        raise ValueError(f"run_dir {folder} already holds a run") from error
+def open_folder(run: Run) -> bool:
+    """Make the folder of a run, and note its configuration, classes and this session.
+
+    Returns:
+        Whether this is a new run, whose folder may be discarded.
+
+    Raises:
+        ValueError: if another run took the folder in the meantime.
+    """
+    run.folder.mkdir(parents=True, exist_ok=True)
+    if not run.resumed:
+        try:
+            (run.folder / "config.yaml").touch(exist_ok=False)
+        except FileExistsError as error:
+            raise ValueError(f"run_dir {run.folder} already holds a run") from error
+    write_whole(run.folder / "config.yaml", resolved(run.config))
+    write_whole(run.folder / "classes.json", json.dumps(run.data.classes) + "\n")
+    note_session(run.folder / "sessions.json", run.accelerator, run.step)
+    return not run.resumed
 
 
-def discard(folder: Path) -> None:
-    """Remove what a new run wrote, unless there is a state to go on from."""
-    if (folder / "state.pt").is_file():
+def discard(run: Run) -> None:
+    """Remove what a new run wrote, unless there is a state to resume from."""
+    if not run.claimed or (run.folder / "state.pt").is_file():
         return
-    for name in _FIRST:
-        (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / "events", ignore_errors=True)
-    with contextlib.suppress(OSError):  # something else is in it
-        folder.rmdir()
-
-
-def write_metrics(folder: Path, rows: list[dict[str, float]]) -> None:
-    """A line for each epoch."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole(folder / "metrics.csv", text.getvalue())
-
-
-def state_of(folder: Path, config: RunConfig, resolved: str, data: list[str]) -> dict[str, Any]:
-    """The saved state, which must be of this configuration and of these images and classes."""
-    path = folder / "state.pt"
-    state = read_state(path)
-    try:
-        before, images = _numbers_of(state["config"]), state["data"]
-    except (KeyError, TypeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} is not a state of this run: {error}") from error
-    if before != _numbers_of(resolved):
-        raise ValueError(
-            f"{path} is of a run with another configuration than its config.yaml now: undo "
-            "what was changed there, or start a new run"
-        )
-    if images != data:
-        raise ValueError(
-            f"{path} is of a run with other images or classes than {config.data.name} in "
-            f"{config.data.root} has now: bring them back, or start a new run"
-        )
-    return state
-
-
-def _numbers_of(config: str) -> dict[str, Any]:
-    """A configuration without what changes no number of a run: it may move to another place."""
-    found: dict[str, Any] = yaml.safe_load(config)
-    del found["run_dir"], found["train"]["device"], found["train"]["save_every"]
-    for name in ("root", "mirror", "in_memory", "workers"):
-        del found["data"][name]
-    return found
+    for name in _WRITTEN_FIRST:
+        (run.folder / name).unlink(missing_ok=True)
+    shutil.rmtree(run.folder / "events", ignore_errors=True)
+    with contextlib.suppress(OSError):  # it contains something else
+        run.folder.rmdir()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
-import math
 import re
 import sys
 from collections.abc import Sequence
@@ -13,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import Namespace
+from jsonargparse.typing import NonNegativeFloat, PositiveInt
 from tqdm import tqdm
 
 import vision_xformer as vx
 
 from ..__main__ import parse
-from ..commands import Parser, folder_of, read_runs
+from ..cli import Parser, parse_command, with_commands
+from ..commands import folder_of, read_runs
 from ..html import Table
 from ..report import cost_sections
 from .cases import BASE, DTYPES, EAGER, Case, grid_of, mixer_of
@@ -109,48 +110,28 @@ def default_out(command: str) -> Path:
     return RESULTS / re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-") / f"{command}.csv"
 
 
-def positive(text: str) -> int:
-    """A number for argparse."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least 1")
-    return int(text)
-
-
-def share(text: str) -> float:
-    """A share for argparse."""
-    try:
-        if 0 <= (value := float(text)) < math.inf:
-            return value
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text} must be a number of at least 0, such as 0.15")
-
-
-def command_line() -> argparse.ArgumentParser:
-    """Of the six commands."""
-    parser = Parser(prog="python -m train.benchmark", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
+def command_line() -> Parser:
+    """The parser of all commands."""
+    mixers, models, planned, errors, compared, page = (Parser() for _ in range(6))
     known = [*vx.list_mixers(), *CONTROLS]
-    mixers = commands.add_parser("mixers", help="one layer: every mixer at every length")
     mixers.add_argument("--only", nargs="+", choices=known, default=known, metavar="MIXER",
                         help=f"of {', '.join(known)}")  # fmt: skip
-    mixers.add_argument("--lengths", nargs="+", type=positive, metavar="N",
+    mixers.add_argument("--lengths", nargs="+", type=PositiveInt, metavar="N",
                         default=[64, 256, 1024, 4096, 16384],
                         help="numbers of tokens, squares (default: 64 to 16384)")  # fmt: skip
-    models = commands.add_parser("models", help="whole models: inference and training step")
     models.add_argument("--names", nargs="+", default=["vi?", "hybrid_vi?", "cc?"],
                         help="patterns of list_models (default: vi? hybrid_vi? cc?)")  # fmt: skip
-    models.add_argument("--image-size", nargs="+", type=positive, default=[32], metavar="PIXELS",
+    models.add_argument("--image-size", nargs="+", type=PositiveInt, default=[32], metavar="PIXELS",
                         help="(default: 32)")  # fmt: skip
     models.add_argument("--checkpointing", action="store_true", help="also with checkpointing")
     for one in (mixers, models):
-        one.add_argument("--batch", type=positive, default=8, help="samples of a step (default: 8)")
+        one.add_argument(
+            "--batch", type=PositiveInt, default=8, help="samples of a step (default: 8)"
+        )
         one.add_argument("--compile", action="store_true", help="also under torch.compile")
-    planned = commands.add_parser("plan", help="the largest batch that fits into a memory")
     planned.add_argument("--memory", required=True, help="such as 16GB")
     planned.add_argument("--name", required=True, help="of a model")
-    planned.add_argument("--image-size", type=positive, default=32, help="(default: 32)")
-    errors = commands.add_parser("errors", help="approximations against exact attention")
+    planned.add_argument("--image-size", type=PositiveInt, default=32, help="(default: 32)")
     errors.add_argument(
         "--run", type=Path, help="a training run, for its model's own attention too"
     )
@@ -161,26 +142,37 @@ def command_line() -> argparse.ArgumentParser:
         again = "" if one is errors else "; rows it has figures of are not measured again"
         one.add_argument("--out", type=Path, help="a CSV file (default: one for this device in "
                          f"results/benchmark){again}")  # fmt: skip
-    one = commands.add_parser("compare", help="what became worse; exit code 1 past a threshold")
-    one.add_argument("before", type=Path)
-    one.add_argument("after", type=Path)
-    one.add_argument("--threshold", type=share, default=0.15, help="(default: 0.15)")
-    one = commands.add_parser("page", help="tables and pictures on one page")
-    one.add_argument("files", nargs="*", type=Path, help="(default: those in results/benchmark)")
-    one.add_argument("--runs", nargs="+", type=Path, default=[],
+    compared.add_argument("before", type=Path)
+    compared.add_argument("after", type=Path)
+    compared.add_argument(
+        "--threshold", type=NonNegativeFloat, default=0.15, help="(default: 0.15)"
+    )
+    page.add_argument("files", nargs="*", type=Path, help="(default: those in results/benchmark)")
+    page.add_argument("--runs", nargs="+", type=Path, default=[],
                      help="folders of training runs, for accuracy (default: results)")  # fmt: skip
-    one.add_argument("--out", type=Path, default=Path("runs") / "benchmark", help="a folder")
-    return parser
+    page.add_argument("--out", type=Path, default=Path("runs") / "benchmark", help="a folder")
+    return with_commands(
+        "python -m train benchmark",
+        "Measure memory and time of mixers and models.",
+        {
+            "mixers": ("one layer: every mixer at every length", mixers),
+            "models": ("whole models: inference and training step", models),
+            "plan": ("the largest batch that fits into a memory", planned),
+            "errors": ("approximations against exact attention", errors),
+            "compare": ("what became worse; exit code 1 past a threshold", compared),
+            "page": ("tables and figures on one page", page),
+        },
+    )
 
 
-def cases_of(args: argparse.Namespace) -> list[Case]:
+def cases_of(command: str, args: Namespace) -> list[Case]:
     """What ``mixers`` and ``models`` ask for, by size; a ValueError says what is wrong.
 
     A model with fused softmax is measured with the materialised one too.
     """
     modes = ["eager", "compiled"] if args.compile else ["eager"]
     checkpointing = [False]
-    if args.command == "mixers":
+    if command == "mixers":
         for tokens in args.lengths:
             grid_of(tokens)
         wanted, sizes = [(name, "") for name in args.only], args.lengths
@@ -196,7 +188,7 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
         sizes = args.image_size
         checkpointing = [False, True] if args.checkpointing else [False]
     return [
-        Case(args.command[:-1], name, size, args.batch, args.dtype, mode, checkpoint, mixer)
+        Case(command[:-1], name, size, args.batch, args.dtype, mode, checkpoint, mixer)
         for size in sorted(set(sizes))
         for name, mixer in dict.fromkeys(wanted)
         for mode in modes
@@ -231,15 +223,15 @@ def measure_one(bar: Any, case: Case) -> Row:
         bar.update()
 
 
-def answer(args: argparse.Namespace, arguments: Sequence[str]) -> str:
+def answer(command: str, args: Namespace, arguments: Sequence[str]) -> str:
     """What a command prints."""
-    if args.command == "compare":
+    if command == "compare":
         worse, said = compare(args.before, args.after, args.threshold)
         if worse:
             print("\n".join([*worse, said]))
             raise SystemExit(1)
         return f"nothing became worse: {said}"
-    if args.command == "page":
+    if command == "page":
         files = args.files or sorted(
             RESULTS.rglob("*.csv"), key=lambda file: (file.parent, file.stem == "errors", file.stem)
         )
@@ -251,7 +243,7 @@ def answer(args: argparse.Namespace, arguments: Sequence[str]) -> str:
         runs = read_runs(args.runs or [Path("results")])
         written = write(files, cost_sections(runs), args.out)
         return f"{written[0]} and {len(written) - 1} pictures beside it"
-    if args.command == "plan":
+    if command == "plan":
         memory = parse_memory(args.memory)
         cases = plan_cases(args.name, args.image_size, args.dtype)
         with tqdm(total=len(cases), unit="step", disable=None) as bar:
@@ -264,30 +256,30 @@ def answer(args: argparse.Namespace, arguments: Sequence[str]) -> str:
         table = Table(HEADINGS, [line for line in lines if line[1]]).text()
         notes = [f"{line[0]}: {line[-1]}" for line in lines if not line[1]]
         return "\n".join([f"{head}, measured on {where}", table, *notes])
-    out = args.out or default_out(args.command)
+    out = args.out or default_out(command)
     if out.is_dir() or (args.out and not out.parent.is_dir()):
         raise ValueError(f"--out {out} must be a file in a folder that exists")
-    if args.command == "errors":
+    if command == "errors":
         if out.is_file() and "error" not in read_csv(out)[1][0]:
             raise ValueError(f"--out {out} holds something else: choose another file")
         inputs = list(fields())
         if args.run is not None:
-            folder = folder_of(str(args.run))
+            folder = folder_of(args.run)
             inputs += trained(folder, parse(["--config", str(folder / "config.yaml")]))
         with tqdm(unit="kernel", disable=None) as bar:
             found = measure_errors(inputs, bar)
         out.parent.mkdir(parents=True, exist_ok=True)
-        command = f"command: python -m train.benchmark {' '.join(arguments)}"
-        write_csv(out, [*machine(), *ERROR_METHOD, command], ERROR_COLUMNS, found)
+        asked = f"command: python -m train.benchmark {' '.join(arguments)}"
+        write_csv(out, [*machine(), *ERROR_METHOD, asked], ERROR_COLUMNS, found)
         return f"{len(found)} rows in {out}"
-    return f"{tables(run(cases_of(args), out, arguments))}\n\nrows in {out}"
+    return f"{tables(run(cases_of(command, args), out, arguments))}\n\nrows in {out}"
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """The program; ``arguments`` are those of the command line by default."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    args = command_line().parse_args(arguments)
     try:
-        print(answer(args, arguments))
+        print(answer(*parse_command(command_line(), arguments), arguments))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -114,7 +114,9 @@ def train(name: str, model_name: str, epochs: int, progress: tqdm[Any]) -> tuple
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m train.examples.dimensions", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m train.examples.dimensions", description=__doc__
+    )
     models = [name for kind in ("vi?", "hybrid_vi?") for name in vx.list_models(kind)]
     parser.add_argument("--model", choices=models, default="vip", help="(default: vip)")
     parser.add_argument("--epochs", type=int, default=15, help="(default: 15)")

@@ -1,0 +1,127 @@
+"""The resume state of a run: everything that the next step depends on, in one file."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+import vision_xformer as vx
+
+from .atomic import read_state, write_state, write_whole
+from .config import RunConfig
+
+if TYPE_CHECKING:
+    from .loop import Run
+
+# Options that change no number of a run: it may move to another folder or machine.
+_FREE = {
+    "train": ("device", "save_every"),
+    "data": ("root", "mirror", "in_memory", "workers"),
+}
+
+
+def resolved(config: RunConfig) -> str:
+    """The whole configuration as YAML."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
+def fingerprint(run: Run) -> list[str]:
+    """The classes and images that a state belongs to."""
+    data = run.data
+    return [*data.classes, *(part.fingerprint() for part in (data.train, data.val, data.test))]
+
+
+def save_state(run: Run) -> None:
+    """Write the state of a run to its folder, atomically."""
+    if not run.main:
+        return
+    scaler = run.accelerator.scaler
+    state = {
+        "config": resolved(run.config),
+        "data": fingerprint(run),
+        "step": run.step,
+        "rows": run.rows,
+        "best": run.best,
+        "loss_sum": run.loss_sum.cpu(),
+        "images_seen": run.images_seen,
+        "seconds": run.seconds,
+        "model": run.model.state_dict(),
+        "ema": None if run.ema is None else run.ema.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": None if scaler is None else scaler.state_dict(),
+    }
+    write_state(run.folder / "state.pt", state)
+
+
+def save_epoch(run: Run, is_best: bool) -> None:
+    """Write metrics, last and best weights, and the state after an epoch."""
+    if run.main:
+        write_metrics(run.folder, run.rows)
+        vx.save_model(run.best_model, run.folder / "last.safetensors")
+        if is_best:
+            vx.save_model(run.best_model, run.folder / "best.safetensors")
+    run.best = max(run.best, run.rows[-1]["val_top1"])
+    save_state(run)
+
+
+def write_metrics(folder: Path, rows: list[dict[str, float]]) -> None:
+    """Write metrics.csv, with a line for each epoch."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(folder / "metrics.csv", text.getvalue())
+
+
+def load_state(run: Run) -> None:
+    """Resume a run from the state in its folder, or start anew if there is none.
+
+    Raises:
+        ValueError: for a state of another configuration, or of other images or classes.
+    """
+    path = run.folder / "state.pt"
+    if not path.is_file():
+        return
+    state = read_state(path)
+    try:
+        _check(run, state)
+        run.step, run.rows, run.best = state["step"], state["rows"], state["best"]
+        run.loss_sum.copy_(state["loss_sum"])
+        run.images_seen, run.seconds = state["images_seen"], state["seconds"]
+        run.model.load_state_dict(state["model"])
+        if run.ema is not None:
+            run.ema.load_state_dict(state["ema"])
+        run.optimizer.load_state_dict(state["optimizer"])
+        if run.accelerator.scaler is not None:
+            run.accelerator.scaler.load_state_dict(state["scaler"])
+    except (KeyError, TypeError, AttributeError, RuntimeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is not a state of this run: {error}") from error
+
+
+def _check(run: Run, state: dict[str, Any]) -> None:
+    path, data = run.folder / "state.pt", run.config.data
+    if _numbers(state["config"]) != _numbers(resolved(run.config)):
+        raise ValueError(
+            f"{path} belongs to a run with another configuration than its config.yaml now: undo "
+            "what was changed there, or start a new run"
+        )
+    if state["data"] != fingerprint(run):
+        raise ValueError(
+            f"{path} belongs to a run with other images or classes than {data.name} in "
+            f"{data.root} has now: bring them back, or start a new run"
+        )
+
+
+def _numbers(config: str) -> dict[str, Any]:
+    """A configuration without the options that change no number of a run."""
+    found: dict[str, Any] = yaml.safe_load(config)
+    del found["run_dir"]
+    for part, names in _FREE.items():
+        for name in names:
+            del found[part][name]
+    return found
