@@ -9,7 +9,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from test_train import ROOT, cifar_batches, tiny_imagenet
+from test_data import cifar_batches, tiny_imagenet
+from test_train import ROOT
 
 import vision_xformer as vx
 from train.__main__ import parse
@@ -57,7 +58,7 @@ def test_every_configuration_does_a_step(
     text = path.read_text()
     assert f"--config configs/{path.parent.name}/{path.name}" in text
     for check in (
-        "train.data.CIFAR10._check_integrity",
+        "train.data.cifar.CIFAR10._check_integrity",
         "torchvision.datasets.cifar.check_integrity",
     ):
         monkeypatch.setattr(check, lambda *arguments: True)
