@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -252,3 +255,121 @@ def test_images_of_other_shapes_are_cut_to_their_middle(tmp_path: Path) -> None:
             Image.fromarray(wide).save(path)
     data = load_data(DataConfig(name="imagefolder", root=str(tmp_path), image_size=10))
     assert (data.train[0][0] == 200).all()
+
+
+# torchvision
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    """The layout of MNIST's files: two zeros, the type, the number of axes, their sizes, bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sizes = np.array(array.shape, ">i4").tobytes()
+    path.write_bytes(bytes([0, 0, 8, array.ndim]) + sizes + array.astype(np.uint8).tobytes())
+
+
+def write_mnist(folder: Path, prefix: tuple[str, str], classes: range) -> np.ndarray:
+    images = np.random.default_rng(0).integers(0, 256, (260, 28, 28))
+    labels = np.array(classes)[np.arange(260) % len(classes)]
+    for part in prefix:
+        write_idx(folder / f"{part}-images-idx3-ubyte", images)
+        write_idx(folder / f"{part}-labels-idx1-ubyte", labels)
+    return images
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The addresses that were asked for; none answers."""
+    urls: list[str] = []
+
+    def refuse(request: urllib.request.Request, *args: object, **more: object) -> None:
+        urls.append(request.full_url)
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    return urls
+
+
+def test_mnist_of_torchvision_is_gray_and_not_mirrored(tmp_path: Path, offline: list[str]) -> None:
+    images = write_mnist(tmp_path / "MNIST" / "raw", ("train", "t10k"), range(10))
+    data = load_data(DataConfig(name="torchvision:MNIST", root=str(tmp_path), val_fraction=0.2))
+    assert [len(part) for part in (data.train, data.val, data.test)] == [208, 52, 260]
+    assert (data.channels, data.image_size, data.mirror) == (1, 28, False)
+    assert data.classes[:2] == ["0 - zero", "1 - one"]
+    image, label = data.test[13]
+    assert label == 3
+    assert np.array_equal(image[0].numpy(), images[13])
+    assert torch.equal(data.test.pixels[13], image)
+    assert offline == []
+    resized = DataConfig(name="torchvision:mnist", root=str(tmp_path), image_size=32)
+    assert load_data(resized).test[0][0].shape == (1, 32, 32)
+
+
+def test_fashion_mnist_may_be_mirrored(tmp_path: Path) -> None:
+    write_mnist(tmp_path / "FashionMNIST" / "raw", ("train", "t10k"), range(10))
+    data = load_data(DataConfig(name="torchvision:FashionMNIST", root=str(tmp_path)))
+    assert (data.channels, data.mirror, data.classes[9]) == (1, True, "Ankle boot")
+
+
+def test_emnist_has_the_split_that_is_named(tmp_path: Path) -> None:
+    files = ("emnist-letters-train", "emnist-letters-test")
+    write_mnist(tmp_path / "EMNIST" / "raw", files, range(1, 27))
+    data = load_data(
+        DataConfig(name="torchvision:EMNIST:split=letters", root=str(tmp_path), val_fraction=0.2)
+    )
+    assert (len(data.test), data.mirror) == (260, False)
+    assert data.classes[data.test[25][1]] == "z"
+
+
+def test_splits_of_torchvision_are_those_it_has(tmp_path: Path, offline: list[str]) -> None:
+    food = tmp_path / "food-101"
+    for part in ("train", "test"):
+        names = {}
+        for label, name in enumerate(("apple_pie", "waffles")):
+            files = [f"{name}/{part}{i}" for i in range(10)]
+            for i, file in enumerate(files):
+                write_image(food / "images" / f"{file}.jpg", 20 * label + i, size=96)
+            names[name] = files
+        (food / "meta").mkdir(exist_ok=True)
+        (food / "meta" / f"{part}.json").write_text(json.dumps(names))
+    for part in ("train", "valid", "test"):
+        for i in range(6):
+            write_image(tmp_path / "country211" / part / f"{i % 2}" / f"{i}.png", i)
+    for i in range(40):
+        write_image(tmp_path / "eurosat" / "2750" / f"{i % 2}" / f"{i}.png", i)
+
+    def sizes(name: str) -> list[int]:
+        data = load_data(DataConfig(name=name, root=str(tmp_path), val_fraction=0.2))
+        assert (data.channels, data.mirror) == (3, True)
+        return [len(part) for part in (data.train, data.val, data.test)]
+
+    assert sizes("torchvision:Food101") == [16, 4, 20]
+    assert sizes("torchvision:Country211") == [6, 6, 6]
+    assert sizes("torchvision:EuroSAT") == [25, 7, 8]  # it has no splits of its own
+    assert offline == []
+
+
+def test_missing_data_of_torchvision_is_downloaded(tmp_path: Path, offline: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"no complete torchvision:KMNIST, .* not be downloaded"):
+        load_data(DataConfig(name="torchvision:KMNIST", root=str(tmp_path)))
+    assert offline
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("MNITS", r"torchvision has no data set 'MNITS'; did you mean torchvision:MNIST\?"),
+        ("food-101", r"did you mean torchvision:Food101\?"),
+        ("", r"torchvision has no data set ''; use a name such as torchvision:MNIST"),
+        ("EMNIST", r"torchvision:EMNIST needs :split=\.\.\."),
+        ("EMNIST:letters", r"'letters' must have the form option=value"),
+        ("EMNIST:split=letter", r"Unknown value 'letter' for argument split"),
+        ("DTD:partitions=1", r"torchvision:DTD: 'partitions'; did you mean 'partition'\?"),
+        ("Food101:split=test", r"unknown option of torchvision:Food101: 'split'"),
+    ],
+)
+def test_names_that_torchvision_does_not_have_are_refused(
+    name: str, sentence: str, tmp_path: Path, offline: list[str]
+) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        load_data(DataConfig(name=f"torchvision:{name}", root=str(tmp_path)))
+    assert offline == []
