@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -373,3 +375,74 @@ def test_names_that_torchvision_does_not_have_are_refused(
     with pytest.raises(ValueError, match=sentence):
         load_data(DataConfig(name=f"torchvision:{name}", root=str(tmp_path)))
     assert offline == []
+
+
+# Hugging Face
+
+
+def rows(count: int, mode: str = "RGB", **more: object) -> dict[str, list[object]]:
+    value: Any = (lambda i: i) if mode == "L" else (lambda i: (i, i, i))
+    images = [Image.new(mode, (12, 12), value(i)) for i in range(count)]
+    return {"image": images, "label": [i % 2 for i in range(count)], **more}
+
+
+def test_a_hugging_face_folder_has_its_splits(tmp_path: Path) -> None:
+    hf = pytest.importorskip("datasets")
+    features = hf.Features(image=hf.Image(), label=hf.ClassLabel(names=["cat", "dog"]))
+    parts = {"train": 40, "validation": 10, "test": 20}
+    saved = {part: hf.Dataset.from_dict(rows(n), features=features) for part, n in parts.items()}
+    hf.DatasetDict(saved).save_to_disk(str(tmp_path / "all"))
+    data = load_data(DataConfig(name="huggingface", root=str(tmp_path / "all")))
+    assert [len(part) for part in (data.train, data.val, data.test)] == [40, 10, 20]
+    assert (data.classes, data.channels, data.image_size) == (["cat", "dog"], 3, 12)
+    image, label = data.test[7]
+    assert (label, image.shape) == (1, (3, 12, 12))
+    assert (image == 7).all()
+    hf.DatasetDict(train=saved["train"], validation=saved["validation"]).save_to_disk(
+        str(tmp_path / "two")
+    )
+    data = load_data(DataConfig(name="huggingface", root=str(tmp_path / "two"), in_memory=False))
+    assert [len(part) for part in (data.train, data.val, data.test)] == [36, 4, 10]
+    (x, labels), = data.train.batches([torch.arange(3)], torch.device("cpu"), 1)  # fmt: skip
+    assert (x.shape, labels.shape) == ((3, 3, 12, 12), (3,))
+
+
+def test_a_hugging_face_data_set_without_splits_is_split(tmp_path: Path) -> None:
+    hf = pytest.importorskip("datasets")
+    table = rows(40, "L")
+    table["label"] = ["dog" if label else "cat" for label in table["label"]]
+    features = hf.Features(image=hf.Image(), label=hf.Value("string"))
+    hf.Dataset.from_dict(table, features=features).save_to_disk(str(tmp_path / "gray"))
+    data = load_data(DataConfig(name="huggingface", root=str(tmp_path / "gray")))
+    assert [len(part) for part in (data.train, data.val, data.test)] == [28, 4, 8]
+    assert (data.classes, data.channels) == (["cat", "dog"], 1)
+    assert all(image[0, 0, 0] % 2 == label for image, label in data.test)
+
+
+def test_hugging_face_folders_that_are_not_clear_are_refused(tmp_path: Path) -> None:
+    hf = pytest.importorskip("datasets")
+    label = hf.ClassLabel(names=["cat", "dog"])
+    features = hf.Features(image=hf.Image(), label=label, coarse=label)
+    two = hf.Dataset.from_dict(rows(40, coarse=[0, 1] * 20), features=features)
+    two.save_to_disk(str(tmp_path / "two"))
+
+    def refused(folder: str, match: str, name: str = "huggingface") -> None:
+        with pytest.raises(ValueError, match=match):
+            load_data(DataConfig(name=name, root=str(tmp_path / folder)))
+
+    refused("nowhere", r"data.root .*nowhere is not a folder")
+    (tmp_path / "empty").mkdir()
+    refused("empty", r"empty is not a folder that save_to_disk")
+    refused("two", r"2 columns of image, label, coarse may hold the label: name it")
+    refused("two", r"no column 'fine'; the columns are image", "huggingface:label=fine")
+    refused("two", r"'labels'; did you mean 'label'\?", "huggingface:labels=fine")
+    hf.DatasetDict(test=two).save_to_disk(str(tmp_path / "test"))
+    refused("test", r"has no split 'train', only test")
+    config = DataConfig(name="huggingface:label=coarse", root=str(tmp_path / "two"))
+    assert load_data(config).classes == ["cat", "dog"]
+
+
+def test_without_datasets_its_install_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"needs the package datasets: pip install datasets"):
+        load_data(DataConfig(name="huggingface"))
