@@ -15,6 +15,8 @@ import pytest
 import torch
 from PIL import Image
 from test_train import image_folder, write_image
+from torchvision.datasets import VisionDataset
+from torchvision.datasets.utils import verify_str_arg
 
 from train.__main__ import main
 from train.config import DataConfig
@@ -348,6 +350,34 @@ def test_splits_of_torchvision_are_those_it_has(tmp_path: Path, offline: list[st
     assert sizes("torchvision:Country211") == [6, 6, 6]
     assert sizes("torchvision:EuroSAT") == [25, 7, 8]  # it has no splits of its own
     assert offline == []
+    (food / "images" / "waffles" / "test3.jpg").write_bytes(b"torn")
+    with pytest.raises(ValueError, match=r"image 13 of the data set cannot be read: .*test3.jpg"):
+        sizes("torchvision:Food101")
+
+
+class Bars(VisionDataset):
+    """A data set like torchvision's: a "trainval" split, no labels for the test, two modes."""
+
+    def __init__(self, root: str, split: str = "trainval", **more: object) -> None:
+        super().__init__(root)
+        self.split = verify_str_arg(split, "split", ("trainval", "val", "test"))
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int | None]:
+        image = Image.new("L" if index % 3 else "RGB", (7, 7), index if index % 3 else (9, 0, 0))
+        return image, None if self.split == "test" else index % 2
+
+
+def test_a_test_split_without_labels_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchvision.datasets.Bars", Bars, raising=False)
+    monkeypatch.setattr("torchvision.datasets.__all__", ("Bars",))
+    data = load_data(DataConfig(name="torchvision:Bars", val_fraction=0.2))
+    assert [len(part) for part in (data.train, data.val, data.test)] == [16, 4, 20]
+    assert (data.classes, data.channels, data.image_size) == (["0", "1"], 3, 7)
+    assert data.test[3][0][:, 0, 0].tolist() == [9, 0, 0]
+    assert data.test[4][0][:, 0, 0].tolist() == [4, 4, 4]
 
 
 def test_missing_data_of_torchvision_is_downloaded(tmp_path: Path, offline: list[str]) -> None:
@@ -359,9 +389,11 @@ def test_missing_data_of_torchvision_is_downloaded(tmp_path: Path, offline: list
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("MNITS", r"torchvision has no data set 'MNITS'; did you mean torchvision:MNIST\?"),
+        ("MNITS", r"no data set 'MNITS' for classification; did you mean torchvision:MNIST\?"),
         ("food-101", r"did you mean torchvision:Food101\?"),
-        ("", r"torchvision has no data set ''; use a name such as torchvision:MNIST"),
+        ("", r"torchvision has no data set '' for classification; one is torchvision:MNIST"),
+        ("VOCDetection", r"no data set 'VOCDetection' for classification"),
+        ("Sintel", r"no data set 'Sintel' for classification"),
         ("EMNIST", r"torchvision:EMNIST needs :split=\.\.\."),
         ("EMNIST:letters", r"'letters' must have the form option=value"),
         ("EMNIST:split=letter", r"Unknown value 'letter' for argument split"),

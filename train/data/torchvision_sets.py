@@ -35,8 +35,17 @@ SPLITS = {
 }
 LABELS = ("targets", "labels", "_labels", "y")  # attributes that may hold all labels
 SAMPLES = ("samples", "_samples")  # and attributes that may hold (file, label)
-_GENERIC = {"DatasetFolder", "FakeData", "ImageFolder", "VisionDataset"}
-_OURS = {"root", "train", "what", "download", "transform", "target_transform", "transforms"}
+# Neither these nor the modules of stereo matching and optical flow label images with a class.
+OTHER_TASKS = {
+    "CelebA", "Cityscapes", "CocoCaptions", "CocoDetection", "DatasetFolder", "FakeData",
+    "Flickr30k", "Flickr8k", "HMDB51", "ImageFolder", "Kinetics", "Kitti", "LFWPairs", "LSUN",
+    "LSUNClass", "MovingMNIST", "PhotoTour", "SBDataset", "SBU", "UCF101", "VOCDetection",
+    "VOCSegmentation", "VisionDataset", "WIDERFace",
+}  # fmt: skip
+OTHER_MODULES = ("_optical_flow", "_stereo_matching")
+# Parameters that the reader sets or leaves alone
+_OURS = {"root", "train", "what", "download", "transform", "target_transform", "transforms",
+         "loader", "is_valid_file", "allow_empty"}  # fmt: skip
 
 
 @register("torchvision", argument=":NAME")
@@ -84,21 +93,20 @@ def read_torchvision(config: DataConfig) -> Source:
 
 def _find(name: str) -> type[VisionDataset]:
     """Return torchvision's class of this name, whose case does not matter."""
-    known = {
-        found.lower(): found
-        for found in datasets.__all__
-        if found not in _GENERIC and inspect.isclass(getattr(datasets, found))
-    }
+    known = {cls.__name__.lower(): cls for cls in _classification_sets()}
     if name.lower() not in known:
         near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
-        hint = (
-            f"did you mean torchvision:{known[near[0]]}?"
-            if near
-            else "use a name such as torchvision:MNIST"
-        )
-        raise ValueError(f"torchvision has no data set {name!r}; {hint}")
-    found: type[VisionDataset] = getattr(datasets, known[name.lower()])
-    return found
+        nearest = known[near[0]].__name__ if near else None
+        hint = f"did you mean torchvision:{nearest}?" if near else "one is torchvision:MNIST"
+        raise ValueError(f"torchvision has no data set {name!r} for classification; {hint}")
+    return known[name.lower()]
+
+
+def _classification_sets() -> list[type[VisionDataset]]:
+    found = [getattr(datasets, name) for name in datasets.__all__ if name not in OTHER_TASKS]
+    return [
+        cls for cls in found if inspect.isclass(cls) and not cls.__module__.endswith(OTHER_MODULES)
+    ]
 
 
 def _parameters(dataset: type[VisionDataset]) -> dict[str, inspect.Parameter]:
@@ -148,7 +156,8 @@ def _read_parts(
                     raise
     if "train" not in parts:
         raise ValueError(f"torchvision:{dataset.__name__} has no training split")
-    return parts
+    # The labels of some test splits are not public: they are None.
+    return {p: d for p, d in parts.items() if p == "train" or (len(d) and d[0][1] is not None)}
 
 
 def _construct(
