@@ -1,4 +1,4 @@
-"""Data sets: what each reader returns, and what it refuses."""
+"""Datasets: what each reader returns, and which data it refuses."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def tiny_imagenet(root: Path) -> Path:
     lines = []
     for k, wnid in enumerate(wnids):
         for i in range(7):
-            mode = "L" if i == 0 else "RGB"  # a few images of the real one are grey
+            mode = "L" if i == 0 else "RGB"  # a few images of the original are grayscale
             write_image(root / "train" / wnid / "images" / f"{wnid}_{i}.JPEG", 9 * k + i, mode, 64)
         file = f"val_{k}.JPEG"
         write_image(root / "val" / "images" / file, k, size=64)
@@ -80,7 +80,7 @@ def test_a_data_set_is_one_function(monkeypatch: pytest.MonkeyPatch) -> None:
     data = load_data(DataConfig(name="noise"))
     assert [len(part) for part in (data.train, data.val, data.test)] == [28, 4, 8]
     assert (data.channels, data.image_size, data.mirror) == (1, 6, True)
-    with pytest.raises(ValueError, match="data set 'noise' is already registered"):
+    with pytest.raises(ValueError, match="dataset 'noise' is already registered"):
         register("noise")(read_noise)
 
 
@@ -88,7 +88,7 @@ def test_help_lists_the_data_sets(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert f"which data set, one of {', '.join(dataset_names())}." in text
+    assert f"which dataset, one of {', '.join(dataset_names())}." in text
 
 
 def test_image_folder_with_and_without_a_test_folder(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_tiny_imagenet_reads_its_own_layout(tmp_path: Path) -> None:
 
 
 def cifar_batches(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """CIFAR-10's own files with few images; its checksums are of the real ones."""
+    """Write CIFAR-10's files with few images, and accept their checksums."""
     folder = root / CIFAR10.base_folder
     folder.mkdir(parents=True)
     labels = [i % 10 for i in range(40)]
@@ -142,7 +142,7 @@ def test_cifar10_from_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert data.train[3][0].shape == (3, 32, 32)
 
 
-def test_a_label_that_is_no_class_is_refused(
+def test_a_label_outside_the_classes_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cifar_batches(tmp_path, monkeypatch)
@@ -154,7 +154,7 @@ def test_a_label_that_is_no_class_is_refused(
         load_data(DataConfig(name="cifar10", root=str(tmp_path)))
 
 
-def test_half_written_cifar10_is_refused(tmp_path: Path) -> None:
+def test_incomplete_cifar10_is_refused(tmp_path: Path) -> None:
     (tmp_path / CIFAR10.base_folder).mkdir()
     with pytest.raises(ValueError, match=r"has no complete cifar10 .*cifar-10-batches-py"):
         load_data(DataConfig(name="cifar10", root=str(tmp_path)))
@@ -195,7 +195,7 @@ def test_a_validation_folder_is_used(tmp_path: Path) -> None:
     assert (len(data.train), len(data.val), len(data.test)) == (33, 34, 33)
 
 
-def test_images_are_read_as_they_were_meant(tmp_path: Path) -> None:
+def test_bit_depth_and_orientation_are_applied(tmp_path: Path) -> None:
     deep = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
     Image.fromarray(deep).save(tmp_path / "deep.png")
     read = np.asarray(open_image(tmp_path / "deep.png"))
@@ -210,7 +210,7 @@ def test_images_are_read_as_they_were_meant(tmp_path: Path) -> None:
         open_image(tmp_path / "float.tiff")
 
 
-def test_what_is_no_image_file_is_passed_over(tmp_path: Path) -> None:
+def test_other_files_are_skipped(tmp_path: Path) -> None:
     root = image_folder(tmp_path)
     (root / "train" / "cat" / "._0.png").write_bytes(b"left by a file browser")
     (root / "train" / "cat" / "folder.png").mkdir()
@@ -235,7 +235,7 @@ def test_a_class_listed_twice_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_images_decoded_on_the_way_are_those_in_memory(tmp_path: Path, workers: int) -> None:
+def test_images_decoded_on_the_fly_equal_those_in_memory(tmp_path: Path, workers: int) -> None:
     root = image_folder(tmp_path)
     batches = [torch.tensor([3, 1, 4]), torch.tensor([1, 5])]
     got = []
@@ -249,7 +249,7 @@ def test_images_decoded_on_the_way_are_those_in_memory(tmp_path: Path, workers: 
         assert torch.equal(labels, same)
 
 
-def test_images_of_other_shapes_are_cut_to_their_middle(tmp_path: Path) -> None:
+def test_images_of_other_shapes_are_cropped_at_the_center(tmp_path: Path) -> None:
     wide = np.zeros((10, 30, 3), np.uint8)
     wide[:, 10:20] = 200
     for name in ("cat", "dog"):
@@ -265,7 +265,7 @@ def test_images_of_other_shapes_are_cut_to_their_middle(tmp_path: Path) -> None:
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
-    """The layout of MNIST's files: two zeros, the type, the number of axes, their sizes, bytes."""
+    """Write the format of MNIST: two zeros, data type, number of axes, their sizes, values."""
     path.parent.mkdir(parents=True, exist_ok=True)
     sizes = np.array(array.shape, ">i4").tobytes()
     path.write_bytes(bytes([0, 0, 8, array.ndim]) + sizes + array.astype(np.uint8).tobytes())
@@ -282,7 +282,7 @@ def write_mnist(folder: Path, prefix: tuple[str, str], classes: range) -> np.nda
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The addresses that were asked for; none answers."""
+    """Refuse all requests and return a list of their URLs."""
     urls: list[str] = []
 
     def refuse(request: urllib.request.Request, *args: object, **more: object) -> None:
@@ -351,12 +351,12 @@ def test_splits_of_torchvision_are_those_it_has(tmp_path: Path, offline: list[st
     assert sizes("torchvision:EuroSAT") == [25, 7, 8]  # it has no splits of its own
     assert offline == []
     (food / "images" / "waffles" / "test3.jpg").write_bytes(b"torn")
-    with pytest.raises(ValueError, match=r"image 13 of the data set cannot be read: .*test3.jpg"):
+    with pytest.raises(ValueError, match=r"image 13 of the dataset cannot be read: .*test3.jpg"):
         sizes("torchvision:Food101")
 
 
 class Bars(VisionDataset):
-    """A data set like torchvision's: a "trainval" split, no labels for the test, two modes."""
+    """A dataset with a "trainval" split, a test split without labels, and images of two modes."""
 
     def __init__(self, root: str, split: str = "trainval", **more: object) -> None:
         super().__init__(root)
@@ -389,11 +389,11 @@ def test_missing_data_of_torchvision_is_downloaded(tmp_path: Path, offline: list
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("MNITS", r"no data set 'MNITS' for classification; did you mean torchvision:MNIST\?"),
+        ("MNITS", r"no dataset 'MNITS' for classification; did you mean torchvision:MNIST\?"),
         ("food-101", r"did you mean torchvision:Food101\?"),
-        ("", r"torchvision has no data set '' for classification; one is torchvision:MNIST"),
-        ("VOCDetection", r"no data set 'VOCDetection' for classification"),
-        ("Sintel", r"no data set 'Sintel' for classification"),
+        ("", r"torchvision has no dataset '' for classification; one is torchvision:MNIST"),
+        ("VOCDetection", r"no dataset 'VOCDetection' for classification"),
+        ("Sintel", r"no dataset 'Sintel' for classification"),
         ("EMNIST", r"torchvision:EMNIST needs :split=\.\.\."),
         ("EMNIST:letters", r"'letters' must have the form option=value"),
         ("EMNIST:split=letter", r"Unknown value 'letter' for argument split"),

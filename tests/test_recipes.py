@@ -41,7 +41,7 @@ def ids(path: Path) -> str:
     return f"{path.parent.name}/{path.stem}"
 
 
-# What the recipe of each of the paper's models is: data set -> its own settings, and those of CvX
+# What the recipe of each of the paper's models is: dataset -> its own settings, and those of CvX
 BASE = {
     "cifar10": {"epochs": 40, "warmup_epochs": 2.0, "options": {}, "cvx": {}},
     "tiny_imagenet": {
@@ -187,7 +187,7 @@ def test_a_row_without_the_run_it_claims_is_refused() -> None:
 
 @pytest.fixture(scope="module")
 def toys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A few images as each data set has them, and a teacher for ten classes."""
+    """A few images as each dataset has them, and a teacher for ten classes."""
     root = tmp_path_factory.mktemp("toys")
     with pytest.MonkeyPatch.context() as patch:
         cifar_batches(root / "cifar10", patch)

@@ -26,17 +26,17 @@ class ModelConfig:
 
 @dataclasses.dataclass
 class DataConfig:
-    """Which images.
+    """Which images to train and evaluate on.
 
     Args:
-        name: which data set, one of DATASETS. "imagefolder" reads root/train/CLASS/*, root/val
+        name: which dataset, one of DATASETS. "imagefolder" reads root/train/CLASS/*, root/val
             and root/test, or root/CLASS/* alone; without root/test, root/val is the test set.
             Without a test set, a stratified fifth of the training images is held out.
-        root: folder of the data. Data sets of torchvision are downloaded to it if they are
+        root: folder of the data. Datasets of torchvision are downloaded to it if they are
             missing; an archive of Tiny ImageNet is unpacked in it.
         mirror: URL to download CIFAR's archive from, instead of its authors' page.
         image_size: height and width in pixels. Images are scaled until they cover it and cropped
-            at the center; by default it is that of the data set.
+            at the center; by default it is that of the dataset.
         batch_size: images per step, over all processes; at most the size of the training set.
         val_fraction: fraction of the training set that is held out for validation, stratified.
         in_memory: whether images are decoded once and kept on the device; by default if they use

@@ -1,9 +1,9 @@
-"""Data sets: each file with a reader registers it, and ``load_data`` makes three sets of it.
+"""Datasets: each file with a reader registers it, and ``load_data`` makes three sets of it.
 
 Training and validation images are a stratified split of the training set with a fixed seed. Models
 are selected on the validation set; the test set is evaluated once, at the end.
 
-To add a data set, add one file to this folder::
+To add a dataset, add one file to this folder::
 
     @register("my_images")
     def read_my_images(config: DataConfig) -> Source:
@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 SPLIT_SEED = 20211
-TEST_FRACTION = 0.2  # held out if a data set has no test images
+TEST_FRACTION = 0.2  # held out if a dataset has no test images
 IN_MEMORY = 2 * 2**30  # bytes of decoded images that are kept by default
 LARGEST_GUESS = 128  # up to this size in pixels, the first image determines the size of all
 
@@ -73,10 +73,10 @@ class Splits(NamedTuple):
 
 
 def load_data(config: DataConfig, device: torch.device | str = "cpu") -> Splits:
-    """Read the data set that a configuration names.
+    """Read the dataset that a configuration names.
 
     Args:
-        config: which data set, and how to read it.
+        config: which dataset, and how to read it.
         device: where images are kept if they are decoded once.
 
     Raises:

@@ -25,7 +25,7 @@ def read_cifar100(config: DataConfig) -> Source:
 
 
 def read_cifar(config: DataConfig, dataset: type[CIFAR10]) -> Source:
-    """Read one of torchvision's two data sets, and download it if it is missing.
+    """Read one of torchvision's two datasets, and download it if it is missing.
 
     Raises:
         ValueError: if the files are incomplete or cannot be downloaded.

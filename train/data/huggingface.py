@@ -1,4 +1,4 @@
-"""Data sets of Hugging Face, from a folder written by ``save_to_disk``."""
+"""Datasets of Hugging Face, from a folder written by ``save_to_disk``."""
 
 from __future__ import annotations
 
@@ -116,5 +116,4 @@ def _labels(dataset: Any, label: str, classes: list[str]) -> list[int]:
 
 
 def _image(dataset: Any, column: str, index: int) -> Image.Image:
-    image: Image.Image = dataset[index][column]
-    return image
+    return dataset[index][column]

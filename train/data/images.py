@@ -19,12 +19,12 @@ from tqdm import tqdm
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 GRAYSCALE_MODES = ("1", "L", "LA", "I;16", "I;16B", "I;16L", "I;16N")
-MODE_SAMPLES = 64  # images whose modes decide whether a data set is grayscale
+MODE_SAMPLES = 64  # images whose modes decide whether a dataset is grayscale
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """An image of a data set that is read when it is needed.
+    """An image of a dataset that is read when it is needed.
 
     Args:
         read: maps an index to an image.
@@ -51,11 +51,11 @@ class Item:
             Image.DecompressionBombError,
         ) as error:
             raise ValueError(
-                f"image {self.index} of the data set cannot be read: {error}"
+                f"image {self.index} of the dataset cannot be read: {error}"
             ) from error
 
 
-# uint8 (C, H, W), the path of a file or an item of a data set; and the label
+# uint8 (C, H, W), the path of a file or an item of a dataset; and the label
 Sample = tuple[Tensor | Path | Item, int]
 
 

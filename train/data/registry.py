@@ -1,4 +1,4 @@
-"""The registry of data sets: a reader is a function that is registered under a name."""
+"""The registry of datasets: a reader is a function that is registered under a name."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def register(name: str, argument: str | None = None) -> Callable[[R], R]:
 
     Args:
         name: value of ``data.name`` that selects the reader.
-        argument: how ``--help`` writes what may follow the name after a colon, such as "NAME" for
+        argument: what may follow the name, as ``--help`` shows it, such as ":NAME" for
             ``torchvision:NAME``; None if nothing may follow.
 
     Raises:
@@ -60,7 +60,7 @@ def register(name: str, argument: str | None = None) -> Callable[[R], R]:
 
     def add(reader: R) -> R:
         if name in _ENTRIES:
-            raise ValueError(f"data set {name!r} is already registered")
+            raise ValueError(f"dataset {name!r} is already registered")
         usage = name if argument is None else f"{name}{argument}"
         _ENTRIES[name] = _Entry(reader, usage, argument is not None)
         return reader

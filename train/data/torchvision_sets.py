@@ -1,4 +1,4 @@
-"""The classification data sets of torchvision, as ``torchvision:NAME``.
+"""The classification datasets of torchvision, as ``torchvision:NAME``.
 
 Splits follow the constructor's ``train`` or ``split`` argument. Other arguments are appended:
 ``torchvision:EMNIST:split=letters`` or ``torchvision:DTD:partition=2``.
@@ -50,7 +50,7 @@ _OURS = {"root", "train", "what", "download", "transform", "target_transform", "
 
 @register("torchvision", argument=":NAME")
 def read_torchvision(config: DataConfig) -> Source:
-    """Read a data set of torchvision, and download it if it is missing.
+    """Read a dataset of torchvision, and download it if it is missing.
 
     A validation split is the test set if there is no other; images are decoded when needed. The
     images' modes determine whether they are grayscale.
@@ -98,7 +98,7 @@ def _find(name: str) -> type[VisionDataset]:
         near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
         nearest = known[near[0]].__name__ if near else None
         hint = f"did you mean torchvision:{nearest}?" if near else "one is torchvision:MNIST"
-        raise ValueError(f"torchvision has no data set {name!r} for classification; {hint}")
+        raise ValueError(f"torchvision has no dataset {name!r} for classification; {hint}")
     return known[name.lower()]
 
 
@@ -135,7 +135,7 @@ def _read_parts(
     parameters: dict[str, inspect.Parameter],
     options: dict[str, str | int],
 ) -> dict[str, VisionDataset]:
-    """Return the parts "train", and "val" and "test" if the data set has them."""
+    """Return the parts "train", and "val" and "test" if the dataset has them."""
     choices: dict[str, list[dict[str, Any]]]
     if "train" in parameters:
         choices = {"train": [{"train": True}], "test": [{"train": False}]}
@@ -163,7 +163,7 @@ def _read_parts(
 def _construct(
     dataset: type[VisionDataset], root: Path, downloads: bool, arguments: dict[str, Any]
 ) -> VisionDataset:
-    """Return the data set; if it is missing or incomplete, it is downloaded."""
+    """Return the dataset; if it is missing or incomplete, it is downloaded."""
     try:
         try:
             return dataset(root, **arguments)
@@ -179,12 +179,11 @@ def _construct(
 
 
 def _image(dataset: VisionDataset, index: int) -> Image.Image:
-    image: Image.Image = dataset[index][0]
-    return image
+    return dataset[index][0]
 
 
 def _labels(dataset: VisionDataset, name: str) -> list[int]:
-    """Return all labels: from a list that the data set has, or else from its items.
+    """Return all labels: from a list that the dataset has, or else from its items.
 
     Raises:
         ValueError: if items are not images with one integer label each.
@@ -222,7 +221,7 @@ def _listed_labels(dataset: VisionDataset) -> list[list[int]]:
 
 
 def _class_names(dataset: VisionDataset, count: int) -> list[str]:
-    """Return the data set's class names, or numbers if it names fewer than ``count`` classes."""
+    """Return the dataset's class names, or numbers if it names fewer than ``count`` classes."""
     for key in ("classes", "categories"):
         names = getattr(dataset, key, None)
         if names is not None and len(names) >= count:
