@@ -289,7 +289,7 @@ def test_a_launcher_that_cuts_the_model_is_refused(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_command_line_goes_over_the_file() -> None:
-    path = ROOT / "configs" / "cifar10" / "hybrid_vin_rope.yaml"
+    path = ROOT / "configs" / "cifar10" / "base.yaml"
     config = parse(
         ["--config", str(path), "--model.mixer", "performer", "--model.mixer_options.features", "8",
          "--train.epochs", "3", "--data.root", "elsewhere"]
