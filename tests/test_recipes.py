@@ -1,20 +1,29 @@
-"""Every configuration file does a step; every paper model trains in half precision."""
+"""Recipes: what each resolves to, a step of each, the published numbers, half precision."""
 
 from __future__ import annotations
 
+import csv
+import dataclasses
+import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from test_train import ROOT, cifar_batches, tiny_imagenet
+from test_data import cifar_batches, tiny_imagenet
+from test_train import ROOT
+from torch import nn
 
 import vision_xformer as vx
 from train.__main__ import parse
 from train.config import AugmentConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
-from train.loop import Run
+from train.data import dataset_names
+from train.loop import Run, build_model
 from vision_xformer.names import parse_name
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -32,15 +41,153 @@ def ids(path: Path) -> str:
     return f"{path.parent.name}/{path.stem}"
 
 
-def test_every_paper_name_has_a_configuration_on_both_sets() -> None:
-    for folder in ("cifar10", "tiny_imagenet"):
-        there = {p.stem.replace("fnet", "vif") for p in CONFIGS if p.parent.name == folder}
-        assert not set(PAPER) - there
+# What the recipe of each of the paper's models is: dataset -> its own settings, and those of CvX
+BASE = {
+    "cifar10": {"epochs": 40, "warmup_epochs": 2.0, "options": {}, "cvx": {}},
+    "tiny_imagenet": {
+        "epochs": 60,
+        "warmup_epochs": 3.0,
+        "options": {"patch_size": 2},
+        "cvx": {"embed_strides": [2, 1, 1]},
+    },
+}
+SIZES = {"cifar10": (32, 10), "tiny_imagenet": (64, 200)}
+
+
+def base_recipe(dataset: str, name: str) -> RunConfig:
+    file = "base_cvx" if (dataset, name[:2]) == ("tiny_imagenet", "cv") else "base"
+    path = ROOT / "configs" / dataset / f"{file}.yaml"
+    return parse(["--config", str(path), "--model.name", name])
+
+
+@pytest.mark.parametrize("dataset", BASE)
+@pytest.mark.parametrize("name", PAPER)
+def test_every_paper_name_has_the_base_recipe(name: str, dataset: str) -> None:
+    config, base = base_recipe(dataset, name), BASE[dataset]
+    options = base["cvx" if name.startswith("cv") else "options"]
+    assert config.model == ModelConfig(name=name, options=options)
+    assert config.data == DataConfig(name=dataset, batch_size=128)
+    assert config.augment == AugmentConfig()
+    assert config.train == TrainConfig(
+        epochs=base["epochs"], warmup_epochs=base["warmup_epochs"], lr=1e-3, weight_decay=0.05,
+        label_smoothing=0.1,
+    )  # fmt: skip
+    assert config.seed == 0
+    image_size, classes = SIZES[dataset]
+    data = SimpleNamespace(image_size=image_size, channels=3, classes=[""] * classes)
+    with torch.device("meta"):
+        model = build_model(config.model, data).eval()
+    lengths = []
+
+    def record(module: nn.Module, inputs: object, output: object) -> None:
+        if isinstance(output, torch.Tensor) and output.dim() == 3:  # (B, N, D)
+            lengths.append(output.shape[1])
+
+    for module in model.modules():
+        module.register_forward_hook(record)
+    logits = model(torch.zeros(1, 3, image_size, image_size, device="meta"))
+    assert logits.shape == (1, classes)
+    assert max(lengths) in (1024, 1025)  # one of them may be a class token
+    dims = model.config.to_dict()
+    assert dims.get("dim", dims.get("dims", [0])[0]) == 128
+
+
+@pytest.mark.parametrize("letter", "tlpn")
+def test_the_authors_recipe_takes_other_mixers(letter: str) -> None:
+    path = ROOT / "configs" / "cifar10" / "cct_7_3x1.yaml"
+    config = parse(["--config", str(path), "--model.name", f"cc{letter}_7_3x1"])
+    assert config.augment == AugmentConfig(policy="rand", mixup=0.8, cutmix=1.0)
+    assert config.train == TrainConfig(
+        epochs=300, lr=5.5e-4, warmup_epochs=10, weight_decay=0.06, label_smoothing=0.1
+    )
+    data = SimpleNamespace(image_size=32, channels=3, classes=[""] * 10)
+    with torch.device("meta"):
+        assert build_model(config.model, data).config.depth == 7
+
+
+# results/: what a run's folder came from, and what was changed on the command line
+RUNS = {
+    "cifar10/cct_2_3x2": ["cifar10/cct_2_3x2.yaml"],
+    "cifar10/ccl_2_3x2": ["cifar10/ccl_2_3x2.yaml"],
+    "cifar10/ccp_2_3x2": ["cifar10/ccp_2_3x2.yaml"],
+    "cifar10/ccn_2_3x2": ["cifar10/ccn_2_3x2.yaml"],
+    "cifar10/ccn_2_3x2_sequence": [
+        "cifar10/ccn_2_3x2.yaml", "--model.mixer_options.segments", "sequence",
+    ],
+    "tiny_imagenet/cvn": ["tiny_imagenet/base_cvx.yaml", "--train.epochs", "3"],
+}  # fmt: skip
+RESULTS = ROOT / "results"
+
+
+def test_every_result_has_its_recipe() -> None:
+    folders = {str(p.parent.relative_to(RESULTS)) for p in RESULTS.glob("*/*/result.json")}
+    assert folders == set(RUNS)
+    for folder, (recipe, *changes) in RUNS.items():
+        config = parse(["--config", str(ROOT / "configs" / recipe), *changes])
+        ran = yaml.safe_load((RESULTS / folder / "config.yaml").read_text())
+        for part in ("model", "train"):
+            then = ran[part]  # fields may have been added since
+            now = {k: v for k, v in dataclasses.asdict(getattr(config, part)).items() if k in then}
+            assert len(now) > 3
+            assert now == {key: then[key] for key in now}
+        assert config.seed == ran["seed"]
+        for name in ("batch_size", "val_fraction"):
+            assert getattr(config.data, name) == ran["data"][name]
+
+
+# results/published.csv
+
+COLUMNS = ["dataset", "model", "top1_percent", "source", "reproduced", "note"]
+NEAR = 1.0  # a reproduced run is at most so many percentage points below the published one
+
+
+def check_row(row: dict[str, str]) -> None:
+    """Assert that a row is well-formed, and that the run that reproduces it, if any, does so."""
+    assert row["dataset"] in dataset_names()
+    name = str(parse_name(row["model"]))
+    assert re.fullmatch(r"\d{1,2}\.\d+", row["top1_percent"])
+    assert 0 < float(row["top1_percent"]) < 100
+    assert row["source"]
+    for folder in re.findall(r"(?:results|configs)/[\w/.]*\w", row["note"]):
+        assert (ROOT / folder).exists()
+    if row["reproduced"]:
+        folder = ROOT / row["reproduced"]
+        ran = yaml.safe_load((folder / "config.yaml").read_text())
+        assert str(parse_name(ran["model"]["name"])) == name
+        assert folder.parent.name == row["dataset"]
+        top1 = 100 * json.loads((folder / "result.json").read_text())["test_top1"]
+        assert top1 > float(row["top1_percent"]) - NEAR
+
+
+def test_the_table_of_published_numbers_is_well_formed() -> None:
+    with (RESULTS / "published.csv").open(newline="") as file:
+        reader = csv.DictReader(file)
+        rows = list(reader)
+    assert reader.fieldnames == COLUMNS
+    for row in rows:
+        check_row(row)
+    keys = [(row["dataset"], str(parse_name(row["model"]))) for row in rows]
+    assert len(set(keys)) == len(keys) == 22
+
+
+def test_a_row_without_the_run_it_claims_is_refused() -> None:
+    row = {"dataset": "cifar10", "model": "CCT-2/3x2", "top1_percent": "83.20", "source": "a test",
+           "reproduced": "results/cifar10/cct_2_3x2", "note": ""}  # fmt: skip
+    check_row(row)
+    for wrong in (
+        {"top1_percent": "89.17"},
+        {"model": "CCN-2/3x2"},
+        {"reproduced": "results/cifar10/ccn_2_3x2"},
+        {"dataset": "tiny_imagenet"},
+        {"top1_percent": "101.0"},
+    ):
+        with pytest.raises(AssertionError):
+            check_row(row | wrong)
 
 
 @pytest.fixture(scope="module")
 def toys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A few images as each data set has them, and a teacher for ten classes."""
+    """A few images as each dataset has them, and a teacher for ten classes."""
     root = tmp_path_factory.mktemp("toys")
     with pytest.MonkeyPatch.context() as patch:
         cifar_batches(root / "cifar10", patch)
@@ -57,7 +204,7 @@ def test_every_configuration_does_a_step(
     text = path.read_text()
     assert f"--config configs/{path.parent.name}/{path.name}" in text
     for check in (
-        "train.data.CIFAR10._check_integrity",
+        "train.data.cifar.CIFAR10._check_integrity",
         "torchvision.datasets.cifar.check_integrity",
     ):
         monkeypatch.setattr(check, lambda *arguments: True)

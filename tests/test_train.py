@@ -1,4 +1,4 @@
-"""The programs: readers and their refusals, the loop, configurations, demo."""
+"""The programs: the loop, configurations, demo."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import csv
 import itertools
 import json
 import math
-import pickle
 import subprocess
 import sys
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -28,7 +26,7 @@ import vision_xformer as vx
 from train.__main__ import main, parse
 from train.atomic import write_whole
 from train.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from train.data import CIFAR10, load_data, open_image
+from train.data import load_data
 from train.devices import make_accelerator, pick_precision
 from train.evaluation import accuracy, predict
 from train.examples import demo
@@ -60,22 +58,6 @@ def image_folder(root: Path, parts: tuple[str, ...] = ("train", "test"), images:
     return root
 
 
-def tiny_imagenet(root: Path) -> Path:
-    wnids = ["n01", "n02", "n03"]
-    root.mkdir()
-    (root / "wnids.txt").write_text("\n".join(wnids) + "\n")
-    lines = []
-    for k, wnid in enumerate(wnids):
-        for i in range(7):
-            mode = "L" if i == 0 else "RGB"  # a few images of the real one are grey
-            write_image(root / "train" / wnid / "images" / f"{wnid}_{i}.JPEG", 9 * k + i, mode, 64)
-        file = f"val_{k}.JPEG"
-        write_image(root / "val" / "images" / file, k, size=64)
-        lines.append(f"{file}\t{wnid}\t0\t0\t62\t62")
-    (root / "val" / "val_annotations.txt").write_text("\n".join(reversed(lines)) + "\n")
-    return root
-
-
 def config_for(folder: Path, **data: object) -> RunConfig:
     return RunConfig(
         model=ModelConfig(name="vit", options=TINY),
@@ -83,169 +65,6 @@ def config_for(folder: Path, **data: object) -> RunConfig:
         train=TrainConfig(epochs=2, warmup_epochs=1, precision="fp32"),
         run_dir=str(folder),
     )
-
-
-# readers
-
-
-def test_digits_are_split_by_class_and_apart() -> None:
-    data = load_data(DataConfig(name="digits"))
-    sizes = [len(s) for s in (data.train, data.val, data.test)]
-    assert sum(sizes) == 1797
-    assert sizes[2] == 360
-    assert abs(sizes[1] - 144) <= 1
-    counts = np.bincount([label for _, label in data.test.samples])
-    assert counts.min() >= 34
-    parts = (data.train, data.val, data.test)
-    images = [image.numpy().tobytes() for s in parts for image, _ in s.samples]
-    assert len(set(images)) == len(images)
-    image, label = data.train[0]
-    assert (image.shape, image.dtype) == ((1, 8, 8), torch.uint8)
-    assert image.max() > 200
-    assert label == data.train.labels[0]
-
-
-def test_image_folder_with_and_without_a_test_folder(tmp_path: Path) -> None:
-    root = image_folder(tmp_path / "a")
-    data = load_data(DataConfig(name="imagefolder", root=str(root), val_fraction=0.2))
-    assert data.classes == ["cat", "dog", "emu"]
-    assert (data.image_size, len(data.test)) == (10, 33)
-    assert len(data.train) + len(data.val) == 33
-    alone = load_data(DataConfig(name="imagefolder", root=str(root / "train"), val_fraction=0.2))
-    assert len(alone.test) == 7
-    assert len(alone.train) + len(alone.val) == 26
-    resized = load_data(DataConfig(name="imagefolder", root=str(root), image_size=6))
-    assert resized.test[0][0].shape == (3, 6, 6)
-
-
-def test_tiny_imagenet_reads_its_own_layout(tmp_path: Path) -> None:
-    root = tiny_imagenet(tmp_path / "tiny-imagenet-200")
-    config = DataConfig(name="tiny_imagenet", root=str(tmp_path), val_fraction=0.2)
-    data = load_data(config)
-    assert data.classes == ["n01", "n02", "n03"]
-    # the flat val/ folder is three classes, in the order of the annotations
-    assert [label for _, label in data.test.samples] == [2, 1, 0]
-    assert all(image.shape == (3, 64, 64) for image, _ in data.train)
-    (root / "val" / "images" / "val_1.JPEG").unlink()
-    with pytest.raises(ValueError, match=r"lists val_1.JPEG, which is missing"):
-        load_data(config)
-    (root / "val" / "val_annotations.txt").unlink()
-    with pytest.raises(ValueError, match=r"val_annotations.txt is missing"):
-        load_data(config)
-
-
-def cifar_batches(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """CIFAR-10's own files with few images; its checksums are of the real ones."""
-    folder = root / CIFAR10.base_folder
-    folder.mkdir(parents=True)
-    labels = [i % 10 for i in range(40)]
-    for name, _ in (*CIFAR10.train_list, *CIFAR10.test_list):
-        images = np.random.default_rng(0).integers(0, 256, (40, 3072), dtype=np.uint8)
-        (folder / name).write_bytes(pickle.dumps({"data": images, "labels": labels}))
-    names = {"label_names": list("abcdefghij")}
-    (folder / "batches.meta").write_bytes(pickle.dumps(names))
-    monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)
-    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
-
-
-def test_cifar10_from_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cifar_batches(tmp_path, monkeypatch)
-    data = load_data(DataConfig(name="cifar10", root=str(tmp_path)))
-    assert (len(data.train), len(data.val), len(data.test)) == (180, 20, 40)
-    assert data.classes == list("abcdefghij")
-    assert data.train[3][0].shape == (3, 32, 32)
-
-
-def test_a_label_that_is_no_class_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cifar_batches(tmp_path, monkeypatch)
-    file = tmp_path / CIFAR10.base_folder / "data_batch_3"
-    batch = pickle.loads(file.read_bytes())
-    batch["labels"][7] = 10
-    file.write_bytes(pickle.dumps(batch))
-    with pytest.raises(ValueError, match=r"images of class 10; its 10 classes are 0 to 9"):
-        load_data(DataConfig(name="cifar10", root=str(tmp_path)))
-
-
-def test_half_written_cifar10_is_refused(tmp_path: Path) -> None:
-    (tmp_path / CIFAR10.base_folder).mkdir()
-    with pytest.raises(ValueError, match=r"no whole cifar10 in .*cifar-10-batches-py"):
-        load_data(DataConfig(name="cifar10", root=str(tmp_path)))
-
-
-def test_image_folder_given_as_cifar10_names_the_right_reader(tmp_path: Path) -> None:
-    image_folder(tmp_path)
-    with pytest.raises(ValueError, match=r"use --data.name imagefolder"):
-        load_data(DataConfig(name="cifar10", root=str(tmp_path)))
-
-
-def test_broken_image_folders_are_refused(tmp_path: Path) -> None:
-    def refused(root: Path, match: str, **more: object) -> None:
-        with pytest.raises(ValueError, match=match):
-            load_data(DataConfig(name="imagefolder", root=str(root), **more))
-
-    refused(tmp_path / "nowhere", r"data.root .*nowhere is not a folder")
-    (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", r"at least 2 classes, has \[\]")
-    root = image_folder(tmp_path / "differs")
-    (root / "test" / "fox").mkdir()
-    write_image(root / "test" / "fox" / "0.png", 3)
-    refused(root, r"differ in their class folders: fox")
-    root = image_folder(tmp_path / "hollow")
-    for file in (root / "train" / "dog").iterdir():
-        file.unlink()
-    refused(root, r"no images in the class folder .*dog")
-    refused(image_folder(tmp_path / "few", images=1), r"too few to hold out")
-    large = image_folder(tmp_path / "large")
-    write_image(large / "train" / "cat" / "0.png", 1, size=300)
-    refused(large, r"data.image_size is needed: .* has 300 x 300 pixels")
-
-
-def test_a_validation_folder_is_used(tmp_path: Path) -> None:
-    root = image_folder(tmp_path, ("train", "val", "test"))
-    write_image(root / "val" / "emu" / "more.png", 7)
-    data = load_data(DataConfig(name="imagefolder", root=str(root)))
-    assert (len(data.train), len(data.val), len(data.test)) == (33, 34, 33)
-
-
-def test_images_are_read_as_they_were_meant(tmp_path: Path) -> None:
-    deep = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
-    Image.fromarray(deep).save(tmp_path / "deep.png")
-    read = np.asarray(open_image(tmp_path / "deep.png"))
-    assert np.abs(read[..., 0] - deep / 257.0).max() <= 1
-    turned = Image.new("RGB", (8, 4))
-    exif = turned.getexif()
-    exif[0x0112] = 6  # orientation
-    turned.save(tmp_path / "turned.jpg", exif=exif)
-    assert open_image(tmp_path / "turned.jpg").size == (4, 8)
-    Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "float.tiff")
-    with pytest.raises(ValueError, match=r"float.tiff has pixels of mode 'F'"):
-        open_image(tmp_path / "float.tiff")
-
-
-def test_what_is_no_image_file_is_passed_over(tmp_path: Path) -> None:
-    root = image_folder(tmp_path)
-    (root / "train" / "cat" / "._0.png").write_bytes(b"left by a file browser")
-    (root / "train" / "cat" / "folder.png").mkdir()
-    data = load_data(DataConfig(name="imagefolder", root=str(root)))
-    assert len(data.train) + len(data.val) == 33
-
-
-def test_tiny_imagenet_classes_have_their_names(tmp_path: Path) -> None:
-    root = tiny_imagenet(tmp_path / "tiny-imagenet-200")
-    (root / "words.txt").write_text(
-        "n02\tcrane\nn09\tox\nn03\tcrane, a bird\nn01\tgoldfish, carp\n"
-    )
-    data = load_data(DataConfig(name="tiny_imagenet", root=str(root), val_fraction=0.2))
-    assert data.classes == ["goldfish", "crane n02", "crane n03"]
-
-
-def test_a_class_listed_twice_is_refused(tmp_path: Path) -> None:
-    root = tiny_imagenet(tmp_path / "tiny-imagenet-200")
-    (root / "wnids.txt").write_text("n01\nn01\nn02\nn03\n")
-    with pytest.raises(ValueError, match=r"wnids.txt must list 2 or more classes, each once"):
-        load_data(DataConfig(name="tiny_imagenet", root=str(root)))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -471,7 +290,7 @@ def test_a_launcher_that_cuts_the_model_is_refused(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_command_line_goes_over_the_file() -> None:
-    path = ROOT / "configs" / "cifar10" / "hybrid_vin_rope.yaml"
+    path = ROOT / "configs" / "cifar10" / "base.yaml"
     config = parse(
         ["--config", str(path), "--model.mixer", "performer", "--model.mixer_options.features", "8",
          "--train.epochs", "3", "--data.root", "elsewhere"]
@@ -661,33 +480,6 @@ def test_commands_without_a_run_are_refused(
         main(arguments)
     assert stop.value.code == 2
     assert capsys.readouterr().err == f"error: {sentence}\n"
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_images_decoded_on_the_way_are_those_in_memory(tmp_path: Path, workers: int) -> None:
-    root = image_folder(tmp_path)
-    batches = [torch.tensor([3, 1, 4]), torch.tensor([1, 5])]
-    got = []
-    for in_memory in (True, False):
-        config = DataConfig(name="imagefolder", root=str(root), in_memory=in_memory)
-        train = load_data(config).train
-        assert (train.pixels is None) != in_memory
-        got.append(list(train.batches(batches, torch.device("cpu"), workers)))
-    for (x, labels), (y, same) in zip(*got, strict=True):
-        assert torch.equal(x, y)
-        assert torch.equal(labels, same)
-
-
-def test_images_of_other_shapes_are_cut_to_their_middle(tmp_path: Path) -> None:
-    wide = np.zeros((10, 30, 3), np.uint8)
-    wide[:, 10:20] = 200
-    for name in ("cat", "dog"):
-        for i in range(7):
-            path = tmp_path / name / f"{i}.png"
-            path.parent.mkdir(exist_ok=True)
-            Image.fromarray(wide).save(path)
-    data = load_data(DataConfig(name="imagefolder", root=str(tmp_path), image_size=10))
-    assert (data.train[0][0] == 200).all()
 
 
 def test_a_teacher_is_learned_beside_the_labels(tmp_path: Path) -> None:

@@ -26,25 +26,25 @@ class ModelConfig:
 
 @dataclasses.dataclass
 class DataConfig:
-    """Which images.
+    """Which images to train and evaluate on.
 
     Args:
-        name: which reader; "imagefolder" takes root/train/CLASS/* with root/test and root/val like
-            it, or root/CLASS/* alone. Without test, val is the test set; without both, a fifth is
-            held out for it.
-        root: where the data lies; CIFAR is downloaded there where it is missing, an archive of
-            Tiny ImageNet unpacked there.
-        mirror: where CIFAR's archive is downloaded from instead of its authors' page.
-        image_size: pixels on each side; images are scaled until they cover that and cut to it. By
-            default the data set's own.
-        batch_size: images for each step, over all processes; at most the training set.
-        val_fraction: share of the training set held out for choices, stratified.
-        in_memory: whether images are decoded once and kept on the device; by default if they take
+        name: which dataset, one of DATASETS. "imagefolder" reads root/train/CLASS/*, root/val
+            and root/test, or root/CLASS/* alone; without root/test, root/val is the test set.
+            Without a test set, a stratified fifth of the training images is held out.
+        root: folder of the data. Datasets of torchvision are downloaded to it if they are
+            missing; an archive of Tiny ImageNet is unpacked in it.
+        mirror: URL to download CIFAR's archive from, instead of its authors' page.
+        image_size: height and width in pixels. Images are scaled until they cover it and cropped
+            at the center; by default it is that of the dataset.
+        batch_size: images per step, over all processes; at most the size of the training set.
+        val_fraction: fraction of the training set that is held out for validation, stratified.
+        in_memory: whether images are decoded once and kept on the device; by default if they use
             less than 2 GiB. Otherwise they are decoded as they are needed.
-        workers: processes that decode them then.
+        workers: processes that decode images as they are needed.
     """
 
-    name: Literal["digits", "cifar10", "cifar100", "tiny_imagenet", "imagefolder"] = "digits"
+    name: str = "digits"
     root: str = "data"
     mirror: str | None = None
     image_size: int | None = None
