@@ -406,7 +406,7 @@ def test_bytes_kept_are_let_go() -> None:
     assert bytes_kept(nn.Identity(), lambda: x.exp().sum() + x.sin().exp().sum().detach()) == 5 * 4
 
 
-def test_demo_table_and_picture(tmp_path: Path) -> None:
+def test_demo_table_and_figure(tmp_path: Path) -> None:
     rows = [
         {"model": kind + mixer, "parameters": 1234567, "test_top1": 0.971,
          "images_per_second": 801.0, "kept_per_image": 99 * 1024.0}
@@ -420,7 +420,7 @@ def test_demo_table_and_picture(tmp_path: Path) -> None:
         "99",
         "KiB",
     ]
-    demo.picture(rows, tmp_path / "demo.png")
+    demo.draw(rows, tmp_path / "demo.png", "a source")
     with Image.open(tmp_path / "demo.png") as image:
         assert image.width > 1500
         assert len(image.convert("RGB").resize((300, 100)).getcolors(30000) or []) > 20
@@ -485,8 +485,8 @@ def test_commands_without_a_run_are_refused(
 def test_a_teacher_is_learned_beside_the_labels(tmp_path: Path) -> None:
     teacher = config_for(tmp_path / "teacher")
     Run(teacher).fit()
-    options = {"patch_size": 1, "stem_layers": 2, "dims": [12, 12], "depths": [1, 1], "heads": [2, 2],
-               "key_dim": 4, "distilled": True}  # fmt: skip
+    options = {"patch_size": 1, "stem_layers": 2, "dims": [12, 12], "depths": [1, 1],
+               "heads": [2, 2], "key_dim": 4, "distilled": True}  # fmt: skip
     config = config_for(tmp_path / "student")
     config.model = ModelConfig(name="levin", options=options)
     config.train.teacher = str(tmp_path / "teacher" / "best.safetensors")

@@ -109,7 +109,8 @@ def main(arguments: list[str] | None = None) -> None:
     if arguments and arguments[0] == "benchmark":
         from .benchmark.__main__ import main as benchmark
 
-        return benchmark(arguments[1:])
+        benchmark(arguments[1:])
+        return
     run: Run | None = None
     try:
         run = start(with_command(arguments))

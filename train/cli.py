@@ -10,22 +10,22 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
 
-_RESTRICTED = re.compile(
-    r'Parser key "([\w.]+)"(?: element \d+)?:.*?(\S+) does not conform to restriction (.*)'
-)
-_BOUNDS = {"v>=": "at least ", "v>": "above ", "v<=": "at most ", "v<": "below "}
+_KEY = re.compile(r'Parser key "([\w.]+)"(?: element \d+)?: (?:Not of type \w+: )?(.*)')
+_BOUNDS = {"v>=": "at least ", "v>": "above ", "v<=": "at most ", "v<inf": "finite", "v<": "below "}
 
 
-def restriction_error(message: str) -> str:
-    """Turn jsonargparse's message for a number out of range into a sentence."""
+def restriction_sentence(name: str, message: str) -> str:
+    """A sentence for a number out of range, from jsonargparse's message about it.
 
-    def sentence(match: re.Match[str]) -> str:
-        name, value, bounds = match.groups()
-        for sign, words in _BOUNDS.items():
-            bounds = bounds.replace(sign, words)
-        return f"{name} {value} must be {re.sub('[()]', '', bounds)}"
-
-    return _RESTRICTED.sub(sentence, " ".join(message.split()))
+    >>> restriction_sentence("train.lr", "-1 does not conform to restriction v>0 and v<inf")
+    'train.lr -1 must be above 0 and finite'
+    """
+    value, restriction, bounds = message.partition(" does not conform to restriction ")
+    if not restriction:
+        return f"{name}: {message}"
+    for sign, words in _BOUNDS.items():
+        bounds = bounds.replace(sign, words)
+    return f"{name} {value} must be {bounds}"
 
 
 class Parser(ArgumentParser):
@@ -36,7 +36,9 @@ class Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message and exit with status 2."""
-        message = restriction_error(message)
+        message = " ".join(message.split())
+        if found := _KEY.fullmatch(message):
+            message = restriction_sentence(*found.groups())
         known = set(self.get_defaults(skip_validation=True).keys()) - {"config"}
         for word in re.findall(r"[\w.]+", message.split("Not of type")[0]):
             near = difflib.get_close_matches(word, known - {word}, n=1, cutoff=0.8)

@@ -79,8 +79,8 @@ def classify(folder: Path, files: list[str]) -> list[str]:
     model = vx.load_model(folder / "best.safetensors")
     if len(classes) != model.config.num_classes:
         raise ValueError(
-            f"{folder}/classes.json must have {model.config.num_classes} classes, as the model, not "
-            f"{len(classes)}"
+            f"{folder}/classes.json must have {model.config.num_classes} classes, as the model, "
+            f"not {len(classes)}"
         )
     channels, *shape = model.config.input_shape
     lines = []

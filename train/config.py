@@ -1,21 +1,41 @@
-"""What a run is made of. YAML files, the command line and ``config.yaml`` of a run all say this."""
+"""The configuration of a run, as it is in YAML files, on the command line and in config.yaml."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
+
+from jsonargparse.typing import restricted_number_type
+
+from .cli import restriction_sentence
+
+if TYPE_CHECKING:
+    from typing import TypeAlias
+
+    PositiveInt: TypeAlias = int
+    NonNegativeInt: TypeAlias = int
+    Positive: TypeAlias = float
+    NonNegative: TypeAlias = float
+    Fraction: TypeAlias = float
+    OpenUnitInterval: TypeAlias = float
+else:  # the check, the message and --help of each field come from its type
+    from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveInt
+
+    Positive = restricted_number_type("Positive", float, [(">", 0), ("<", math.inf)])
+    NonNegative = restricted_number_type("NonNegative", float, [(">=", 0), ("<", math.inf)])
+    Fraction = restricted_number_type("Fraction", float, [(">=", 0), ("<", 1)])
 
 
 @dataclasses.dataclass
 class ModelConfig:
-    """Which model.
+    """The model.
 
     Args:
         name: a name of ``vision_xformer.list_models()``.
-        mixer: another token mixer than the name's.
+        mixer: another token mixer than that of the name.
         mixer_options: options of the mixer: --model.mixer_options.landmarks 32
-        options: any other field of the model's configuration: --model.options.drop_path 0.1
+        options: any other field of the configuration of the model: --model.options.drop_path 0.1
     """
 
     name: str = "HybridViN-RoPE"
@@ -47,35 +67,35 @@ class DataConfig:
     name: str = "digits"
     root: str = "data"
     mirror: str | None = None
-    image_size: int | None = None
-    batch_size: int = 128
-    val_fraction: float = 0.1
+    image_size: PositiveInt | None = None
+    batch_size: PositiveInt = 128
+    val_fraction: OpenUnitInterval = 0.1
     in_memory: bool | None = None
-    workers: int = 2
+    workers: NonNegativeInt = 2
 
 
 @dataclasses.dataclass
 class AugmentConfig:
-    """What happens to training images; each by its own draws.
+    """Augmentation of the training images, each drawn independently.
 
     Args:
-        crop: crops after padding by an eighth.
-        flip: mirror images, but of digits.
-        policy: "trivial" (TrivialAugmentWide) or "rand" (RandAugment), after torchvision; four
+        crop: random crops after padding by an eighth.
+        flip: horizontal flips, where the data set allows them (not for digits).
+        policy: "trivial" (TrivialAugmentWide) or "rand" (RandAugment), as in torchvision; four
             images share a draw.
-        color: brightness and saturation change by up to this share.
-        erasing: share of images with a rectangle erased.
-        mixup: alpha of its beta distribution; 0 for none.
-        cutmix: the same for CutMix; with both, each batch has one of them.
+        color: brightness and saturation change by up to this fraction.
+        erasing: fraction of images with a rectangle erased.
+        mixup: alpha of the beta distribution of MixUp; 0 for none.
+        cutmix: the same for CutMix; with both, each batch uses one of them.
     """
 
     crop: bool = True
     flip: bool = True
     policy: Literal["none", "trivial", "rand"] = "none"
-    color: float = 0.0
-    erasing: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
+    color: Fraction = 0.0
+    erasing: Fraction = 0.0
+    mixup: NonNegative = 0.0
+    cutmix: NonNegative = 0.0
 
 
 @dataclasses.dataclass
@@ -85,37 +105,39 @@ class TrainConfig:
     Args:
         epochs: passes over the training set.
         optimizer: "adamw", or "sgd" with Nesterov momentum 0.9.
-        lr: highest learning rate, from which a cosine falls to 0.
-        warmup_epochs: epochs in which the learning rate rises linearly to it.
-        weight_decay: of matrices and convolutions; never of biases, norms, positions and tokens.
-        label_smoothing: share of the target spread over all classes.
-        clip_norm: largest norm of the gradient; 0 for none.
-        accumulate: parts into which each batch is cut, one after the other: less memory.
-        ema: decay of the average of the weights that is evaluated and kept; 0 for none.
-        teacher: a model file whose classes are learned beside the labels (hard distillation).
-        grad_checkpointing: compute the blocks again in the backward pass: less memory.
-        compile: torch.compile the model.
-        device: "auto" is a GPU where there is one; CUDA_VISIBLE_DEVICES says which.
-        precision: "auto" is bf16 on a GPU or CPU that computes in it, fp16 on another GPU, else
+        lr: peak learning rate, from which a cosine decays to 0.
+        warmup_epochs: epochs of linear warm-up.
+        weight_decay: of linear layers and convolutions; never of biases, norms, positions and
+            tokens.
+        label_smoothing: fraction of the target that is spread over all classes.
+        clip_norm: largest norm of the gradient; 0 for no clipping.
+        accumulate: gradient accumulation steps; each batch is split into as many parts.
+        ema: decay of the exponential moving average of the weights, which is evaluated and saved;
+            0 for none.
+        teacher: a model file whose predictions are learned next to the labels (hard distillation).
+        grad_checkpointing: recompute the blocks in the backward pass, for less memory.
+        compile: use torch.compile.
+        device: "auto" is a GPU if there is one; CUDA_VISIBLE_DEVICES selects it.
+        precision: "auto" is bf16 on a GPU or CPU with native support, fp16 on other GPUs, else
             fp32.
-        save_every: steps after which the state is saved, beside each epoch's end.
+        save_every: steps between saves of the state, in addition to the end of each epoch.
     """
 
-    epochs: int = 40
+    epochs: PositiveInt = 40
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    lr: float = 1e-3
-    warmup_epochs: float = 2.0
-    weight_decay: float = 0.05
-    label_smoothing: float = 0.0
-    clip_norm: float = 1.0
-    accumulate: int = 1
-    ema: float = 0.0
+    lr: Positive = 1e-3
+    warmup_epochs: NonNegative = 2.0
+    weight_decay: NonNegative = 0.05
+    label_smoothing: Fraction = 0.0
+    clip_norm: NonNegative = 1.0
+    accumulate: PositiveInt = 1
+    ema: Fraction = 0.0
     teacher: str | None = None
     grad_checkpointing: bool = False
     compile: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
-    save_every: int = 500
+    save_every: PositiveInt = 500
 
 
 @dataclasses.dataclass
@@ -123,57 +145,45 @@ class RunConfig:
     """One run.
 
     Args:
-        model, data, augment, train: see there.
-        seed: of weights, order and augmentation; the validation split has its own, fixed.
-        run_dir: a new folder for everything of the run; by default a name made of model and data.
+        model: the model.
+        data: the images.
+        augment: augmentation of the training images.
+        train: how to train.
+        seed: of weights, order and augmentation; the validation split has its own, fixed seed.
+        run_dir: a new folder for everything of the run; by default it is named by model and data.
     """
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
-    seed: int = 0
+    seed: NonNegativeInt = 0
     run_dir: str | None = None
 
     def check(self) -> None:
-        """Raise a ValueError for a value that cannot work; it names the option."""
+        """Check all values, and make the numbers plain ones.
+
+        Raises:
+            ValueError: for a value out of range; it names the option.
+        """
         for name in ("options", "mixer_options"):
             if not isinstance(getattr(self.model, name), dict):
                 raise ValueError(f"model.{name} must be names with values, such as {{depth: 6}}")
         if self.run_dir == "":
             raise ValueError("run_dir is empty: name a folder, or leave it out")
-        positive = {
-            "data.batch_size": self.data.batch_size,
-            "train.epochs": self.train.epochs,
-            "train.lr": self.train.lr,
-            "train.accumulate": self.train.accumulate,
-            "train.save_every": self.train.save_every,
-        }
-        if self.data.image_size is not None:
-            positive["data.image_size"] = self.data.image_size
-        for name, value in positive.items():
-            if not 0 < value < math.inf:
-                raise ValueError(f"{name} {value} must be above 0 and finite")
-        not_negative = {
-            "seed": self.seed,
-            "data.workers": self.data.workers,
-            "train.clip_norm": self.train.clip_norm,
-            "train.warmup_epochs": self.train.warmup_epochs,
-            "train.weight_decay": self.train.weight_decay,
-            "augment.mixup": self.augment.mixup,
-            "augment.cutmix": self.augment.cutmix,
-        }
-        for name, value in not_negative.items():
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name} {value} must be at least 0 and finite")
-        shares = {
-            "train.label_smoothing": self.train.label_smoothing,
-            "train.ema": self.train.ema,
-            "augment.color": self.augment.color,
-            "augment.erasing": self.augment.erasing,
-        }
-        for name, value in shares.items():
-            if not 0 <= value < 1:
-                raise ValueError(f"{name} {value} must be at least 0, below 1")
-        if not 0 < self.data.val_fraction < 1:
-            raise ValueError(f"data.val_fraction {self.data.val_fraction} must be between 0 and 1")
+        _check_numbers(self, "")
+        for part in ("data", "augment", "train"):
+            _check_numbers(getattr(self, part), f"{part}.")
+
+
+def _check_numbers(config: Any, prefix: str) -> None:
+    """Check the fields of restricted types, whose values may not come from the command line."""
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        kind = next((k for k in (hint, *get_args(hint)) if hasattr(k, "_restrictions")), None)
+        if kind is None or value is None:
+            continue
+        try:
+            setattr(config, name, kind.__mro__[-2](kind(value)))
+        except ValueError as error:
+            raise ValueError(restriction_sentence(prefix + name, str(error))) from None

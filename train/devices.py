@@ -12,7 +12,7 @@ from .config import RunConfig, TrainConfig
 
 
 def pick_precision(precision: str, cpu: bool) -> str:
-    """The name of a precision in accelerate; "auto" is the fastest that the device supports well."""
+    """The name of a precision in accelerate; "auto" is the best with native support."""
     if precision != "auto":
         return {"fp32": "no"}.get(precision, precision)
     if not cpu:

@@ -1,8 +1,8 @@
-"""``make demo``: ten models on handwritten digits, a table and a picture of what each costs.
+"""``make demo``: ten models on handwritten digits, with a table and a figure of accuracy and cost.
 
-Real images that need no download: 1,797 digits of 8 x 8 pixels, which come with scikit-learn.
-Each pixel is a token. A fifth is held out for the last column and read once; sizes, learning rate
-and length of training were chosen on the validation split.
+The images are real and need no download: 1,797 digits of 8 x 8 pixels, which come with
+scikit-learn. Each pixel is a token. A fifth is held out for testing and evaluated once; sizes,
+learning rate and epochs were chosen on the validation split.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from tqdm import tqdm
 
 from ..atomic import write_whole
 from ..augment import plain
+from ..benchmark.page import fingerprint
 from ..config import AugmentConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
 from ..loop import Run
 from ..measure import bytes_kept
+from ..plots import save
 
 MIXERS: dict[str, dict[str, Any]] = {
     "ViT": {},
@@ -35,12 +37,12 @@ MIXERS: dict[str, dict[str, Any]] = {
 }
 EPOCHS = 16
 BATCH = 64
-# convolutions with a norm and a GELU between them: trains in a third of the epochs
+# with batch norm and GELU between its convolutions, the stem needs a third of the epochs
 HYBRID_STEM = {"norm": "batch", "activation": "gelu"}
 
 
 def run_config(name: str, mixer: str, epochs: int, folder: Path) -> RunConfig:
-    """One model of the demo."""
+    """The configuration of one model of the demo."""
     options: dict[str, Any] = {"dim": 64, "depth": 2, "mlp_ratio": 2.0}
     if mixer != "FNet":
         options["heads"] = 4
@@ -56,7 +58,7 @@ def run_config(name: str, mixer: str, epochs: int, folder: Path) -> RunConfig:
 
 
 def run_all(epochs: int, folder: Path) -> list[dict[str, Any]]:
-    """Train each model; a row for each."""
+    """Train each model, and return a row for each."""
     names = [(kind + mixer, mixer) for mixer in MIXERS for kind in ("", "Hybrid")]
     runs = [(name, Run(run_config(name, mixer, epochs, folder))) for name, mixer in names]
     steps = sum(run.steps for _, run in runs)
@@ -80,27 +82,27 @@ def run_all(epochs: int, folder: Path) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows for a terminal."""
+    """The rows as text."""
     lines = [
-        f"{'model':<12} {'parameters':>10} {'test top-1':>10} {'images/s':>9} {'kept/image':>11}"
+        f"{'model':<12} {'parameters':>10} {'test top-1':>10} {'images/s':>9} {'memory/image':>13}"
     ]
     lines += [
         f"{r['model']:<12} {r['parameters']:>10,} {r['test_top1']:>10.1%} "
-        f"{r['images_per_second']:>9,.0f} {r['kept_per_image'] / 1024:>7,.0f} KiB"
+        f"{r['images_per_second']:>9,.0f} {r['kept_per_image'] / 1024:>9,.0f} KiB"
         for r in rows
     ]
     return "\n".join(lines)
 
 
-def picture(rows: list[dict[str, Any]], path: Path) -> None:
-    """Accuracy, memory and speed of each mixer, with either stem."""
+def draw(rows: list[dict[str, Any]], path: Path, source: str) -> None:
+    """Plot accuracy, memory and speed of each mixer with both stems; the file names its source."""
     mpl.use("Agg")
     plt.rcParams.update({"font.size": 13, "axes.spines.top": False, "axes.spines.right": False})
     colors = {"": "#9aa5b1", "Hybrid": "#1f6feb"}
     labels = {"": "linear stem", "Hybrid": "convolutional stem (Hybrid)"}
     panels = [
         ("test accuracy (%)", "test_top1", 100.0, "{:.1f}"),
-        ("kept for backward (KiB per image)", "kept_per_image", 1 / 1024, "{:.0f}"),
+        ("stored for backward (KiB per image)", "kept_per_image", 1 / 1024, "{:.0f}"),
         ("training speed (images/s)", "images_per_second", 1.0, "{:.0f}"),
     ]
     by_name = {row["model"]: row for row in rows}
@@ -109,15 +111,15 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     for axis, (title, key, scale, form) in zip(axes, panels, strict=True):
         for offset, kind in ((-0.19, ""), (0.19, "Hybrid")):
             values = [by_name[kind + mixer][key] * scale for mixer in mixers]
-            places = [i + offset for i in range(len(mixers))]
-            bars = axis.barh(places, values, 0.36, color=colors[kind], label=labels[kind])
+            positions = [i + offset for i in range(len(mixers))]
+            bars = axis.barh(positions, values, 0.36, color=colors[kind], label=labels[kind])
             axis.bar_label(bars, [form.format(v) for v in values], padding=4, fontsize=11)
         axis.set_title(title, fontsize=13, loc="left", pad=10)
         axis.margins(x=0.14)
         axis.set_xticks([])
         axis.spines["bottom"].set_visible(False)
         axis.tick_params(length=0)
-    kinds = ["full attention", "Linformer", "Performer", "Nystromformer", "Fourier"]
+    kinds = ["full attention", "Linformer", "Performer", "Nyströmformer", "Fourier"]
     axes[0].set_yticks(
         range(len(mixers)), [f"{m}\n{kind}" for m, kind in zip(mixers, kinds, strict=True)]
     )
@@ -128,9 +130,10 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     )  # fmt: skip
     figure.text(
         0.01, 0.85,
-        "8 x 8 pixels, 64 tokens, trained in seconds; accuracy on a held-out fifth. The Hybrid "
-        "stem here has batch norm and GELU.\n"
-        "So few tokens say little of cost: linear mixers gain with length.",
+        "8 x 8 pixels, 64 tokens, trained in seconds; accuracy on a held-out fifth. Here the "
+        "Hybrid stem has batch norm and GELU.\n"
+        "With so few tokens, most linear mixers cost more than full attention; they win on longer "
+        "sequences.",
         color="#57606a",
     )  # fmt: skip
     handles, names = axes[0].get_legend_handles_labels()
@@ -138,11 +141,12 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
         handles, names, loc="lower left", bbox_to_anchor=(0.005, 0.0), ncols=2, frameon=False
     )
     figure.tight_layout(rect=(0, 0.06, 1, 0.87), w_pad=2)
-    figure.savefig(path, dpi=150)
+    save(figure, path, source)
     plt.close(figure)
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """The program; ``arguments`` are those of the command line by default."""
     parser = argparse.ArgumentParser(prog="python -m train.examples.demo", description=__doc__)
     parser.add_argument("--epochs", type=int, default=EPOCHS, help=f"(default: {EPOCHS})")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="(default: runs/demo)")
@@ -152,13 +156,14 @@ def main(arguments: list[str] | None = None) -> None:
     if args.out.exists() and not args.out.is_dir():
         parser.error(f"--out {args.out} is not a folder")
     logging.getLogger("accelerate").setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory() as runs:  # the table and the picture are what is kept
+    with tempfile.TemporaryDirectory() as runs:  # only the table and the figure are kept
         rows = run_all(args.epochs, Path(runs))
     args.out.mkdir(parents=True, exist_ok=True)
-    write_whole(args.out / "results.json", json.dumps(rows, indent=2) + "\n")
-    picture(rows, args.out / "demo.png")
+    results = args.out / "results.json"
+    write_whole(results, json.dumps(rows, indent=2) + "\n")
+    draw(rows, args.out / "demo.png", fingerprint(results))
     print(table(rows))
-    print(f"\nthe picture: {args.out / 'demo.png'}")
+    print(f"\nthe figure: {args.out / 'demo.png'}")
 
 
 if __name__ == "__main__":
