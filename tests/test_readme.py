@@ -12,13 +12,13 @@ from blocks import ROOT, between, blocks, layers, learned_errors, measured
 from PIL import Image
 
 import vision_xformer as vx
-from train.__main__ import COMMANDS, parse
+from train.__main__ import command_line, parse, with_command
 from train.benchmark.__main__ import command_line as benchmark_line
 from train.benchmark.cases import Case, facts
 from train.benchmark.page import fingerprint
 from train.benchmark.pictures import crossing, series
 from train.benchmark.rows import label
-from train.commands import command_line, read_runs
+from train.commands import read_runs
 
 README = (ROOT / "README.md").read_text()
 PAGES = {
@@ -41,7 +41,7 @@ def run_snippets(file: str) -> dict[str, Any]:
     """Execute the snippets of a page one after the other; the names that they leave."""
     names: dict[str, Any] = {}
     for snippet in snippets(file, "python"):
-        exec(compile(snippet, file, "exec"), names)
+        exec(compile(snippet, file, "exec", dont_inherit=True), names)
     return names
 
 
@@ -110,7 +110,7 @@ def test_a_kernel_of_the_documentation_is_in_every_backbone() -> None:
 @pytest.mark.parametrize("file", [f for f in sorted(PAGES) if snippets(f, "py")])
 def test_every_snippet_that_downloads_parses(file: str) -> None:
     for snippet in snippets(file, "py"):
-        compile(snippet, file, "exec")
+        compile(snippet, file, "exec", dont_inherit=True)
 
 
 def test_every_page_with_python_has_its_snippets_run() -> None:
@@ -326,13 +326,11 @@ def test_training_commands_are_there() -> None:
     found = [words for words in commands("python -m train") if words[0] != "benchmark"]
     assert len(found) >= 8
     for words in found:
-        if words[0] in COMMANDS and words[0] not in ("fit", "resume"):
-            command_line().parse_args(words)
-        elif words[0] in ("resume", "--resume"):
-            assert len(words) == 2
+        name, *rest = with_command(words)
+        if name == "fit":
+            parse([str(ROOT / w) if w.startswith("configs/") else w for w in rest])
         else:
-            words = words[1:] if words[0] == "fit" else words
-            parse([str(ROOT / w) if w.startswith("configs/") else w for w in words])
+            command_line().parse_args([name, *rest])
     assert {words[0] for words in found} >= {"fit", "resume", "evaluate", "predict", "report"}
 
 
