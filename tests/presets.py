@@ -47,6 +47,10 @@ TEST_SIZES: dict[str, dict[str, Any]] = {
         heads=(2, 3), window=3, mlp_ratio=2.0, stem_kernels=(2, 4), merge_kernels=(2, 4),
         intervals=(4, 2),
     ),
+    "pvt": dict(
+        input_shape=(3, 18, 14), num_classes=5, patch_size=2, dims=(12, 20), depths=(1, 2),
+        heads=(3, 2), reductions=(2, 1), mlp_ratio=(2.0, 1.5),
+    ),
     "convmixer": dict(
         input_shape=(3, 14, 10), num_classes=5, dim=12, depth=2, mixer_options={"kernel": 3}
     ),

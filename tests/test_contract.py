@@ -438,6 +438,9 @@ PUBLISHED_COUNTS = {  # of the models their authors published
     "cct_7_3x2": 3_853_259,
     "cct_7_7x2": 4_573_735,
     "cct_14_7x2": 22_367_273,
+    "pvt_v2_b0": 3_666_760,
+    "pvt_v2_b1": 14_009_000,
+    "pvt_v2_b2": 25_362_856,
     "cvt_lite_2_4": 214_539,
     "cvt_lite_4_4": 412_939,
     "cvt_lite_6_4": 3_190_283,
@@ -917,7 +920,7 @@ def first_stage(model: Any) -> tuple[nn.Module, Any]:
     if config.backbone == "crossvit":
         widths = zip(stage.branches, config.dims, strict=True)
         return stage, [torch.randn(3, b.grid.length, dim).double() for b, dim in widths]
-    if config.backbone == "cvt":  # its tokens are pixels
+    if config.backbone in ("cvt", "pvt"):  # its tokens are pixels
         return stage, images(model).movedim(1, -1).flatten(1, -2)
     return stage, torch.randn(3, stage.grid.length, config.dims[0]).double()
 

@@ -154,6 +154,7 @@ GRAMMAR = {
     "simple_vi*": ["tiny", "small", "base"],
     "cai*": ["xxs24", "xxs36", "xs24", "s24"],
     "crossvi*": ["tiny", "small", "base", "9", "15", "18"],
+    "pv*": ["v2_b0", "v2_b1", "v2_b2"],
 }
 # of those without a letter
 OTHERS = {
@@ -174,7 +175,7 @@ def test_list_models_holds_the_whole_grammar() -> None:
         for letter, mixer in LETTERS.items():
             for size in (*sizes, "test"):
                 name = family.replace("*", letter) + (f"_{size}" if size else "")
-                rope = takes_rope(mixer) and family != "crossvi*"
+                rope = takes_rope(mixer) and family not in ("crossvi*", "pv*")
                 names |= {name, f"{name}_rope"} if rope else {name}
     assert sorted(names) == MODELS
     for backbone in vx.BACKBONES.names():
@@ -289,7 +290,7 @@ def test_the_letter_is_the_mixer(name: str) -> None:
     if parsed.backbone == "levit":
         assert (values["key_dim"] is not None) == takes_heads(mixer)
         assert values["position_bias"] == (takes_bias(mixer) and not parsed.rope)
-    elif parsed.backbone not in ("cvt", "crossvit"):
+    elif parsed.backbone not in ("cvt", "crossvit", "pvt"):
         own = "sincos" if parsed.backbone == "simple_vit" else "learned"
         assert values["position"] == ("none" if parsed.rope else own)
         stem = {"cct": "tokenizer"}.get(parsed.backbone, "patch")

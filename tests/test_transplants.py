@@ -28,6 +28,7 @@ from timm.models.crossvit import CrossVit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.levit import Attention, AttentionDownsample, Levit, LevitDistilled
 from timm.models.mlp_mixer import MlpMixer, SpatialGatingBlock
+from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -265,6 +266,16 @@ SMALL = {
             num_heads=(2, 3), window_size=3, mlp_ratio=2.0, drop_path_rate=0.0,
         ),
         ((24, 24), (36, 12)),
+    ),
+    # 18 x 14 pixels: a grid of 9 x 7, of which the reduction leaves the last row and column
+    "pvt": Case(
+        "pvt_test",
+        dict(channels=2, num_classes=7, patch_size=4, mixer_options={"qkv_bias": True}),
+        lambda size: PyramidVisionTransformerV2(
+            in_chans=2, num_classes=7, depths=(1, 2), embed_dims=(12, 20), num_heads=(3, 2),
+            sr_ratios=(2, 1), mlp_ratios=(2.0, 1.5),
+        ),
+        ((36, 28), (33, 50)),
     ),
     "convmixer": Case(
         "convmixer_test",
@@ -519,6 +530,15 @@ PUBLISHED = {
             for s in ("s32", "s16", "b16")
         ),
         *(published_timm(f"gmlp_{s}", f"gmlp_{s}_224", (80, 112)) for s in ("ti16", "s16")),
+        *(
+            Case(
+                f"pvt_v2_{s}",
+                {},
+                lambda _, s=s: timm.create_model(f"pvt_v2_{s}"),
+                ((224, 224), (150, 100)),
+            )
+            for s in ("b0", "b1", "b2")
+        ),
         published_cvt("cvt_13", (1, 2, 10)),
         published_cvt("cvt_21", (1, 4, 16)),
         *(published_cct(f"cct_{size}", *numbers) for size, numbers in _CCT.items()),
@@ -1011,8 +1031,8 @@ def test_models_of_other_libraries_are_not_filled(case: Case, wrapped: bool) -> 
             message = assert_refused(target, weights, "does not fill modules of", **options)
     libraries = {
         "levit": "timm LeViT", "vit": "timm ViT", "cvt": "transformers CvT", "cait": "timm CaiT",
-        "crossvit": "timm CrossViT", "swin": "timm Swin", "convmixer": "timm ConvMixer",
-        "mlp_mixer": "timm MLP-Mixer", "gmlp": "timm gMLP",
+        "crossvit": "timm CrossViT", "swin": "timm Swin", "pvt": "timm PVT v2",
+        "convmixer": "timm ConvMixer", "mlp_mixer": "timm MLP-Mixer", "gmlp": "timm gMLP",
     }  # fmt: skip
     library = libraries.get(case.model.removesuffix("_test"), "Compact-Transformers")
     assert library in message

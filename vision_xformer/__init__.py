@@ -10,6 +10,7 @@ from .backbones.crossvit import CrossViT
 from .backbones.cvt import CvT
 from .backbones.levit import LeViT
 from .backbones.mlp_mixer import GMLP, MlpMixer
+from .backbones.pvt import PVT
 from .backbones.simple_vit import SimpleViT
 from .backbones.swin import Swin
 from .backbones.vit import ViT
@@ -36,6 +37,7 @@ __all__ = [
     "GMLP",
     "KERNELS",
     "MIXERS",
+    "PVT",
     "STEMS",
     "Attention",
     "CVTLite",

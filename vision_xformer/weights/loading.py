@@ -228,8 +228,8 @@ def load_weights(
 
     Understood keys: ours; those of vision_xformer 0.1.8 to 0.2.0 (ViN, ViP, ViL, FNet, FNet2D);
     those of performer-pytorch, nystrom-attention and linformer, whose modules can be loaded, too;
-    timm's ViT, LeViT, CaiT, CrossViT, Swin, ConvMixer, MLP-Mixer and gMLP, transformers' CvT, and
-    the Compact-Transformers of the CCT authors.
+    timm's ViT, LeViT, CaiT, CrossViT, Swin, PVT v2, ConvMixer, MLP-Mixer and gMLP, transformers'
+    CvT, and the Compact-Transformers of the CCT authors.
 
     Args:
         module: the module to load into.

@@ -1,0 +1,290 @@
+"""PVT v2 (Wang et al. 2022, arXiv 2106.13797) with any mixer.
+
+Pixels -> stages of (overlapping patch embedding -> blocks -> norm) -> mean -> head. Attention reads
+keys and values from a reduced grid, and a depth-wise convolution in the MLP encodes position.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..grid import TokenGrid, on_grid
+from ..kernels import KERNELS
+from ..layers import CONV
+from ..mixers import Mixer, create_mixer
+from ..mixers.attention import Attention, SplitProjection
+from ..mixers.factory import check_mixer, create_kernel
+from ..stems import patch_grid
+from .base import (
+    BACKBONES,
+    Stage,
+    VisionModel,
+    drop_paths,
+    init_linears,
+    make_drop_path,
+    mlp_width,
+)
+from .config import BlockConfig, StageFields
+
+_IMAGENET = dict(input_shape=(3, 224, 224), num_classes=1000, mixer_options={"qkv_bias": True})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PVTConfig(StageFields, BlockConfig):
+    """Configuration of :class:`PVT`.
+
+    Args:
+        patch_size: pixels per token of the first stage, one size or one for each axis.
+        dims: width D of each stage.
+        depths: number of blocks of each stage.
+        heads: number of heads of each stage; None for a mixer without heads.
+        reductions: in each stage, keys and values are read from a grid reduced by this factor.
+        mlp_ratio: in each stage, hidden width of the MLPs for a width of 1.
+    """
+
+    backbone: ClassVar[str] = "pvt"
+    patch_size: int | tuple[int, ...] = 4
+    dims: tuple[int, ...] = (64, 128, 320, 512)
+    depths: tuple[int, ...] = (2, 2, 2, 2)
+    heads: tuple[int, ...] | None = (1, 2, 5, 8)
+    reductions: tuple[int, ...] = (8, 4, 2, 1)
+    mlp_ratio: tuple[float, ...] = (8.0, 8.0, 4.0, 4.0)  # type: ignore[assignment]
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_stages(self.mixer, "reductions", "mlp_ratio")
+
+
+class ReductionProjection(SplitProjection):
+    """Keys and values are projected from a grid that a convolution reduces.
+
+    The last cells of an axis that the reduction does not divide are not read, as in timm.
+
+    Shape: (B, N, D) -> (B, N, H K), (B, M, G K), (B, M, G V)
+
+    Args:
+        dim: token width D.
+        grid: positions of the N tokens.
+        widths: of q, k and v; of q and k where the values are the keys.
+        bias: whether the linear layers have one.
+        reduction: kernel size and stride of the convolution.
+    """
+
+    def __init__(
+        self, dim: int, grid: TokenGrid, widths: tuple[int, ...], bias: bool, reduction: int
+    ) -> None:
+        super().__init__(dim, grid, widths, bias)
+        self.reduction = reduction
+        self.reduce = CONV[len(grid.shape)](dim, dim, reduction, reduction)
+        self.norm = nn.LayerNorm(dim)
+
+    def inputs(self, x: Tensor, grid: TokenGrid) -> tuple[Tensor, Tensor, Tensor]:
+        """The tokens (B, N, D), and the reduced ones (B, M, D) twice."""
+        reduced = self.norm(on_grid(self.reduce, x, grid))
+        return x, reduced, reduced
+
+    def keys(self, grid: TokenGrid) -> TokenGrid:
+        """The reduced grid."""
+        return _reduced(grid, self.reduction)
+
+
+def _reduced(grid: TokenGrid, reduction: int) -> TokenGrid:
+    """The grid of whole patches of ``reduction`` cells on each axis."""
+    shape = tuple(size // reduction for size in grid.shape)
+    if min(shape) < 1:
+        raise ValueError(f"a grid of {grid.shape} is too small for a reduction of {reduction}")
+    return TokenGrid(shape)
+
+
+def pvt_attention(
+    name: str,
+    options: Mapping[str, Any],
+    *,
+    dim: int,
+    heads: int | None,
+    grid: TokenGrid,
+    reduction: int,
+) -> Mixer:
+    """Attention of PVT v2, whose keys and values are on a reduced grid.
+
+    Args:
+        name: mixer by name. One without queries and keys mixes all tokens.
+        options: of the mixer.
+        dim: token width D.
+        heads: number of heads, for mixers that have heads.
+        grid: positions of the N tokens.
+        reduction: of the grid of keys and values; 1 for none.
+
+    Returns:
+        A mixer (B, N, D) -> (B, N, D).
+
+    Raises:
+        ValueError: for an option that the mixer does not have, or a grid that is too small.
+    """
+    if name not in KERNELS or reduction == 1:
+        return create_mixer(name, dim=dim, heads=heads, grid=grid, **options)
+    check_mixer(name, dim, heads, grid, options)
+    kernel, own = create_kernel(name, dim, heads, grid, _reduced(grid, reduction), options)
+    return Attention(
+        ReductionProjection(dim, grid, kernel.operand_widths, own.qkv_bias, reduction),
+        kernel,
+        nn.Linear(kernel.site.heads * kernel.site.value_dim, dim),
+        proj_dropout=own.proj_dropout,
+    )
+
+
+class ConvMlp(nn.Module):
+    """Linear, depth-wise 3x3 convolution, GELU, linear. Shape: (B, N, D) -> (B, N, D).
+
+    Args:
+        axes: number of axes of the grid.
+        dim: width D.
+        hidden_dim: hidden width.
+        dropout: dropout after GELU and at the end.
+    """
+
+    def __init__(self, axes: int, dim: int, hidden_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.conv = CONV[axes](hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, grid: TokenGrid) -> Tensor:
+        """Apply the MLP to tokens (B, N, D) on ``grid``."""
+        x = self.drop(self.act(on_grid(self.conv, self.fc1(x), grid)))
+        return self.drop(self.fc2(x))
+
+
+class PVTBlock(nn.Module):
+    """x + mixer(norm x), then x + mlp(norm x). Shape: (B, N, D) -> (B, N, D).
+
+    Args:
+        mixer: of width D.
+        mlp: of width D.
+        drop_path: probability with which a sample skips a branch.
+        norm_eps: epsilon of the layer norms.
+    """
+
+    def __init__(self, mixer: Mixer, mlp: ConvMlp, drop_path: float, norm_eps: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(mixer.dim, norm_eps)
+        self.mixer = mixer
+        self.norm2 = nn.LayerNorm(mixer.dim, norm_eps)
+        self.mlp = mlp
+        self.drop_path = make_drop_path(drop_path)
+
+    def forward(self, x: Tensor, grid: TokenGrid, rope: None = None) -> Tensor:
+        """Apply the block to tokens (B, N, D) on ``grid``."""
+        x = x + self.drop_path(self.mixer(self.norm1(x), grid))
+        return x + self.drop_path(self.mlp(self.norm2(x), grid))
+
+
+class PVTEmbedding(nn.Module):
+    """An overlapping convolution over the grid, then layer norm.
+
+    Shape: (B, M, C) -> (B, N, D); the M tokens of the first stage are pixels
+
+    Args:
+        channels: input width C.
+        dim: width D.
+        shape: grid shape of the M input tokens.
+        stride: of the convolution, whose kernel size is twice the stride minus 1.
+    """
+
+    def __init__(
+        self, channels: int, dim: int, shape: tuple[int, ...], stride: tuple[int, ...]
+    ) -> None:
+        super().__init__()
+        self.in_grid = TokenGrid(shape)
+        kernel = tuple(max(3, 2 * s - 1) for s in stride)
+        padding = tuple(k // 2 for k in kernel)
+        self.conv = CONV[len(shape)](channels, dim, kernel, stride, padding)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Embed: (B, M, C) -> (B, N, D)."""
+        return self.norm(on_grid(self.conv, x, self.in_grid))
+
+
+class PVTStage(Stage):
+    """A stage whose output is normalized. Shape: (B, M, C) -> (B, N, D).
+
+    Args:
+        blocks: blocks of width D.
+        grid: positions of the N tokens.
+        embedding: brings the output of the previous stage to this grid.
+        norm: layer norm of width D.
+    """
+
+    def __init__(
+        self, blocks: list[PVTBlock], grid: TokenGrid, embedding: PVTEmbedding, norm: nn.Module
+    ) -> None:
+        super().__init__(blocks, grid, downsample=embedding)
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the stage: (B, M, C) -> (B, N, D)."""
+        return self.norm(super().forward(x))
+
+
+@BACKBONES.register("pvt")
+class PVT(VisionModel):
+    """Pyramid vision transformer, version 2. Shape: (B, C, *shape) -> (B, num_classes).
+
+    Args:
+        config: see :class:`PVTConfig`.
+
+    Raises:
+        ValueError: for values that do not fit together; it names the argument and the value.
+    """
+
+    config_class = PVTConfig
+    config: PVTConfig
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "v2_b0": dict(dims=(32, 64, 160, 256), **_IMAGENET),
+        "v2_b1": _IMAGENET,
+        "v2_b2": dict(depths=(3, 4, 6, 3), **_IMAGENET),
+    }
+
+    def __init__(self, config: PVTConfig) -> None:
+        super().__init__(config)
+        c = config
+        self.num_features = c.dims[-1]
+        patch_size, _ = patch_grid(c.input_shape, c.patch_size, ragged=True)
+        channels, *shape = c.input_shape
+        stride, stages = patch_size, []
+        for index, rates in enumerate(drop_paths(c.drop_path, c.depths)):
+            embedding = PVTEmbedding(channels, c.dims[index], tuple(shape), stride)
+            shape = [-(-size // s) for size, s in zip(shape, stride, strict=True)]
+            grid = TokenGrid(tuple(shape))
+            blocks = [self._block(index, grid, rate) for rate in rates]
+            norm = nn.LayerNorm(c.dims[index], c.norm_eps)
+            stages.append(PVTStage(blocks, grid, embedding, norm))
+            channels, stride = c.dims[index], (2,) * len(shape)
+        self.stages = nn.ModuleList(stages)
+        init_linears(self.stages)
+        self.head = self.make_head(c.num_classes)
+
+    def _block(self, stage: int, grid: TokenGrid, drop_path: float) -> PVTBlock:
+        c, dim = self.config, self.config.dims[stage]
+        mixer = pvt_attention(
+            c.mixer, c.mixer_options, dim=dim, heads=c.heads_of(stage), grid=grid,
+            reduction=c.reductions[stage],
+        )  # fmt: skip
+        mlp = ConvMlp(len(grid.shape), dim, mlp_width(dim, c.mlp_ratio[stage]), c.dropout)
+        return PVTBlock(mixer, mlp, drop_path, c.norm_eps)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Compute the tokens of the last stage: (B, C, *shape) -> (B, N, D)."""
+        self.check_input(x)
+        x = x.movedim(1, -1).flatten(1, -2)  # pixels as tokens, channels innermost
+        for stage in self.stages:
+            x = stage(x)
+        return x
