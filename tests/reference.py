@@ -140,7 +140,7 @@ def cell_means(x, grid, prefix, parts):
 
 
 def newton_schulz(a, iterations):
-    """Nystromformer, eq. 14, of one matrix (m, m)."""
+    """Nyströmformer, eq. 14, of one matrix (m, m)."""
     z = a.T / (a.abs().sum(0).max() * a.abs().sum(1).max())
     one = torch.eye(a.shape[0], dtype=a.dtype)
     for _ in range(iterations):
@@ -174,7 +174,7 @@ def key_under(query, q_grid, q_prefix, k_grid, k_prefix):
 
 
 def nystrom_attention(q, k, v, queries, keys, parts, iterations, taps=None):
-    """Nystromformer, eq. 13-15. ``parts``: boxes on each axis, or one number of runs.
+    """Nyströmformer, eq. 13-15. ``parts``: boxes on each axis, or one number of runs.
 
     ``queries``, ``keys``: (grid, prefix).
     """

@@ -164,7 +164,7 @@ def nystrom_pair(grid, heads, **options):
 )
 @pytest.mark.parametrize("grid", [(35,), (5, 7)])
 def test_nystrom_is_nystrom_attention(grid, options):
-    """One head and one sample: the package shares its normaliser over the batch and the heads."""
+    """One head and one sample: the package shares its normalizer over the batch and the heads."""
     grid = TokenGrid(grid)
     raw, wrapper, ours = nystrom_pair(grid, 1, **options)
     x = torch.randn(1, 35, DIM, dtype=torch.float64)

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from reference import assert_same, relative_error
 
 from vision_xformer import TokenGrid
+from vision_xformer.biases import PositionBias
 from vision_xformer.positions import (
     LearnedPosition,
-    PositionBias,
     RasterSinCosPosition,
     RotaryPosition,
     SinCosPosition,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from ..biases import PositionBias
 from ..grid import TokenGrid, take_strided
 from ..kernels import KERNELS
 from ..layers import ConvNorm, DistilledHead, LinearNorm, NormLinear
@@ -22,7 +23,7 @@ from ..mixers.adapters import Adapter
 from ..mixers.attention import Attention, Projection
 from ..mixers.factory import check_mixer, create_kernel
 from ..options import check_at_least
-from ..positions import PositionBias, RopeKind, RotaryPosition
+from ..positions import RopeKind, RotaryPosition
 from ..stems import STEMS
 from .base import (
     BACKBONES,
@@ -41,14 +42,11 @@ _KEY32 = dict(key_dim=32, depths=(4, 4, 4), **_IMAGENET)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LeViTConfig(StageFields, MixerConfig):
-    """Configuration of :class:`LeViT`.
+    """Configuration of :class:`LeViT`: stages, mixer and the following.
 
     Args:
         patch_size: pixels per token of the first stage, one size or one for each axis.
         stem_layers: number of convolutions that share the strides of the patch size.
-        dims: width D of each stage.
-        depths: number of blocks of each stage.
-        heads: number of heads of each stage; None for a mixer without heads.
         key_dim: key width K per head; None for a mixer without heads. The downsampling attention
             has D / K heads.
         value_ratio: value width per head for a key width of 1, doubled where the grid is
@@ -206,9 +204,8 @@ class LeViTBlock(nn.Module):
         super().__init__()
         self.mixer, self.downsamples = mixer, downsamples
         hidden = mlp_width(dim, mlp_ratio)
-        self.mlp = nn.Sequential(
-            LinearNorm(dim, hidden), nn.Hardswish(), LinearNorm(hidden, dim, 0.0)
-        )
+        layers = LinearNorm(dim, hidden), nn.Hardswish(), LinearNorm(hidden, dim, 0.0)
+        self.mlp = nn.Sequential(*layers)
         self.drop_path = make_drop_path(drop_path)
 
     def forward(self, x: Tensor, grid: TokenGrid, rope: Tensor | None) -> Tensor:
@@ -348,7 +345,6 @@ class LeViT(VisionModel):
     def forward_features(self, x: Tensor) -> Tensor:
         """Compute the tokens of the last stage: (B, C, *shape) -> (B, N, D)."""
         self.check_input(x)
-        x = self.stem(x)
-        for stage in self.stages:
-            x = stage(x)
+        for part in (self.stem, *self.stages):
+            x = part(x)
         return x

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..biases import DynamicBias, RelativeBias
 from ..grid import TokenGrid
 from ..kernels import KERNELS
 from ..kernels.windowed import WindowedKernel, Windows
@@ -19,7 +20,6 @@ from ..mixers import Mixer
 from ..mixers.attention import Attention, LinearProjection
 from ..mixers.factory import check_mixer, create_kernel
 from ..options import check_at_least
-from ..positions import DynamicBias, RelativeBias
 from ..stems import patch_grid
 from .base import Block, Stage, VisionModel, drop_paths, init_linears
 from .config import BlockConfig, StageFields

@@ -8,10 +8,11 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..biases import AttentionBias
 from ..grid import TokenGrid, take_strided
 from ..kernels import Kernel
 from ..kernels.linformer import Linformer
-from ..positions import AttentionBias, rotate
+from ..positions import rotate
 from .base import Mixer
 
 Shorten = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
