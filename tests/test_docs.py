@@ -52,7 +52,7 @@ def test_names_in_tables_are_names_of_models() -> None:
     readme = (ROOT / "README.md").read_text().split("## Families")[1].split("\n\n")[1]
     examples = [line.split("|")[2] for line in readme.splitlines()[2:]]
     assert len(letters) == 6
-    assert len(examples) == 9
+    assert len(examples) == 10
     for cell in [*letters, *examples]:
         for name in re.findall(r"`(\w+)`", cell):
             assert name in vx.list_models(), name

@@ -52,7 +52,7 @@ def run_config(name: str, mixer: str, epochs: int, folder: Path) -> RunConfig:
         model=ModelConfig(name=name, mixer_options=MIXERS[mixer], options=options),
         data=DataConfig(name="digits", batch_size=BATCH),
         augment=AugmentConfig(crop=False),
-        train=TrainConfig(epochs=epochs, lr=2e-3),
+        train=TrainConfig(epochs=epochs, lr=2e-3, precision="fp32"),  # the same on any machine
         run_dir=str(folder / name.lower()),
     )
 
