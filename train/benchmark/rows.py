@@ -85,7 +85,7 @@ def read_csv(path: Path) -> tuple[list[str], list[Row]]:
     if not path.is_file():
         raise ValueError(f"{path} is not a file")
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a text file") from error
     comments = [line[2:] for line in lines if line.startswith("# ")]
