@@ -137,31 +137,31 @@ def command_line() -> Parser:
     mixers, models, planned, errors, compared, page = (Parser() for _ in range(6))
     known = [*vx.list_mixers(), *CONTROLS]
     mixers.add_argument("--only", nargs="+", choices=known, default=known, metavar="MIXER",
-                        help=f"mixers to measure, from {', '.join(known)}")  # fmt: skip
+                        help="mixers, packages and controls to measure")  # fmt: skip
     mixers.add_argument("--lengths", nargs="+", type=PositiveInt, metavar="N",
                         default=[64, 256, 1024, 4096, 16384],
-                        help="sequence lengths, square numbers (default: 64 to 16384)")  # fmt: skip
+                        help="sequence lengths; square numbers")  # fmt: skip
     models.add_argument("--names", nargs="+", default=["vi?", "hybrid_vi?", "cc?"],
-                        help="patterns for list_models (default: vi? hybrid_vi? cc?)")  # fmt: skip
+                        help="patterns for list_models")  # fmt: skip
     models.add_argument("--image-size", nargs="+", type=PositiveInt, default=[32], metavar="PIXELS",
-                        help="height and width of the images (default: 32)")  # fmt: skip
+                        help="height and width of the images")  # fmt: skip
     models.add_argument("--checkpointing", action="store_true",
                         help="also measure with activation checkpointing")  # fmt: skip
     for one in (mixers, models):
-        one.add_argument("--batch", type=PositiveInt, default=8, help="batch size (default: 8)")
+        one.add_argument("--batch", type=PositiveInt, default=8, help="batch size")
         one.add_argument("--compile", action="store_true", help="also measure under torch.compile")
     planned.add_argument("--memory", required=True, help="memory of the device, such as 16GB")
     planned.add_argument("--name", required=True, help="model name")
     planned.add_argument(
         "--image-size", type=PositiveInt, default=32,
-        help="height and width of the images (default: 32)",
+        help="height and width of the images",
     )  # fmt: skip
     errors.add_argument(
         "--run", type=Path, help="training run; its model's attention is measured as well"
     )
     for one in (mixers, models, planned):
         one.add_argument("--dtype", choices=DTYPES, default="fp32",
-                         help="bf16 and fp16 use autocast (default: fp32)")  # fmt: skip
+                         help="precision; bf16 and fp16 use autocast")  # fmt: skip
     for one in (mixers, models, errors):
         again = "" if one is errors else "; rows that it already has are not measured again"
         one.add_argument("--out", type=Path, help="CSV file (default: one for this device in "
@@ -170,14 +170,14 @@ def command_line() -> Parser:
     compared.add_argument("after", type=Path, help="CSV file to compare with it")
     compared.add_argument(
         "--threshold", type=NonNegativeFloat, default=0.15,
-        help="largest relative increase that is accepted (default: 0.15)",
+        help="largest relative increase that is accepted",
     )  # fmt: skip
     page.add_argument("files", nargs="*", type=Path,
-                      help="CSV files (default: those in results/benchmark)")  # fmt: skip
+                      help="CSV files; without any, those in results/benchmark")  # fmt: skip
     page.add_argument("--runs", nargs="+", type=Path, default=[],
-                     help="folders of training runs, for accuracy (default: results)")  # fmt: skip
+                      help="folders of training runs (default: results)")  # fmt: skip
     page.add_argument("--out", type=Path, default=Path("runs") / "benchmark",
-                      help="output folder (default: runs/benchmark)")  # fmt: skip
+                      help="output folder")  # fmt: skip
     return with_commands(
         "python -m train benchmark",
         "Measure the memory and time of mixers and models.",

@@ -19,7 +19,7 @@ from .rows import Row, label, number, read_rows
 
 Points = list[tuple[int, float]]
 FROM = 1024  # smallest length that exponents are fitted to
-_COLOURS = {
+_COLORS = {
     "softmax": "#1f2328", "softmax_eager": "#9aa5b1", "linformer": "#2da44e",
     "performer": "#bf8700", "nystrom": "#1f6feb", "fourier": "#cf222e",
 }  # fmt: skip
@@ -101,7 +101,7 @@ def lengths(rows: Sequence[Row], panels: Sequence[tuple[str, str]], title: str) 
         title: title of the figure.
     """
     more = iter(_MORE * len(rows))
-    colors = dict(_COLOURS)
+    colors = dict(_COLORS)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7 * len(panels), 7.2))
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -176,7 +176,7 @@ def headline(rows: Sequence[Row], device: str) -> Figure:
                 points = [(n, y) for n, y in points if y < math.inf]
                 width = 3.0 if name == BASE else 2.2
                 axis.plot(
-                    *zip(*points, strict=True), color=_COLOURS[name], linewidth=width,
+                    *zip(*points, strict=True), color=_COLORS[name], linewidth=width,
                     marker="o", markersize=4, zorder=3 if name == BASE else 2,
                 )  # fmt: skip
                 ends[name] = points[-1]
@@ -198,7 +198,7 @@ def headline(rows: Sequence[Row], device: str) -> Figure:
                 x, y = ends[name]
                 axis.annotate(
                     f"{_HEADLINE[name]}  {number(y)}", (x, y), (1.02, height),
-                    textcoords="axes fraction", color=_COLOURS[name], va="center", fontsize=11,
+                    textcoords="axes fraction", color=_COLORS[name], va="center", fontsize=11,
                     weight="bold" if name == BASE else "normal", annotation_clip=False,
                 )  # fmt: skip
         figure.suptitle(
