@@ -1,7 +1,8 @@
 """Augmentation of whole batches on their device, with independent draws for each image.
 
 Random draws are made separately from their application: every process draws for the whole batch and
-keeps the rows of its own images, so the result does not depend on the number of processes.
+keeps the rows of its own images, so the result does not depend on the number of processes. Only
+policies and mixing are drawn per process.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ def draw(count: int, generator: torch.Generator) -> Tensor:
 def augment(x: Tensor, draws: Tensor, config: AugmentConfig, mirror: bool) -> Tensor:
     """Augment and normalize a batch of images.
 
-    Applies random crops and horizontal flips, a policy of torchvision, color jitter and random
-    erasing, as configured. The policy draws from the global generator of PyTorch.
+    Applies random crops and horizontal flips, a policy of torchvision, jitter of brightness and
+    saturation, and random erasing, as configured. The policy draws from PyTorch's global generator.
 
     Args:
         x: images (B, C, H, W), uint8.
