@@ -204,7 +204,7 @@ def column_table(rows: Sequence[Row], column: str, caption: str) -> Table:
         noisy = column.endswith("_ms_p50") and is_noisy(row, column)
         return number(row[column]) + ("~" if noisy else "")
 
-    heading = "tokens" if rows[0]["kind"] == "mixer" else "image size"
+    heading = "tokens" if rows[0]["kind"] == "mixer" else "pixels on a side"
     return by_size(rows, figure, heading, caption)
 
 
