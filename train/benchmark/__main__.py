@@ -86,7 +86,7 @@ def measure(cases: Sequence[Case], bar: Any) -> list[Row]:
 def run(cases: Sequence[Case], out: Path, arguments: Sequence[str]) -> list[Row]:
     """Measure all cases, grouped by size, and write them to a CSV file after every group.
 
-    Cases that the file already holds measurements of are not measured again.
+    Cases that the file already has measurements of are skipped; failed ones are measured again.
 
     Args:
         cases: cases, sorted by size.

@@ -77,7 +77,7 @@ def sections(file: Path) -> dict[str, Section]:
 
 
 def fingerprint(file: Path) -> str:
-    """Return a hash of the file that a figure is drawn from; the figure's metadata store it."""
+    """Return a hash of a CSV file, stored in the metadata of the figures drawn from it."""
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
