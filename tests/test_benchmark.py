@@ -276,7 +276,7 @@ def test_a_step_of_minutes_ends_with_the_process_that_asked() -> None:
         (["mixers", "--batch", "-4"], "batch -4 must be above 0"),
         (["mixers", "--out", "no/where.csv"], "--out no/where.csv must be a file in a folder"),
         (["mixers", "--only", "performr"], "performr"),
-        (["models", "--names", "vig"], "--names vig: no model is called so"),
+        (["models", "--names", "vig"], "--names vig: no model matches"),
         (["plan", "--memory", "much", "--name", "vit"], "--memory much must be a number with"),
         (["plan", "--memory", "1GB", "--name", "vi?"], "unknown model 'vi?'"),
         (["plan", "--memory", "1GB", "--name", "vin_test", "--image-size", "7"], "7x7 is not"),
@@ -306,7 +306,7 @@ def test_a_file_of_another_machine_is_refused(
     put(tmp_path / "a.csv", [row()])
     with pytest.raises(SystemExit):
         program.main(["mixers", "--lengths", "16", "--out", str(tmp_path / "a.csv")])
-    assert "is of device: A" in capsys.readouterr().err
+    assert "is from device: A" in capsys.readouterr().err
 
 
 def test_rows_that_ran_out_of_memory_stay_until_they_are_measured_again(
@@ -435,11 +435,16 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         return int(stop.value.code)
 
     program.main(["compare", before, before])
-    assert f"nothing became worse: 2 of 2 rows of {before} compared\n" in capsys.readouterr().out
+    assert f"no regressions: 2 of 2 rows of {before} were compared\n" in capsys.readouterr().out
     program.main(["compare", before, part := put(tmp_path / "b.csv", pair[:1])])
-    assert f"1 of 2 rows of {before} compared, {part} has no others" in capsys.readouterr().out
+    assert (
+        f"1 of 2 rows of {before} were compared; {part} lacks the others" in capsys.readouterr().out
+    )
     assert code([pair[0] | {"kept_mib": 5.0}, pair[1]]) == 1
-    assert "nystrom at 1,024 (fp32): kept_mib is 1.25 times what it was" in capsys.readouterr().out
+    assert (
+        "nystrom at 1,024 (fp32): kept_mib is 1.25 times its former value"
+        in capsys.readouterr().out
+    )
     assert code([pair[0] | {"status": "out of memory"}, pair[1]]) == 1
     # of nothing, something; and noise of what is next to nothing
     none = put(tmp_path / "c.csv", [row("fourier", kept_mib=0.0, peak_mib=0.01, step_ms_p50=1.0)])
@@ -586,7 +591,7 @@ def test_errors_of_a_trained_model_and_the_page(
     put(tmp_path / "models.csv", models)
     files = [str(tmp_path / f"{name}.csv") for name in ("errors", "mixers", "models")]
     program.main(["page", *files, "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "p")])
-    assert "index.html and 5 pictures beside it" in capsys.readouterr().out
+    assert "index.html and 5 figures next to it" in capsys.readouterr().out
     text = (tmp_path / "p" / "index.html").read_text()
     assert not re.search(r"(src|href)=\"(?!data:)", text)
     assert "rank &lt;is&gt; odd" in text
@@ -611,7 +616,7 @@ def test_a_page_of_what_is_none_writes_nothing(tmp_path: Path) -> None:
     for file in files:
         file.parent.mkdir(parents=True)
         put(file, [row()])
-    with pytest.raises(ValueError, match="both draw here-mixers-fp32-batch-8-memory"):
+    with pytest.raises(ValueError, match="both write here-mixers-fp32-batch-8-memory"):
         write(files, [], tmp_path / "p")
     assert not (tmp_path / "p").exists()
 

@@ -1,7 +1,8 @@
-"""Augmentation of whole batches, on the device they are on; each image by its own draws.
+"""Augmentation of whole batches on their device, with independent draws for each image.
 
-What happens to an image is drawn apart from what it is done to: a process draws for the whole
-batch and keeps the rows of its own images, so that any number of processes do the same.
+Random draws are made separately from their application: every process draws for the whole batch and
+keeps the rows of its own images, so the result does not depend on the number of processes. Only
+policies and mixing are drawn per process.
 """
 
 from __future__ import annotations
@@ -16,24 +17,46 @@ from torchvision.transforms import v2
 
 from .config import AugmentConfig
 
-_SHARING = 4  # images that share a draw of a policy: fewer, larger calls
+_SHARING = 4  # images that share the draws of a policy, for fewer and larger calls
 
 
 def plain(x: Tensor) -> Tensor:
-    """(B, C, H, W) from 0 to 255, uint8 or float -> float32 in [-1, 1]."""
+    """Normalize images without augmentation.
+
+    Args:
+        x: images (B, C, H, W), uint8 or float, from 0 to 255.
+
+    Returns:
+        Images (B, C, H, W), float32 in [-1, 1].
+    """
     return x.float() / 127.5 - 1
 
 
 def draw(count: int, generator: torch.Generator) -> Tensor:
-    """(count, 10) numbers in [0, 1): what an image needs, whatever is switched on."""
+    """Draw the random numbers for ``count`` images.
+
+    Their number does not depend on which augmentations are enabled.
+
+    Returns:
+        Uniform draws in [0, 1), (count, 10).
+    """
     return torch.rand(count, 10, generator=generator)
 
 
 def augment(x: Tensor, draws: Tensor, config: AugmentConfig, mirror: bool) -> Tensor:
-    """(B, C, H, W) uint8 and its draws (B, 10) -> float32 in [-1, 1].
+    """Augment and normalize a batch of images.
 
-    Crops and mirrors (``mirror`` where the data set allows), then a policy of torchvision (from
-    PyTorch's global generator), color, erasing.
+    Applies random crops and horizontal flips, a policy of torchvision, jitter of brightness and
+    saturation, and random erasing, as configured. The policy draws from PyTorch's global generator.
+
+    Args:
+        x: images (B, C, H, W), uint8.
+        draws: random numbers (B, 10) from :func:`draw`.
+        config: augmentations to apply.
+        mirror: whether the dataset allows horizontal flips.
+
+    Returns:
+        Images (B, C, H, W), float32 in [-1, 1].
     """
     draws = draws.to(x.device)
     if config.crop or (config.flip and mirror):
@@ -49,7 +72,7 @@ def augment(x: Tensor, draws: Tensor, config: AugmentConfig, mirror: bool) -> Te
 
 
 def _crop_and_flip(x: Tensor, draws: Tensor, crop: bool, flip: bool) -> Tensor:
-    """Crops of the same size after padding by an eighth, and mirror images: one gather."""
+    """Pad by an eighth, crop to the original size and flip, in one gather per axis."""
     count, channels, height, width = x.shape
     rows = torch.arange(height, device=x.device).expand(count, -1)
     columns = torch.arange(width, device=x.device).expand(count, -1)
@@ -65,15 +88,15 @@ def _crop_and_flip(x: Tensor, draws: Tensor, crop: bool, flip: bool) -> Tensor:
 
 
 def _color(x: Tensor, factors: Tensor) -> Tensor:
-    """Brightness and saturation multiplied, (B, C, H, W) in [0, 255] and (B, 2)."""
+    """Scale brightness and saturation of x (B, C, H, W) in [0, 255] by factors (B, 2)."""
     brightness, saturation = factors[:, :, None, None, None].unbind(1)
     x = x * brightness
-    grey = x.mean(1, keepdim=True)
-    return (grey + saturation * (x - grey)).clamp(0, 255)
+    gray = x.mean(1, keepdim=True)
+    return (gray + saturation * (x - gray)).clamp(0, 255)
 
 
 def _erase(x: Tensor, draws: Tensor, share: float) -> Tensor:
-    """A rectangle of 2 to 33 % of the picture is set to 0 (Zhong et al. 2017), for that share."""
+    """Zero a rectangle of 2 to 33% of the area in a share of the images (Zhong et al. 2017)."""
     height, width = x.shape[2:]
     chosen, size, shape, down, right = draws.unbind(1)
     area = 0.02 + 0.31 * size
@@ -90,7 +113,15 @@ def _erase(x: Tensor, draws: Tensor, share: float) -> Tensor:
 
 
 def mixing(config: AugmentConfig, classes: int) -> Any:
-    """MixUp, CutMix, either or none, for a batch and its classes."""
+    """Build the mixing transform of a batch and its labels.
+
+    Args:
+        config: strengths of MixUp and CutMix; 0 disables either.
+        classes: number of classes.
+
+    Returns:
+        MixUp, CutMix or a random choice of both; None if both are disabled.
+    """
     kinds: list[Any] = []
     if config.mixup:
         kinds.append(v2.MixUp(alpha=config.mixup, num_classes=classes))

@@ -1,4 +1,4 @@
-"""Predictions of a whole set of images, and how good they are."""
+"""Predictions for a whole set of images, and their accuracy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ from .data import Images
 
 
 class Accuracy(NamedTuple):
-    """Shares of all images; ``top5`` is over as many classes as there are, if fewer."""
+    """Accuracy over a set of images.
+
+    Attributes:
+        top1: share of images whose highest logit is that of their class.
+        top5: share of images whose class is among the five highest logits, or among all if there
+            are fewer than five classes.
+        loss: mean cross-entropy.
+    """
 
     top1: float
     top5: float
@@ -31,9 +38,17 @@ def predict(
     batch_size: int,
     workers: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Logits (N, classes) of all images in order, and their classes (N,), on the CPU.
+    """Compute the logits of all images, each exactly once, across all processes.
 
-    Every image counts once, whatever the batches and processes.
+    Args:
+        model: model to evaluate; its training mode is restored.
+        images: images to predict.
+        accelerator: accelerator with the device, the precision and the processes.
+        batch_size: batch size of each process.
+        workers: number of worker processes that load images.
+
+    Returns:
+        Logits (N, classes) in the order of the images, and labels (N,), both on the CPU.
     """
     was_training = model.training
     model.eval()
@@ -45,12 +60,12 @@ def predict(
         for indices, (x, _) in zip(mine, loaded, strict=True):
             logits[indices] = model(plain(x)).float()
     model.train(was_training)
-    # each process filled its rows of zeros
+    # every process filled only its own rows; the rest are zero
     return accelerator.reduce(logits).cpu(), images.labels.cpu()
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Accuracy:
-    """Exact shares and mean cross-entropy."""
+    """Compute the accuracy of logits (N, classes) against labels (N,), in float64."""
     best = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]
     shares = best[:, 0].double().mean().item(), best.any(1).double().mean().item()
     return Accuracy(*shares, F.cross_entropy(logits.double(), labels).item())

@@ -1,4 +1,4 @@
-"""Tables, and pages of tables and pictures that need no network."""
+"""Tables, and self-contained HTML pages of tables and figures."""
 
 from __future__ import annotations
 
@@ -31,14 +31,20 @@ code { font-size: 0.85rem; overflow-wrap: anywhere; }
 
 @dataclasses.dataclass
 class Table:
-    """Rows of cells under headings; the first column names them."""
+    """A table of text cells.
+
+    Args:
+        headings: heading of each column.
+        rows: cells of each row; the first cell names the row.
+        caption: caption, empty for none.
+    """
 
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
     caption: str = ""
 
     def text(self) -> str:
-        """For a terminal."""
+        """Format the table for a terminal, with aligned columns and without its caption."""
         lines = [self.headings, *self.rows]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join(
@@ -50,12 +56,12 @@ class Table:
         )
 
     def markdown(self) -> str:
-        """For the README."""
+        """Format the table as Markdown, without its caption."""
         lines = [self.headings, ["---"] * len(self.headings), *self.rows]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
     def html(self) -> str:
-        """For a page; what is wider than a phone scrolls."""
+        """Format the table as HTML that scrolls on narrow screens."""
         head = "".join(f"<th>{html.escape(h)}</th>" for h in self.headings)
         body = "".join(
             "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
@@ -67,7 +73,14 @@ class Table:
 
 @dataclasses.dataclass
 class Section:
-    """A heading, a picture, its tables, and in small print how they came about."""
+    """A section of a page.
+
+    Args:
+        title: heading of the section.
+        figure: figure below the heading.
+        tables: tables below the figure.
+        notes: lines in small print that describe how the results were obtained.
+    """
 
     title: str
     figure: Figure | None = None
@@ -75,6 +88,7 @@ class Section:
     notes: Sequence[str] = ()
 
     def html(self) -> str:
+        """Format the section as HTML, with its figure embedded."""
         title = html.escape(self.title)
         parts = [f"<h2>{title}</h2>"]
         if self.figure is not None:
@@ -88,7 +102,13 @@ class Section:
 
 
 def write_page(path: Path, title: str, sections: Sequence[Section]) -> None:
-    """One file, whole or not at all."""
+    """Write sections to one self-contained HTML file, atomically.
+
+    Args:
+        path: file to write.
+        title: title of the page.
+        sections: sections, in order.
+    """
     body = "".join(section.html() for section in sections)
     write_whole(
         path,
@@ -99,7 +119,7 @@ def write_page(path: Path, title: str, sections: Sequence[Section]) -> None:
 
 
 def _inline(figure: Figure) -> str:
-    """A figure as the address of an image inside the page."""
+    """Encode a figure as a data URL."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

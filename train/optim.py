@@ -1,4 +1,4 @@
-"""What moves the weights: learning rate, parameter groups, the average of the weights."""
+"""Optimization: learning-rate schedule, parameter groups and the moving average of weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ _Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 def learning_rate(step: int, steps: int, warmup: int, highest: float) -> float:
-    """Linear warm-up, then a cosine to 0 at the last step; a function of the step alone."""
+    """Compute the learning rate of a step: linear warm-up, then cosine decay to 0.
+
+    Args:
+        step: index of the step.
+        steps: number of steps of the whole training.
+        warmup: number of warm-up steps.
+        highest: learning rate at the end of the warm-up.
+    """
     if step < warmup:
         return highest * (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)
@@ -23,10 +30,10 @@ def learning_rate(step: int, steps: int, warmup: int, highest: float) -> float:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for the weights of linear maps and convolutions alone."""
+    """Split parameters so that only weights of linear layers and convolutions decay."""
     decayed: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():  # the weights of norms have one axis
+    for name, parameter in model.named_parameters():  # weights of norms are one-dimensional
         is_map = name.endswith("weight") and parameter.ndim > 1
         (decayed if is_map else rest).append(parameter)
     return [
@@ -36,7 +43,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW, or SGD with Nesterov momentum 0.9."""
+    """Build AdamW, or SGD with a Nesterov momentum of 0.9."""
     groups = parameter_groups(model, config.weight_decay)
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True)
@@ -44,9 +51,10 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
 
 
 def average(model: nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average of weights and buffers, that forgets its first steps.
+    """Build an exponential moving average (EMA) of weights and buffers.
 
-    After n steps the decay is min(decay, (1 + n) / (10 + n)), as in TensorFlow and timm.
+    After n steps the decay is min(decay, (1 + n) / (10 + n)), as in TensorFlow and timm, so that
+    the first steps are soon forgotten.
     """
 
     @torch.no_grad()

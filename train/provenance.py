@@ -1,4 +1,4 @@
-"""Where a run comes from: command, revision, versions, device."""
+"""Provenance of a run: command, revision, versions and device."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PACKAGES = ("torch", "torchvision", "accelerate", "einops")
 
 
 def git_revision() -> dict[str, Any]:
-    """The commit this code is at and whether it was changed since; empty outside a checkout."""
+    """Return the commit of this code and whether it was modified; empty outside a checkout."""
 
     def git(*arguments: str) -> str:
         root = Path(__file__).parent
@@ -40,7 +40,7 @@ def git_revision() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of this package, Python and what the arithmetic depends on."""
+    """Return the versions of this package, of Python and of the packages that affect results."""
     found = {"vision_xformer": vx.__version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -51,7 +51,7 @@ def versions() -> dict[str, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """The card's name, or the processor's and the threads used."""
+    """Return the name of the GPU, or that of the CPU and the number of threads used."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
@@ -61,7 +61,13 @@ def device_name(device: torch.device) -> str:
 
 
 def note_session(path: Path, accelerator: Accelerator, step: int) -> None:
-    """Add how this process was started to the list of those that worked on the run."""
+    """Append this process to the list of sessions of a run.
+
+    Args:
+        path: JSON file of the sessions, created if missing.
+        accelerator: accelerator of the run.
+        step: step that the session starts from.
+    """
     sessions = read_json(path, list) if path.is_file() else []
     sessions.append(
         {

@@ -1,4 +1,4 @@
-"""Many runs on one page: a table, curves over each other, accuracy against what it costs."""
+"""Report of several runs on one page: a table, learning curves, and accuracy against cost."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .html import Section, Table, write_page
 from .plots import GREY, STYLE
 
 Run = dict[str, Any]
-_COLUMNS = [  # heading, key of a run's figures, format
+_COLUMNS = [  # heading, key of figures(), format
     ("run", "name", "{}"),
     ("data", "data", "{}"),
     ("test top-1", "test_top1", "{:.2%}"),
@@ -31,21 +31,21 @@ _COLUMNS = [  # heading, key of a run's figures, format
     ("device", "device", "{}"),
 ]
 LIMITS = (
-    "Test accuracy; a bar over seeds where there are several. Time and memory are those of whole "
-    "runs, on a machine that may have done other work beside: no measure of a mixer alone."
+    "Error bars span the seeds, if there are several. Time and memory are those of whole runs, on "
+    "a machine that may have been shared; they do not measure the cost of a mixer alone."
 )
 _COSTS = ("parameters", "peak_mib", "images_per_second", "minutes")
 
 
 def data_of(run: Run) -> str:
-    """The data set of a run, by name and folder; "" where the run does not say."""
+    """Return the dataset of a run, by name and folder; "" if it is unknown."""
     data = run["config"].get("data", {})
     folder = Path(data.get("root") or "").name
     return ", ".join(part for part in (data.get("name", ""), folder) if part)
 
 
 def figures(run: Run) -> dict[str, Any]:
-    """What the table shows of a run; what is not known is not there."""
+    """Collect the values of a run that the table shows; unknown ones are left out."""
     rows, result = run["rows"], run["result"]
     last = run["sessions"][-1] if run["sessions"] else {}
     found = {
@@ -61,7 +61,7 @@ def figures(run: Run) -> dict[str, Any]:
 
 
 def table(runs: Sequence[Run]) -> Table:
-    """A row for each run, the best first; columns that no run has are left out."""
+    """Tabulate runs, best first; columns that are unknown for all runs are left out."""
     known = sorted(map(figures, runs), key=lambda f: -f.get("test_top1", f["val_top1"]))
     columns = [c for c in _COLUMNS if any(c[1] in f for f in known)]
     rows = [[form.format(f[key]) if key in f else "" for _, key, form in columns] for f in known]
@@ -69,7 +69,7 @@ def table(runs: Sequence[Run]) -> Table:
 
 
 def curves(runs: Sequence[Run]) -> Figure:
-    """Validation accuracy of all runs by epoch."""
+    """Plot the validation accuracy of all runs by epoch."""
     colors = [f"C{i}" for i in range(10)]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10, 5))
@@ -80,7 +80,7 @@ def curves(runs: Sequence[Run]) -> Figure:
                 [r["epoch"] for r in rows], [100 * r["val_top1"] for r in rows], color=color,
                 marker="o" if len(rows) < 20 else None, label=run["folder"].name,
             )  # fmt: skip
-        axis.set(title="validation accuracy (%)", xlabel="epoch")
+        axis.set(title="Validation accuracy (%)", xlabel="epoch")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
         figure.tight_layout()
@@ -88,7 +88,7 @@ def curves(runs: Sequence[Run]) -> Figure:
 
 
 def by_seed(runs: Sequence[Run]) -> list[list[Run]]:
-    """Complete runs, those that differ by nothing but the seed together."""
+    """Group complete runs that differ only in their seed."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         if "test_top1" in run["result"]:
@@ -99,7 +99,14 @@ def by_seed(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of what nothing beats in both, cost (first) and accuracy (second), by cost."""
+    """Find the Pareto front of low cost and high accuracy.
+
+    Args:
+        points: (cost, accuracy) pairs.
+
+    Returns:
+        Indices of the points that no other point beats in both, sorted by cost.
+    """
     best, kept = -math.inf, []
     for i in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
         if points[i][1] > best:
@@ -109,9 +116,15 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def costs(runs: Sequence[Run]) -> Figure | None:
-    """Test accuracy, a bar over the seeds, against each cost; a line joins what nothing beats.
+    """Plot test accuracy against each cost, with the Pareto front as a line.
 
-    Of runs on one data set; None where none is complete.
+    Error bars span the seeds.
+
+    Args:
+        runs: runs on one dataset.
+
+    Returns:
+        The figure, or None if no run is complete or no cost is known for all of them.
     """
     groups = [[figures(run) for run in group] for group in by_seed(runs)]
     panels = [c for c in _COLUMNS if c[1] in _COSTS]
@@ -128,7 +141,7 @@ def costs(runs: Sequence[Run]) -> Figure | None:
             axis.remove()
         for axis, (heading, key, _) in zip(axes.flat, panels, strict=False):
             cost = [sum(f[key] for f in group) / len(group) for group in groups]
-            sign = -1 if key == "images_per_second" else 1  # of which more is better
+            sign = -1 if key == "images_per_second" else 1  # higher is better
             best = front([(sign * x, y) for x, y in zip(cost, means, strict=True)])
             axis.plot([cost[i] for i in best], [means[i] for i in best], color=GREY, zorder=0)
             for group, top, mean, x in zip(groups, tops, means, cost, strict=True):
@@ -148,7 +161,7 @@ def costs(runs: Sequence[Run]) -> Figure | None:
 
 
 def commands(runs: Sequence[Run]) -> list[str]:
-    """What each run was started with."""
+    """List the command that started each run."""
     return [
         f"{run['folder'].name}: {shlex.join(run['sessions'][0]['command'])}"
         for run in runs
@@ -157,7 +170,7 @@ def commands(runs: Sequence[Run]) -> list[str]:
 
 
 def cost_sections(runs: Sequence[Run]) -> list[Section]:
-    """Accuracy and cost, a picture and a table for each data set."""
+    """Build a section on accuracy and cost for each dataset, with a figure and a table."""
     sets: dict[str, list[Run]] = {}
     for run in runs:
         sets.setdefault(data_of(run), []).append(run)
@@ -174,10 +187,15 @@ def cost_sections(runs: Sequence[Run]) -> list[Section]:
 
 
 def page(runs: Sequence[Run], path: Path) -> None:
-    """One file that needs no network."""
+    """Write the report as one self-contained HTML file.
+
+    Args:
+        runs: runs, as :func:`train.commands.read_runs` returns them.
+        path: file to write.
+    """
     sections = [
         Section("All runs", None, [table(runs)], commands(runs)),
-        Section("Curves", curves(runs)),
+        Section("Learning curves", curves(runs)),
         *cost_sections(runs),
     ]
     write_page(path, f"{len(runs)} runs", sections)

@@ -1,5 +1,5 @@
-"""What each mixer and each model costs in memory and time: ``python -m train.benchmark``.
+"""Benchmark of the memory and time of every mixer and model: ``python -m train.benchmark``.
 
-Every row is measured in a process of its own. The processes of a group (one length, or one size of
-image) take turns, so that a slow minute hits them all.
+Each row is measured in its own process. The processes of a group (one sequence length or one image
+size) are interleaved, so that a slow minute of the machine affects all of them alike.
 """

@@ -1,4 +1,4 @@
-"""``python -m train.benchmark mixers``, ``models``, ``plan``, ``errors``, ``compare``, ``page``."""
+"""Command line: ``python -m train.benchmark {mixers,models,plan,errors,compare,page}``."""
 
 from __future__ import annotations
 
@@ -49,13 +49,21 @@ from .rows import (
 from .worker import Worker
 
 TURNS = 6
-AT_ONCE = 16  # processes that take turns: each has a context of its own on a GPU
+AT_ONCE = 16  # interleaved processes; each of them holds its own CUDA context
 RESULTS = Path("results") / "benchmark"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def measure(cases: Sequence[Case], bar: Any) -> list[Row]:
-    """The rows of cases that take turns."""
+    """Measure cases whose processes are interleaved.
+
+    Args:
+        cases: at most ``AT_ONCE`` cases of one size.
+        bar: progress bar, advanced ``1 + TURNS`` times per case.
+
+    Returns:
+        One row per case, in order.
+    """
     workers: list[Worker] = []
     try:
         for case in cases:
@@ -76,7 +84,21 @@ def measure(cases: Sequence[Case], bar: Any) -> list[Row]:
 
 
 def run(cases: Sequence[Case], out: Path, arguments: Sequence[str]) -> list[Row]:
-    """All rows, in groups of one size; those that a file has figures of are kept."""
+    """Measure all cases, grouped by size, and write them to a CSV file after every group.
+
+    Cases that the file already has measurements of are skipped; failed ones are measured again.
+
+    Args:
+        cases: cases, sorted by size.
+        out: CSV file to create or to extend.
+        arguments: command-line arguments, recorded in the comments of the file.
+
+    Returns:
+        The rows of ``cases``, measured now or before.
+
+    Raises:
+        ValueError: if ``out`` holds rows of another device or of other versions.
+    """
     rows: list[Row] = []
     wanted = {dataclasses.astuple(case) for case in cases}
     code = {"revision": revision()}
@@ -84,14 +106,14 @@ def run(cases: Sequence[Case], out: Path, arguments: Sequence[str]) -> list[Row]
     if out.is_file():
         comments, rows = read_rows(out)
         if tuple(comments[:2]) != machine():
-            raise ValueError(f"{out} is of {comments[0]}, {comments[1]}: choose another --out")
+            raise ValueError(f"{out} is from {comments[0]}, {comments[1]}: choose another --out")
         commands = list(dict.fromkeys([c for c in comments if c.startswith("command")] + commands))
     lines = [*machine(), *METHOD, *commands]
     known = {key(row) for row in rows if row["status"] == "ok"}
     left = [case for case in cases if dataclasses.astuple(case) not in known]
     if len(left) < len(cases):
-        print(f"{out} has {len(cases) - len(left)} of {len(cases)} rows; to measure them again, "
-              "remove it or choose another --out", file=sys.stderr)  # fmt: skip
+        print(f"{out} already has {len(cases) - len(left)} of {len(cases)} rows; to measure them "
+              "again, delete it or choose another --out", file=sys.stderr)  # fmt: skip
     with tqdm(total=len(left) * (1 + TURNS), unit="turn", disable=None) as bar:
         for _, group in itertools.groupby(left, lambda case: case.size):
             while some := list(itertools.islice(group, AT_ONCE)):
@@ -104,71 +126,86 @@ def run(cases: Sequence[Case], out: Path, arguments: Sequence[str]) -> list[Row]
 
 
 def default_out(command: str) -> Path:
-    """A file for this device and PyTorch."""
+    """Return the default CSV file for this device and PyTorch version."""
     device, _ = machine()
     name = f"{device.partition(': ')[2]} torch {torch.__version__.partition('+')[0]}"
     return RESULTS / re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-") / f"{command}.csv"
 
 
 def command_line() -> Parser:
-    """The parser of all commands."""
+    """Build the parser of all subcommands."""
     mixers, models, planned, errors, compared, page = (Parser() for _ in range(6))
     known = [*vx.list_mixers(), *CONTROLS]
     mixers.add_argument("--only", nargs="+", choices=known, default=known, metavar="MIXER",
-                        help=f"of {', '.join(known)}")  # fmt: skip
+                        help="mixers, packages and controls to measure")  # fmt: skip
     mixers.add_argument("--lengths", nargs="+", type=PositiveInt, metavar="N",
                         default=[64, 256, 1024, 4096, 16384],
-                        help="numbers of tokens, squares (default: 64 to 16384)")  # fmt: skip
+                        help="sequence lengths; square numbers")  # fmt: skip
     models.add_argument("--names", nargs="+", default=["vi?", "hybrid_vi?", "cc?"],
-                        help="patterns of list_models (default: vi? hybrid_vi? cc?)")  # fmt: skip
+                        help="patterns for list_models")  # fmt: skip
     models.add_argument("--image-size", nargs="+", type=PositiveInt, default=[32], metavar="PIXELS",
-                        help="(default: 32)")  # fmt: skip
-    models.add_argument("--checkpointing", action="store_true", help="also with checkpointing")
+                        help="height and width of the images")  # fmt: skip
+    models.add_argument("--checkpointing", action="store_true",
+                        help="also measure with activation checkpointing")  # fmt: skip
     for one in (mixers, models):
-        one.add_argument(
-            "--batch", type=PositiveInt, default=8, help="samples of a step (default: 8)"
-        )
-        one.add_argument("--compile", action="store_true", help="also under torch.compile")
-    planned.add_argument("--memory", required=True, help="such as 16GB")
-    planned.add_argument("--name", required=True, help="of a model")
-    planned.add_argument("--image-size", type=PositiveInt, default=32, help="(default: 32)")
+        one.add_argument("--batch", type=PositiveInt, default=8, help="batch size")
+        one.add_argument("--compile", action="store_true", help="also measure under torch.compile")
+    planned.add_argument("--memory", required=True, help="memory of the device, such as 16GB")
+    planned.add_argument("--name", required=True, help="model name")
+    planned.add_argument(
+        "--image-size", type=PositiveInt, default=32,
+        help="height and width of the images",
+    )  # fmt: skip
     errors.add_argument(
-        "--run", type=Path, help="a training run, for its model's own attention too"
+        "--run", type=Path, help="training run; its model's attention is measured as well"
     )
     for one in (mixers, models, planned):
         one.add_argument("--dtype", choices=DTYPES, default="fp32",
-                         help="bf16 and fp16 by autocast (default: fp32)")  # fmt: skip
+                         help="precision; bf16 and fp16 use autocast")  # fmt: skip
     for one in (mixers, models, errors):
-        again = "" if one is errors else "; rows it has figures of are not measured again"
-        one.add_argument("--out", type=Path, help="a CSV file (default: one for this device in "
+        again = "" if one is errors else "; rows that it already has are not measured again"
+        one.add_argument("--out", type=Path, help="CSV file (default: one for this device in "
                          f"results/benchmark){again}")  # fmt: skip
-    compared.add_argument("before", type=Path)
-    compared.add_argument("after", type=Path)
+    compared.add_argument("before", type=Path, help="CSV file of the baseline")
+    compared.add_argument("after", type=Path, help="CSV file to compare with it")
     compared.add_argument(
-        "--threshold", type=NonNegativeFloat, default=0.15, help="(default: 0.15)"
-    )
-    page.add_argument("files", nargs="*", type=Path, help="(default: those in results/benchmark)")
+        "--threshold", type=NonNegativeFloat, default=0.15,
+        help="largest relative increase that is accepted",
+    )  # fmt: skip
+    page.add_argument("files", nargs="*", type=Path,
+                      help="CSV files; without any, those in results/benchmark")  # fmt: skip
     page.add_argument("--runs", nargs="+", type=Path, default=[],
-                     help="folders of training runs, for accuracy (default: results)")  # fmt: skip
-    page.add_argument("--out", type=Path, default=Path("runs") / "benchmark", help="a folder")
+                      help="folders of training runs (default: results)")  # fmt: skip
+    page.add_argument("--out", type=Path, default=Path("runs") / "benchmark",
+                      help="output folder")  # fmt: skip
     return with_commands(
         "python -m train benchmark",
-        "Measure memory and time of mixers and models.",
+        "Measure the memory and time of mixers and models.",
         {
-            "mixers": ("one layer: every mixer at every length", mixers),
-            "models": ("whole models: inference and training step", models),
-            "plan": ("the largest batch that fits into a memory", planned),
-            "errors": ("approximations against exact attention", errors),
-            "compare": ("what became worse; exit code 1 past a threshold", compared),
-            "page": ("tables and figures on one page", page),
+            "mixers": ("measure single layers: every mixer at every length", mixers),
+            "models": ("measure whole models: inference and training step", models),
+            "plan": ("estimate the largest batch size that fits into memory", planned),
+            "errors": ("measure the error of approximations of exact attention", errors),
+            "compare": ("report regressions; exit code 1 if one exceeds the threshold", compared),
+            "page": ("write all tables and figures to one HTML page", page),
         },
     )
 
 
 def cases_of(command: str, args: Namespace) -> list[Case]:
-    """What ``mixers`` and ``models`` ask for, by size; a ValueError says what is wrong.
+    """List the cases that ``mixers`` or ``models`` requests, sorted by size.
 
-    A model with fused softmax is measured with the materialised one too.
+    Models with fused softmax are measured with materialized softmax as well.
+
+    Args:
+        command: "mixers" or "models".
+        args: parsed arguments of that command.
+
+    Returns:
+        The cases, without duplicates.
+
+    Raises:
+        ValueError: if a length is not a square number or a pattern matches no model.
     """
     modes = ["eager", "compiled"] if args.compile else ["eager"]
     checkpointing = [False]
@@ -179,7 +216,7 @@ def cases_of(command: str, args: Namespace) -> list[Case]:
     else:
         for pattern in args.names:
             if not vx.list_models(pattern):
-                raise ValueError(f"--names {pattern}: no model is called so")
+                raise ValueError(f"--names {pattern}: no model matches")
         names = [name for pattern in args.names for name in vx.list_models(pattern)]
         wanted = [
             (name, mixer) for name in names
@@ -197,12 +234,12 @@ def cases_of(command: str, args: Namespace) -> list[Case]:
 
 
 def tables(rows: Sequence[Row]) -> str:
-    """For the terminal."""
+    """Format rows as tables for the terminal."""
     found = [
         column_table(rows, column, caption)
         for column, caption in (
             ("step_ms_p50", "training step, ms"), ("infer_ms_p50", "inference, ms"),
-            ("kept_mib", "kept for backward, MiB"), ("peak_mib", "peak of a step, MiB"),
+            ("kept_mib", "saved for backward, MiB"), ("peak_mib", "peak of a step, MiB"),
         )
     ]  # fmt: skip
     if rows[0]["kind"] == "mixer":
@@ -212,7 +249,7 @@ def tables(rows: Sequence[Row]) -> str:
 
 
 def measure_one(bar: Any, case: Case) -> Row:
-    """A row of memory alone."""
+    """Measure the memory of one case, without timing it."""
     bar.set_postfix_str(f"{case.mixer}, batch {case.batch}")
     worker = Worker(case, DEVICE)
     try:
@@ -224,25 +261,38 @@ def measure_one(bar: Any, case: Case) -> Row:
 
 
 def answer(command: str, args: Namespace, arguments: Sequence[str]) -> str:
-    """What a command prints."""
+    """Run a command.
+
+    Args:
+        command: name of the subcommand.
+        args: parsed arguments of the subcommand.
+        arguments: command-line arguments as given, recorded in the results.
+
+    Returns:
+        The text to print.
+
+    Raises:
+        ValueError: if an argument is invalid or a file cannot be used.
+        SystemExit: with code 1 if ``compare`` finds a regression.
+    """
     if command == "compare":
         worse, said = compare(args.before, args.after, args.threshold)
         if worse:
             print("\n".join([*worse, said]))
             raise SystemExit(1)
-        return f"nothing became worse: {said}"
+        return f"no regressions: {said}"
     if command == "page":
         files = args.files or sorted(
             RESULTS.rglob("*.csv"), key=lambda file: (file.parent, file.stem == "errors", file.stem)
         )
         if not files:
-            raise ValueError(f"no files: {RESULTS} has none, run mixers or models first")
+            raise ValueError(f"{RESULTS} has no CSV files: run mixers or models first")
         for folder in args.runs:
             if not folder.is_dir():
                 raise ValueError(f"--runs {folder} is not a folder")
         runs = read_runs(args.runs or [Path("results")])
         written = write(files, cost_sections(runs), args.out)
-        return f"{written[0]} and {len(written) - 1} pictures beside it"
+        return f"{written[0]} and {len(written) - 1} figures next to it"
     if command == "plan":
         memory = parse_memory(args.memory)
         cases = plan_cases(args.name, args.image_size, args.dtype)
@@ -261,7 +311,7 @@ def answer(command: str, args: Namespace, arguments: Sequence[str]) -> str:
         raise ValueError(f"--out {out} must be a file in a folder that exists")
     if command == "errors":
         if out.is_file() and "error" not in read_csv(out)[1][0]:
-            raise ValueError(f"--out {out} holds something else: choose another file")
+            raise ValueError(f"--out {out} is not a file of errors: choose another file")
         inputs = list(fields())
         if args.run is not None:
             folder = folder_of(args.run)
@@ -276,7 +326,14 @@ def answer(command: str, args: Namespace, arguments: Sequence[str]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The program; ``arguments`` are those of the command line by default."""
+    """Run the program.
+
+    Args:
+        arguments: command-line arguments; ``sys.argv[1:]`` by default.
+
+    Raises:
+        SystemExit: with code 1 for a regression, 2 for an error, 130 for an interrupt.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         print(answer(*parse_command(command_line(), arguments), arguments))
@@ -284,7 +341,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("stopped; sizes that were measured to their end are kept", file=sys.stderr)
+        print("stopped; the rows of all completed sizes were saved", file=sys.stderr)
         raise SystemExit(130) from None
 
 

@@ -1,4 +1,4 @@
-"""What a row measures: a mixer alone or a whole model, for inference and in a training step."""
+"""Benchmark cases: a single mixer or a whole model, in inference and in a training step."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from .controls import CONTROLS
 HEADS, HEAD_DIM = 4, 64
 DIM = HEADS * HEAD_DIM
 CLASSES = 10
-BASE, EAGER = "softmax", "softmax_eager"  # what the others are to beat; what the papers beat
+BASE, EAGER = "softmax", "softmax_eager"  # our baseline; the baseline of the papers
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# ours, its peer, and the options that make the two compute the same
+# our mixer -> package, and the options with which both compute the same function
 PAIRS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "performer": ("performer-pytorch", {"stabilizer": "package"}, {}),
     "nystrom": ("nystrom-attention", {"segments": "sequence", "landmarks": 64}, {"landmarks": 64}),
@@ -37,17 +37,17 @@ _OPTIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What tells a row from the others.
+    """Configuration that identifies a row.
 
     Args:
         kind: "mixer" or "model".
-        name: of it.
-        size: number of tokens of a mixer, a square; pixels on a side of a model's image.
-        batch: samples of a step.
-        dtype: "fp32", or "bf16" and "fp16" by autocast.
+        name: name of the mixer or model.
+        size: sequence length of a mixer, a square number; image size of a model, in pixels.
+        batch: batch size.
+        dtype: "fp32", or "bf16" and "fp16" with autocast.
         mode: "eager" or "compiled".
-        checkpointing: whether a model's blocks are computed again in the backward pass.
-        mixer: of a model, another than its name's.
+        checkpointing: whether a model's blocks are recomputed in the backward pass.
+        mixer: mixer of a model; "" for the one that its name implies.
     """
 
     kind: str
@@ -62,7 +62,14 @@ class Case:
 
 @dataclasses.dataclass
 class Subject:
-    """A case made: its forward pass, the same for inference, a training step."""
+    """A case ready to run.
+
+    Args:
+        module: the mixer or model.
+        forward: forward pass with gradients; returns the output (B, N, D) or the loss.
+        infer: forward pass without gradients.
+        step: training step; leaves no gradients behind.
+    """
 
     module: nn.Module
     forward: Callable[[], Tensor]
@@ -71,20 +78,24 @@ class Subject:
 
 
 def grid_of(tokens: int) -> vx.TokenGrid:
-    """A square grid of that many tokens."""
+    """Return a square grid of ``tokens`` tokens.
+
+    Raises:
+        ValueError: if ``tokens`` is not a square number.
+    """
     side = math.isqrt(tokens)
     if side * side != tokens:
-        raise ValueError(f"length {tokens} must be a square: the tokens of a picture")
+        raise ValueError(f"length {tokens} must be a square number: the tokens of a square image")
     return vx.TokenGrid((side, side))
 
 
 def mixer_of(model: str) -> str:
-    """The mixer that a model's name stands for; "" where its backbone has no choice."""
+    """Return the mixer that a model's name implies; "" if its backbone has a fixed one."""
     return str(vx.create_model(model).config.to_dict().get("mixer", ""))
 
 
 def build_mixer(name: str, tokens: int) -> vx.Mixer:
-    """One layer of ``DIM`` channels."""
+    """Build one layer of ``DIM`` channels for a square grid of ``tokens`` tokens."""
     grid = grid_of(tokens)
     if name in CONTROLS:
         return CONTROLS[name](DIM, None, grid)
@@ -93,7 +104,7 @@ def build_mixer(name: str, tokens: int) -> vx.Mixer:
 
 
 def with_weights(name: str, tokens: int) -> vx.Mixer:
-    """:func:`build_mixer`, with the same weights for ours and its peer."""
+    """Build a mixer as :func:`build_mixer` does, with equal weights for ours and its package."""
     torch.manual_seed(0)
     mixer = build_mixer(name, tokens)
     peer = PAIRS[name][0] if name in PAIRS else None
@@ -103,9 +114,17 @@ def with_weights(name: str, tokens: int) -> vx.Mixer:
 
 
 def make(case: Case, batch: int) -> tuple[nn.Module, Tensor, tuple[vx.TokenGrid, ...]]:
-    """The module, a batch of its input, and what else it is called with.
+    """Build the module of a case and a random input.
 
-    A model is for square color images and ``CLASSES`` classes.
+    Models take square color images and have ``CLASSES`` classes.
+
+    Args:
+        case: the case to build.
+        batch: batch size of the input.
+
+    Returns:
+        The module; its input, (batch, N, D) for a mixer and (batch, C, H, W) for a model; and the
+        other arguments of its forward pass.
     """
     if case.kind == "mixer":
         mixer = with_weights(case.name, case.size)
@@ -118,8 +137,12 @@ def make(case: Case, batch: int) -> tuple[nn.Module, Tensor, tuple[vx.TokenGrid,
 
 
 def facts(case: Case) -> dict[str, Any]:
-    """What is known without running: backbone, parameters, operations of a forward pass of one
-    sample, and the tokens, width and heads of the first mixer."""
+    """Compute the columns that need no measurement.
+
+    Returns:
+        The backbone, the number of parameters, the FLOPs of a forward pass of one sample, and the
+        tokens, width and heads of the first mixer.
+    """
     found: dict[str, Any] = {}
 
     def look(mixer: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -129,7 +152,7 @@ def facts(case: Case) -> dict[str, Any]:
     sketch, x, rest = make(case, 1)
     if isinstance(sketch, vx.VisionModel):
         found["backbone"] = sketch.config.to_dict()["backbone"]
-    sketch.to("meta")  # not made there: performer-pytorch cannot be
+    sketch.to("meta")  # built on the CPU first: performer-pytorch cannot be built on meta
     for part in sketch.modules():
         if isinstance(part, vx.Mixer):
             part.register_forward_pre_hook(look)
@@ -138,7 +161,11 @@ def facts(case: Case) -> dict[str, Any]:
 
 
 def build(case: Case, device: str) -> Subject:
-    """The case on a device. A ValueError says why a case cannot be."""
+    """Build a case on a device.
+
+    Raises:
+        ValueError: if the combination of name, size and mixer is invalid.
+    """
     module, x, rest = make(case, case.batch)
     if case.checkpointing and isinstance(module, vx.VisionModel):
         module.set_grad_checkpointing()
@@ -158,7 +185,7 @@ def build(case: Case, device: str) -> Subject:
             y = run(x, *rest)
             return y if optimizer is None else F.cross_entropy(y, labels)
 
-    direction: Tensor | None = None  # that a mixer's output is pulled in
+    direction: Tensor | None = None  # gradient with respect to the output
 
     def step() -> None:
         nonlocal direction

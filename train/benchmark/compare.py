@@ -1,4 +1,4 @@
-"""What became worse from one file of rows to another."""
+"""Detection of regressions between two files of rows."""
 
 from __future__ import annotations
 
@@ -11,19 +11,30 @@ _NOISE = {"kept_mib": 1.0, "peak_mib": 1.0, "step_ms_p50": 5.0, "infer_ms_p50": 
 
 
 def grown(before: float | None, after: float | None, noise: float) -> float:
-    """after / before, where neither is missing and they are above the noise; else 1."""
+    """Return after / before, or 1 if either is missing or both are below the noise."""
     if before is None or after is None or max(before, after) < noise:
         return 1.0
     return after / before if before else math.inf
 
 
 def compare(before: Path, after: Path, threshold: float) -> tuple[list[str], str]:
-    """A sentence for each figure that grew by more than the threshold, as a share; and one that
-    says how much was compared.
+    """Compare the rows that two files share.
 
-    Kept memory as it is; time against the public package's in the same file, so that another
-    machine or a slow day does not count. Where both files are of one device and versions, peaks and
-    times as they are too. Less than 1 MiB or 5 ms is noise.
+    Memory saved for backward is compared directly. Step times are compared as ratios to the public
+    package in the same file, which are independent of the machine. If both files have the same
+    device and versions, peak memory and times are compared directly as well. Values below 1 MiB or
+    5 ms are treated as noise.
+
+    Args:
+        before: CSV file of the baseline.
+        after: CSV file to compare with it.
+        threshold: largest relative increase that is accepted; 0.15 accepts 15%.
+
+    Returns:
+        A sentence for each regression, and one that says how many rows were compared.
+
+    Raises:
+        ValueError: if a file cannot be read or the two have no row in common.
     """
     (old_lines, old_rows), (new_lines, new_rows) = read_rows(before), read_rows(after)
     old, new = ({key(row): row for row in rows} for rows in (old_rows, new_rows))
@@ -46,9 +57,9 @@ def compare(before: Path, after: Path, threshold: float) -> tuple[list[str], str
         if first and second and longest >= _NOISE["step_ms_p50"]:
             growth["step over the package's"] = second / first
         worse += [
-            f"{what}: {column} is {times:.2f} times what it was"
+            f"{what}: {column} is {times:.2f} times its former value"
             for column, times in growth.items()
             if times > 1 + threshold
         ]
-    said = f"{len(shared)} of {len(old)} rows of {before} compared"
-    return worse, said if len(shared) == len(old) else f"{said}, {after} has no others"
+    said = f"{len(shared)} of {len(old)} rows of {before} were compared"
+    return worse, said if len(shared) == len(old) else f"{said}; {after} lacks the others"

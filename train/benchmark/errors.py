@@ -1,6 +1,6 @@
-"""How far Performer and Nystromformer are from exact attention, as features and landmarks grow.
+"""Error of Performer and Nyströmformer against exact attention, by number of features or landmarks.
 
-On fields of queries and keys over a 32 x 32 grid, and on those of a trained model's own attention.
+Queries and keys are random fields on a 32 x 32 grid or come from the attention of a trained model.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from .rows import Row
 
 COLUMNS = ("input", "kernel", "size", "error", "largest")
 METHOD = (
-    "error: |approximate - exact| / |exact| of what attention returns (Frobenius norms, float64)",
-    "mean and largest over draws, heads and images; Nystromformer without its convolution",
-    "smooth: normal noise, its waves of up to 4 periods a side kept, at a standard deviation",
+    "error: |approximate - exact| / |exact| of the attention output (Frobenius norms, float64)",
+    "mean and maximum over draws, heads and images; Nyströmformer without its convolution",
+    "smooth: Gaussian noise, low-pass filtered to 4 periods per side, scaled to the given std",
 )
 SIZES = (16, 64, 256)
-# line, kernel, its option that grows, and the rest
+# label, kernel, option that is varied, other options
 _LINES: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("nystrom, grid", "nystrom", "landmarks", {"segments": "grid", "residual_kernel": 0}),
     ("nystrom, sequence", "nystrom", "landmarks", {"segments": "sequence", "residual_kernel": 0}),
@@ -49,7 +49,7 @@ Operands = tuple[Tensor, Tensor, Tensor, vx.TokenGrid]
 
 
 def smooth_field(generator: torch.Generator) -> Tensor:
-    """(draws, heads, N, K) of unit variance, without waves of more than four periods a side."""
+    """Draw unit-variance noise with at most four periods per side, (draws, heads, N, K)."""
     noise = torch.randn(
         _DRAWS, _HEADS, _HEAD_DIM, _SIDE, _SIDE, generator=generator, dtype=torch.float64
     )
@@ -60,7 +60,12 @@ def smooth_field(generator: torch.Generator) -> Tensor:
 
 
 def fields() -> Iterator[tuple[str, Operands]]:
-    """Smooth fields at three scales, and noise, where no landmark can stand for its segment."""
+    """Draw smooth fields at three scales, and white noise, which landmarks cannot represent.
+
+    Yields:
+        The name of an input; and its queries, keys (draws, heads, N, K), values (draws, heads, N,
+        V) and grid.
+    """
     generator = torch.Generator().manual_seed(0)
     grid = vx.TokenGrid((_SIDE, _SIDE))
     for scale in (0.5, 1.0, 2.0):
@@ -72,10 +77,21 @@ def fields() -> Iterator[tuple[str, Operands]]:
 
 
 def trained(folder: Path, config: RunConfig) -> Iterator[tuple[str, Operands]]:
-    """What each softmax attention of a run's model computes with, on test images.
+    """Record the inputs of each softmax attention of a trained model, on test images.
 
-    Those with a position bias (LeViT), which no approximation can have, and those whose keys lie on
-    another grid (CvT) are left out; a ValueError where none is left.
+    Attention with a position bias (LeViT), which the approximations do not support, is skipped, and
+    so is attention whose queries and keys lie on different grids (CvT).
+
+    Args:
+        folder: folder of the training run.
+        config: configuration of the run.
+
+    Yields:
+        The name of an attention layer; and its queries, keys (B, H, N, K), values (B, H, N, V) and
+        grid.
+
+    Raises:
+        ValueError: if the model has no suitable attention.
     """
     model = vx.load_model(folder / "best.safetensors").double().eval()
     found: list[Operands] = []
@@ -95,7 +111,7 @@ def trained(folder: Path, config: RunConfig) -> Iterator[tuple[str, Operands]]:
     if not found:
         raise ValueError(
             f"--run {folder}: {config.model.name} has no softmax attention without position bias "
-            "whose queries and keys lie on one grid"
+            "whose queries and keys lie on the same grid"
         )
     for index, operands in enumerate(found, start=1):
         yield f"{folder.name}, attention {index}", operands
@@ -103,7 +119,16 @@ def trained(folder: Path, config: RunConfig) -> Iterator[tuple[str, Operands]]:
 
 @torch.no_grad()
 def error_of(line: tuple[str, str, str, dict[str, Any]], size: int, given: Operands) -> Tensor:
-    """(B, H) relative errors of a kernel with that many landmarks or features."""
+    """Compute the relative errors of a kernel.
+
+    Args:
+        line: label, kernel, option that is varied, and other options.
+        size: number of landmarks or features.
+        given: queries, keys (B, H, N, K), values (B, H, N, V) and their grid.
+
+    Returns:
+        Relative errors (B, H).
+    """
     _, name, option, options = line
     q, k, v, grid = given
     torch.manual_seed(0)  # Performer draws its features
@@ -115,7 +140,7 @@ def error_of(line: tuple[str, str, str, dict[str, Any]], size: int, given: Opera
 
 
 def measure_errors(inputs: Sequence[tuple[str, Operands]], bar: Any) -> list[Row]:
-    """A row for each input, kernel and size; more landmarks than tokens are left out."""
+    """Measure a row for each input, kernel and size with fewer landmarks than tokens."""
     rows = []
     for name, given in inputs:
         for line in _LINES:
@@ -132,7 +157,7 @@ def measure_errors(inputs: Sequence[tuple[str, Operands]], bar: Any) -> list[Row
 
 
 def picture(rows: Sequence[Row]) -> Figure:
-    """A panel for each input: error against landmarks or features."""
+    """Plot the error against the number of landmarks or features, one panel per input."""
     inputs = list(dict.fromkeys(row["input"] for row in rows))
     columns = min(4, len(inputs))
     lines = -(-len(inputs) // columns)
@@ -158,9 +183,9 @@ def picture(rows: Sequence[Row]) -> Figure:
             axis.set_title(name, loc="left", fontsize=12)
             axis.grid(axis="y", color="#eaeef2")
         for row in axes:
-            row[0].set_ylabel("relative error")
+            row[0].set_ylabel("mean relative error")
         for axis in axes[-1]:
-            axis.set_xlabel("landmarks or features")
+            axis.set_xlabel("number of landmarks or features")
         handles, labels = axes.flat[0].get_legend_handles_labels()
         figure.legend(handles, labels, ncols=len(labels), frameon=False, loc="upper left")
         figure.tight_layout(rect=(0, 0, 1, 0.93 if lines == 1 else 0.96))
@@ -168,10 +193,18 @@ def picture(rows: Sequence[Row]) -> Figure:
 
 
 def error_section(comments: Sequence[str], rows: Sequence[Row]) -> Section:
-    """Picture and table of a file's rows; a ValueError where they are none."""
+    """Build the figure and the table of a file of errors.
+
+    Args:
+        comments: comment lines of the file.
+        rows: rows of the file, as text.
+
+    Raises:
+        ValueError: if the rows are not errors.
+    """
     try:
         if any(not 0 < float(r["error"]) < math.inf or int(r["size"]) not in SIZES for r in rows):
-            raise ValueError("a figure that cannot be")
+            raise ValueError("an error or a size is out of range")
         at = {(r["input"], r["kernel"], int(r["size"])): float(r["error"]) for r in rows}
     except (KeyError, ValueError) as error:
         raise ValueError(f"not a file of errors: {error}") from error
@@ -181,5 +214,5 @@ def error_section(comments: Sequence[str], rows: Sequence[Row]) -> Section:
         + [f"{at[given, kernel, s]:.3f}" if (given, kernel, s) in at else "" for s in SIZES]
         for given, kernel in names
     ]
-    table = Table(["landmarks or features", *map(str, SIZES)], body, "relative error, mean")
+    table = Table(["landmarks or features", *map(str, SIZES)], body, "mean relative error")
     return Section("Errors against exact attention", picture(rows), [table], comments)

@@ -1,4 +1,4 @@
-"""Tables and pictures of what was measured: PNG files and one page that needs no network."""
+"""Tables and figures of the measurements: PNG files and one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from .pictures import bars, lengths, wins
 from .rows import Row, column_table, package_table, read_csv, read_rows, refusals
 
 PANELS = {
-    "Memory": [("kept_mib", "kept for backward, MiB"), ("peak_mib", "peak of a step, MiB")],
+    "Memory": [("kept_mib", "saved for backward, MiB"), ("peak_mib", "peak of a step, MiB")],
     "Time": [("step_ms_p50", "training step, ms"), ("infer_ms_p50", "inference, ms")],
 }
 _TABLES = {
-    "Memory": {"kept_mib": "kept for backward, MiB", "peak_mib": "peak of a training step, MiB",
-               "reserved_mib": "reserved by the allocator in all, MiB",
-               "device_mib": "held of the GPU, as its driver says, MiB"},
+    "Memory": {"kept_mib": "saved for backward, MiB", "peak_mib": "peak of a training step, MiB",
+               "reserved_mib": "reserved by the allocator, MiB",
+               "device_mib": "GPU memory in use according to the driver, MiB"},
     "Time": {"step_ms_p50": "training step, median ms", "infer_ms_p50": "inference, median ms",
              "images_per_second": "images/s in training"},
 }  # fmt: skip
 LIMITS = (
-    "~ marks a time whose p20 and p80 are more than 15 % of the median apart, and a ratio with "
-    "such a time. A size without a figure was not measured. Weights are random: what a mixer costs "
-    "here does not depend on them."
+    "~ marks a time whose 20th and 80th percentiles differ by more than 15% of the median, and a "
+    "ratio that involves such a time. Empty cells were not measured. Weights are random; the costs "
+    "measured here do not depend on them."
 )
 
 
 def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows that can be drawn together, under what they have in common."""
+    """Group rows that can share a figure, keyed by a description of what they share."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         shared = f"{row['kind']}s, {row['dtype']}, batch {row['batch']}"
@@ -41,7 +41,11 @@ def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def sections(file: Path) -> dict[str, Section]:
-    """Those of one file, by a name for the picture."""
+    """Build the sections of one CSV file, keyed by the name of their figure.
+
+    Raises:
+        ValueError: if the file is not one of the benchmark.
+    """
     comments, found = read_csv(file)
     stem = f"{file.absolute().parent.name}-{file.stem}"
     if "error" in found[0]:
@@ -73,21 +77,30 @@ def sections(file: Path) -> dict[str, Section]:
 
 
 def fingerprint(file: Path) -> str:
-    """Of what a picture was drawn from; the picture carries it."""
+    """Return a hash of a CSV file, stored in the metadata of the figures drawn from it."""
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
 def write(files: Sequence[Path], more: Sequence[Section], out: Path) -> list[Path]:
-    """The page and its pictures, in one folder; returns the files.
+    """Write the HTML page and its figures to one folder.
 
-    A ValueError says which two files would have pictures of one name.
+    Args:
+        files: CSV files of the benchmark.
+        more: further sections, appended to the page.
+        out: folder, created if necessary.
+
+    Returns:
+        The files written; the page comes first.
+
+    Raises:
+        ValueError: if a file cannot be read, or if two files would write the same figure.
     """
     made: dict[Path, dict[str, Section]] = {}
     for file in files:
         mine = sections(file)
         for other, named in made.items():
             if same := mine.keys() & named.keys():
-                raise ValueError(f"{other} and {file} would both draw {min(same)}.png: rename one")
+                raise ValueError(f"{other} and {file} would both write {min(same)}.png: rename one")
         made[file] = mine
     out.mkdir(parents=True, exist_ok=True)
     written = [out / "index.html"]
@@ -97,5 +110,5 @@ def write(files: Sequence[Path], more: Sequence[Section], out: Path) -> list[Pat
                 written.append(out / f"{name}.png")
                 save(section.figure, written[-1], source=fingerprint(file))
     shown = [section for named in made.values() for section in named.values()]
-    write_page(out / "index.html", "What attention costs", [*shown, *more])
+    write_page(out / "index.html", "Memory and time of token mixers", [*shown, *more])
     return written

@@ -1,4 +1,4 @@
-"""Memory and time against length, with exponents and crossings; models side by side."""
+"""Figures of memory and time by sequence length, with exponents and crossovers; bars of models."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .controls import CONTROLS
 from .rows import Row, label, number, read_rows
 
 Points = list[tuple[int, float]]
-FROM = 1024  # tokens from which an exponent is fitted
-_COLOURS = {
+FROM = 1024  # smallest length that exponents are fitted to
+_COLORS = {
     "softmax": "#1f2328", "softmax_eager": "#9aa5b1", "linformer": "#2da44e",
     "performer": "#bf8700", "nystrom": "#1f6feb", "fourier": "#cf222e",
 }  # fmt: skip
-_MORE = (  # for mixers that were added
+_MORE = (  # for all other mixers
     "#8250df", "#0a7d8c", "#d4498e", "#6e4c1e", "#7ab8f5", "#9bd08f", "#e8a87c", "#b08fd8",
 )  # fmt: skip
 _HEADLINE = {
@@ -35,30 +35,42 @@ _PEERS = {peer: ours for ours, (peer, *_) in PAIRS.items()}
 
 
 def series(rows: Sequence[Row], column: str) -> dict[str, Points]:
-    """(size, figure) of each line, by size; out of memory is infinite, what is unknown left out."""
+    """Collect the (size, value) points of each mixer or model, sorted by size.
+
+    Out of memory counts as infinity; unknown values are left out.
+    """
     found: dict[str, Points] = {}
     for row in rows:
-        figure = math.inf if row["status"] == "out of memory" else row.get(column)
-        if figure:
-            found.setdefault(label(row), []).append((row["size"], float(figure)))
+        value = math.inf if row["status"] == "out of memory" else row.get(column)
+        if value:
+            found.setdefault(label(row), []).append((row["size"], float(value)))
     return {name: sorted(points) for name, points in found.items()}
 
 
 def exponent(points: Points) -> float | None:
-    """Slope of log figure over log size from ``FROM`` on, by least squares; None for one point."""
+    """Fit the exponent of a power law to the sizes from ``FROM`` on, by least squares.
+
+    Returns:
+        The exponent, or None if there are fewer than two finite values.
+    """
     logs = [(math.log(n), math.log(y)) for n, y in points if n >= FROM and y < math.inf]
     if len(logs) < 2:
         return None
-    centre_x, centre_y = (sum(values) / len(logs) for values in zip(*logs, strict=True))
-    spread = sum((x - centre_x) ** 2 for x, _ in logs)
-    return sum((x - centre_x) * (y - centre_y) for x, y in logs) / spread
+    mean_x, mean_y = (sum(values) / len(logs) for values in zip(*logs, strict=True))
+    spread = sum((x - mean_x) ** 2 for x, _ in logs)
+    return sum((x - mean_x) * (y - mean_y) for x, y in logs) / spread
 
 
 def crossing(points: Points, base: Points) -> float | None:
-    """Size from which on a figure stays below the base's, between sizes on straight log-log lines.
+    """Find the size from which on values stay below a baseline, interpolated on log-log axes.
 
-    The smallest size of both where it always is; infinity where it is not at the largest; None
-    where there is nothing to compare. Out of memory is an infinite figure.
+    Args:
+        points: (size, value) pairs, sorted by size; out of memory is infinity.
+        base: the same for the baseline.
+
+    Returns:
+        The crossover; the smallest common size if the values are always below, infinity if they
+        are not below at the largest size, and None if there is nothing to compare.
     """
     other = dict(base)
     shared = [(n, y, other[n]) for n, y in points if n in other]
@@ -77,13 +89,19 @@ def crossing(points: Points, base: Points) -> float | None:
 
 
 def lengths(rows: Sequence[Row], panels: Sequence[tuple[str, str]], title: str) -> Figure:
-    """A panel for each (column, heading): a line for each name, packages dashed, controls dotted.
+    """Plot columns against size, one panel per column and one line per mixer or model.
 
-    A dotted upright marks where a mixer comes to stay below fused softmax. The identity is not
-    drawn: it would press the others together.
+    Packages are dashed, controls dotted. A dotted vertical line marks the size from which on a
+    mixer stays below fused softmax. The identity is omitted, since its tiny values would compress
+    the scale of all others.
+
+    Args:
+        rows: measured rows.
+        panels: (column, heading) of each panel.
+        title: title of the figure.
     """
     more = iter(_MORE * len(rows))
-    colors = dict(_COLOURS)
+    colors = dict(_COLORS)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7 * len(panels), 7.2))
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -117,11 +135,11 @@ def lengths(rows: Sequence[Row], panels: Sequence[tuple[str, str]], title: str) 
             axis.set_xticks(sizes, [f"{n:,}" for n in sizes])
             axis.xaxis.set_minor_formatter(NullFormatter())
             low, high = axis.get_ylim()
-            if high < 100 * low:  # else too few would have a number
+            if high < 100 * low:  # powers of ten alone would leave few labels
                 axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
             axis.yaxis.set_minor_formatter(NullFormatter())
-            axis.set_xlabel("tokens N" if rows[0]["kind"] == "mixer" else "pixels on a side")
+            axis.set_xlabel("tokens N" if rows[0]["kind"] == "mixer" else "image size (pixels)")
             axis.set_title(heading, loc="left", fontsize=13)
             axis.grid(axis="y", color="#eaeef2")
             axis.legend(
@@ -134,14 +152,14 @@ def lengths(rows: Sequence[Row], panels: Sequence[tuple[str, str]], title: str) 
 
 
 def headline(rows: Sequence[Row], device: str) -> Figure:
-    """Time and peak memory of a training step against tokens, five mixers, labeled directly.
+    """Plot the time and peak memory of a training step by sequence length, for five mixers.
 
     Args:
-        rows: measured rows of single layers, all of one batch size and precision.
-        device: what they were measured on.
+        rows: measured rows of single layers, all with the same batch size and precision.
+        device: name of the device, for the subtitle.
 
     Raises:
-        ValueError: for rows of more than one batch size or precision, or without fused softmax.
+        ValueError: if batch sizes or precisions differ, or if fused softmax is missing.
     """
     rows = [r for r in rows if r["name"] in _HEADLINE and r["mode"] == "eager"]
     if len({(row["batch"], row["dtype"]) for row in rows}) != 1 or BASE not in series(
@@ -158,7 +176,7 @@ def headline(rows: Sequence[Row], device: str) -> Figure:
                 points = [(n, y) for n, y in points if y < math.inf]
                 width = 3.0 if name == BASE else 2.2
                 axis.plot(
-                    *zip(*points, strict=True), color=_COLOURS[name], linewidth=width,
+                    *zip(*points, strict=True), color=_COLORS[name], linewidth=width,
                     marker="o", markersize=4, zorder=3 if name == BASE else 2,
                 )  # fmt: skip
                 ends[name] = points[-1]
@@ -180,7 +198,7 @@ def headline(rows: Sequence[Row], device: str) -> Figure:
                 x, y = ends[name]
                 axis.annotate(
                     f"{_HEADLINE[name]}  {number(y)}", (x, y), (1.02, height),
-                    textcoords="axes fraction", color=_COLOURS[name], va="center", fontsize=11,
+                    textcoords="axes fraction", color=_COLORS[name], va="center", fontsize=11,
                     weight="bold" if name == BASE else "normal", annotation_clip=False,
                 )  # fmt: skip
         figure.suptitle(
@@ -197,7 +215,7 @@ def headline(rows: Sequence[Row], device: str) -> Figure:
 
 
 def _spread(heights: dict[str, float], gap: float) -> dict[str, float]:
-    """Heights of labels in the same order, at least ``gap`` apart, as close as that allows."""
+    """Move labels apart to a distance of at least ``gap``, keeping their order."""
     names = sorted(heights, key=lambda name: heights[name])
     placed = [heights[name] for name in names]
     for _ in range(100):
@@ -209,7 +227,13 @@ def _spread(heights: dict[str, float], gap: float) -> dict[str, float]:
 
 
 def bars(rows: Sequence[Row], panels: Sequence[tuple[str, str]], title: str) -> Figure:
-    """A panel for each (column, heading): a bar for each model of one size."""
+    """Plot columns as bars, one panel per column and one bar per model.
+
+    Args:
+        rows: measured rows, all of one size.
+        panels: (column, heading) of each panel.
+        title: title of the figure.
+    """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6 * len(panels), 1.4 + 0.34 * len(rows)))
         axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
@@ -227,8 +251,11 @@ def bars(rows: Sequence[Row], panels: Sequence[tuple[str, str]], title: str) -> 
 
 
 def wins(rows: Sequence[Row]) -> Table:
-    """Of each mixer: exponents of a step's time and peak memory, and from which length on it beats
-    fused softmax in both, and materialised softmax in memory."""
+    """Tabulate the scaling exponents of each mixer and its crossovers with softmax.
+
+    Crossovers are the lengths from which on a mixer is faster and smaller than fused softmax, and
+    smaller than materialized softmax.
+    """
     time, peak = series(rows, "step_ms_p50"), series(rows, "peak_mib")
 
     def power(points: Points) -> str:
@@ -254,36 +281,48 @@ def wins(rows: Sequence[Row]) -> Table:
         for name in names
     ]  # fmt: skip
     headings = [
-        "mixer", "time grows as N to the", "memory as N to the", "faster than fused softmax from",
-        "less memory than it from", "less than materialised softmax from",
+        "mixer", "time grows as N to the power", "memory grows as N to the power",
+        "faster than fused softmax from", "less memory than fused softmax from",
+        "less memory than materialized softmax from",
     ]  # fmt: skip
     caption = (
-        "what wins, and from how many tokens on: a training step's time and peak memory; exponents "
-        f"from {FROM:,} tokens on; never and always are of the lengths measured"
+        "scaling and crossovers in tokens: time and peak memory of a training step; exponents are "
+        f"fitted from {FROM:,} tokens on; never and always refer to the lengths measured"
     )
     return Table(headings, lines, caption)
 
 
-def savings(rows: Sequence[Row], fused: str, materialised: str, size: int) -> Table:
-    """Peak memory of both softmaxes over that of each line, at one size."""
+def savings(rows: Sequence[Row], fused: str, materialized: str, size: int) -> Table:
+    """Tabulate the peak memory of both softmaxes relative to that of each mixer or model.
+
+    Args:
+        rows: measured rows.
+        fused: label of the rows with fused softmax.
+        materialized: label of the rows with materialized softmax.
+        size: sequence length or image size to compare.
+    """
     peak = {name: dict(points).get(size) for name, points in series(rows, "peak_mib").items()}
     lines = [
         [name, number(mine)]
-        + [_times(peak.get(softmax), mine) for softmax in (materialised, fused)]
+        + [_times(peak.get(softmax), mine) for softmax in (materialized, fused)]
         for name, mine in peak.items()
-        if mine is not None and mine < math.inf and name not in (materialised, *CONTROLS)
+        if mine is not None and mine < math.inf and name not in (materialized, *CONTROLS)
     ]
-    headings = ["", "peak, MiB", f"{materialised} / this", f"{fused} / this"]
+    headings = ["", "peak, MiB", f"{materialized} / this", f"{fused} / this"]
     return Table(headings, lines, f"peak memory of a training step at {size:,}")
 
 
-def _times(figure: float | None, other: float) -> str:
-    return "" if figure is None else "OOM" if math.isinf(figure) else f"{figure / other:.2f}"
+def _times(value: float | None, other: float) -> str:
+    return "" if value is None else "OOM" if math.isinf(value) else f"{value / other:.2f}"
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Draw the README's picture: ``python -m train.benchmark.pictures MIXERS.csv cost.png``."""
-    from .page import fingerprint  # which imports this module
+    """Draw the figure of the README: ``python -m train.benchmark.pictures MIXERS.csv cost.png``.
+
+    Args:
+        arguments: CSV file of single layers, and PNG file to write.
+    """
+    from .page import fingerprint  # avoids a circular import
 
     source, out = map(Path, arguments)
     comments, rows = read_rows(source)

@@ -1,4 +1,4 @@
-"""Rows in a CSV file, under comment lines that say how they came about, and tables of them."""
+"""CSV files of measured rows, with comments that describe the method; tables of these rows."""
 
 from __future__ import annotations
 
@@ -25,21 +25,22 @@ COLUMNS = (
     "spread", "images_per_second", "kept_mib", "peak_mib", "reserved_mib", "device_mib", "revision",
 )  # fmt: skip
 METHOD = (
-    "each row in a process of its own; those of one size take turns, 16 at once (half a second or",
-    "20 steps, 3 where they take much memory); a step is forward and backward, of a model with",
-    "AdamW; p20, p50, p80 of all steps; spread is (p80 - p20) / p50 of a step; caches are warm: a",
-    "step follows one like it, in memory that the process keeps meanwhile; kept: what autograd",
-    "keeps for backward; peak: most of a step above what was held before it (a GPU's allocator; on",
-    "a CPU resident memory, too low for a few MiB: what was freed is used again); flops: of one",
-    "sample forward",
+    "each row is measured in its own process; up to 16 processes of one size are interleaved, in",
+    "turns of half a second or 20 steps (at least 3 steps if they use much memory); a step is a",
+    "forward and a backward pass, with AdamW for models; p20, p50, p80: percentiles over all",
+    "steps; spread: (p80 - p20) / p50 of a step; caches are warm: each step follows an identical",
+    "one, in memory that the process keeps; kept: memory that autograd saves for the backward",
+    "pass; peak: maximum during a step, above the memory held before it (GPU: allocator; CPU:",
+    "resident memory, which underestimates peaks of a few MiB, since freed memory is reused);",
+    "flops: forward pass of one sample",
 )
-NOISY = 0.15  # spread from which a table marks a time
+NOISY = 0.15  # spread above which tables mark a time
 _TEXT = {"kind", "name", "dtype", "mode", "mixer", "checkpointing", "status", "backbone"}
 _NUMBERS = set(COLUMNS) - _TEXT - {"revision"}
 
 
 def machine() -> tuple[str, str]:
-    """Device and versions, which all rows of a file share."""
+    """Return the device and the versions, which all rows of a file share."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     known = versions()
     packages = ", ".join(f"{name} {known[name]}" for name in ("vision_xformer", "python", "torch"))
@@ -47,7 +48,7 @@ def machine() -> tuple[str, str]:
 
 
 def revision() -> str:
-    """Of this code, with a + where it was changed since."""
+    """Return the git revision of this code, followed by + if the checkout was modified."""
     git = git_revision()
     return git.get("revision", "unknown")[:12] + ("+" if git.get("dirty") else "")
 
@@ -55,7 +56,14 @@ def revision() -> str:
 def write_csv(
     path: Path, lines: Sequence[str], columns: Sequence[str], rows: Sequence[Row]
 ) -> None:
-    """Comment lines, then rows; the whole file or nothing."""
+    """Write comment lines and rows to a CSV file, atomically.
+
+    Args:
+        path: file to write.
+        lines: comment lines, without the leading #.
+        columns: names of the columns.
+        rows: rows; values of other columns are ignored.
+    """
     text = io.StringIO()
     text.writelines(f"# {line}\n" for line in lines)
     writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
@@ -69,11 +77,15 @@ def _short(value: Any) -> Any:
 
 
 def read_csv(path: Path) -> tuple[list[str], list[Row]]:
-    """Comment lines and rows of text; a ValueError for a file without."""
+    """Read the comment lines and the rows of a CSV file, as text.
+
+    Raises:
+        ValueError: if the file is missing, is not a CSV file of the benchmark or is truncated.
+    """
     if not path.is_file():
         raise ValueError(f"{path} is not a file")
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a text file") from error
     comments = [line[2:] for line in lines if line.startswith("# ")]
@@ -81,12 +93,16 @@ def read_csv(path: Path) -> tuple[list[str], list[Row]]:
     if len(comments) < 2 or not rows:
         raise ValueError(f"{path} has no rows of python -m train.benchmark")
     if torn := [row for row in rows if None in row or None in row.values()]:
-        raise ValueError(f"{path} has a torn row: {', '.join(map(str, torn[0].values()))}")
+        raise ValueError(f"{path} has an incomplete row: {', '.join(map(str, torn[0].values()))}")
     return comments, rows
 
 
 def read_rows(path: Path) -> tuple[list[str], list[Row]]:
-    """Comment lines and measured rows; a ValueError for a file that is none of ours."""
+    """Read the comment lines and the rows of a CSV file of measurements.
+
+    Raises:
+        ValueError: if the file is missing or does not hold measured rows.
+    """
     comments, rows = read_csv(path)
     if missing := set(COLUMNS) - rows[0].keys():
         raise ValueError(f"{path} has no column {min(missing)}: not a file of measured rows")
@@ -97,7 +113,7 @@ def read_rows(path: Path) -> tuple[list[str], list[Row]]:
     except ValueError as error:
         raise ValueError(f"{path} cannot be read as measured rows: {error}") from error
     if len({key(row) for row in rows}) < len(rows) or not all(row["size"] for row in rows):
-        raise ValueError(f"{path} has a row twice, or one without a size")
+        raise ValueError(f"{path} has duplicate rows or a row without a size")
     return comments, rows
 
 
@@ -106,23 +122,23 @@ def _number(text: str) -> float | None:
         return None
     value = int(text) if text.isdigit() else float(text)
     if not 0 <= value < math.inf:
-        raise ValueError(f"{text} is not a figure")
+        raise ValueError(f"{text} is not a finite number of at least 0")
     return value
 
 
 def key(row: Row) -> tuple[Any, ...]:
-    """What tells a row from the others."""
+    """Return the values that identify a row."""
     return tuple(row[name] for name in KEY)
 
 
 def label(row: Row) -> str:
-    """What a row is of, sizes apart."""
+    """Describe a row by its name, mixer, mode and checkpointing, without its size."""
     parts = [row["name"], row["mixer"], row["mode"] if row["mode"] != "eager" else ""]
     return ", ".join(p for p in (*parts, "checkpointing" if row["checkpointing"] else "") if p)
 
 
 def refusals(rows: Sequence[Row]) -> list[str]:
-    """Why a row has no figures; out of memory, the tables say."""
+    """List the reasons of rows that failed; tables already show out of memory."""
     return [
         f"{label(row)} at {row['size']:,}: {row['status']}"
         for row in rows
@@ -131,7 +147,7 @@ def refusals(rows: Sequence[Row]) -> list[str]:
 
 
 def peer(row: Row, rows: Sequence[Row]) -> Row | None:
-    """The public package's row beside one of ours, of the same sizes and mode."""
+    """Find the row of the public package that matches one of ours in all but the name."""
     if row["kind"] != "mixer" or row["name"] not in PAIRS:
         return None
     wanted = key(row | {"name": PAIRS[row["name"]][0]})
@@ -139,29 +155,35 @@ def peer(row: Row, rows: Sequence[Row]) -> Row | None:
 
 
 def is_noisy(row: Row, column: str) -> bool:
-    """Whether p20 and p80 of a median are further apart than ``NOISY`` of it, where known."""
+    """Return whether p20 and p80 differ by more than ``NOISY`` times the median, if known."""
     low, high = (row[column.replace("p50", p)] for p in ("p20", "p80"))
     return None not in (low, high) and bool(high - low > NOISY * row[column])
 
 
 def ratio(first: Row | None, second: Row | None, column: str) -> float | None:
-    """first / second of a column; None where one is not known."""
+    """Return the ratio first / second of a column, or None if either is unknown."""
     if first is None or second is None or not first.get(column) or not second.get(column):
         return None
     return float(first[column]) / float(second[column])
 
 
 def number(value: float) -> str:
-    """Three digits, and all before the point."""
+    """Format a number with three significant digits, or as an integer from 100 on."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def by_size(
     rows: Sequence[Row], figure: Callable[[Row], str | None], heading: str, caption: str = ""
 ) -> Table:
-    """A line for each mixer or model, a column for each size; lines without a figure are left out.
+    """Tabulate rows with one line per mixer or model and one column per size.
 
-    A size that ran out of memory says so.
+    Out of memory is shown as OOM; lines without any value are omitted.
+
+    Args:
+        rows: measured rows.
+        figure: function that formats the cell of a row, or returns None for an empty one.
+        heading: heading of the sizes.
+        caption: caption of the table.
     """
     sizes = sorted({row["size"] for row in rows})
     lines: dict[str, dict[int, str]] = {}
@@ -174,7 +196,7 @@ def by_size(
 
 
 def column_table(rows: Sequence[Row], column: str, caption: str) -> Table:
-    """:func:`by_size` of a column; ~ marks a median that is noisy."""
+    """Tabulate a column with :func:`by_size`; ~ marks noisy medians."""
 
     def figure(row: Row) -> str | None:
         if row.get(column) is None:
@@ -187,7 +209,7 @@ def column_table(rows: Sequence[Row], column: str, caption: str) -> Table:
 
 
 def package_table(rows: Sequence[Row]) -> Table:
-    """Time of a package's step over ours, in the same mode; ~ where one of the two is noisy."""
+    """Tabulate the step time of the packages relative to ours; ~ marks noisy ratios."""
 
     def figure(row: Row) -> str | None:
         other = peer(row, rows)

@@ -1,4 +1,4 @@
-"""The process of one row: its memory once, then its times, a turn at a time."""
+"""Worker process of one row: measures memory once, then times in turns."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from ..measure import bytes_kept, peak_bytes, reset_peak
 from .cases import Case, Subject, build, facts
 
 MIB = 2**20
-TURN_SECONDS, MOST_STEPS = 0.5, 20  # of a turn
-ENOUGH, LONG_SECONDS = 3, 20.0  # steps, once those took that long
-LARGE_MIB = 512.0  # from which a CPU process gives memory back after its turn: others need it
+TURN_SECONDS, MOST_STEPS = 0.5, 20  # limits of a turn
+ENOUGH, LONG_SECONDS = 3, 20.0  # number of steps that suffices once they took that long
+LARGE_MIB = 512.0  # peak from which a CPU process releases its memory to others after a turn
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of mallopt(3)
-_MOST = 2**25  # that older versions take
+_MOST = 2**25  # largest threshold of older versions
 
 
 def _malloc(threshold: int) -> None:
-    """From which size glibc maps memory for a tensor and gives it back when it is freed."""
+    """Set the size from which glibc allocates with mmap and returns freed memory at once."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(_MMAP_THRESHOLD, threshold) or libc.mallopt(_MMAP_THRESHOLD, _MOST)
@@ -40,8 +40,8 @@ def _malloc(threshold: int) -> None:
 
 
 def _limit_memory() -> None:
-    """Let an allocation fail where it would have another process killed."""
-    # not every system has these, and one that is stricter already says ValueError
+    """Make allocations fail that would exhaust the memory of the machine."""
+    # not every system supports this, and a stricter limit that is already set raises ValueError
     with contextlib.suppress(ImportError, OSError, StopIteration, ValueError):
         import resource
 
@@ -58,13 +58,13 @@ def _kilobytes(path: str, field: str) -> int:
 
 
 def _memory(subject: Subject, device: str) -> dict[str, Any]:
-    """MiB of a training step: kept for backward, peak above what was there before, reserved."""
+    """Measure the MiB of a training step: saved for backward, peak above the start, reserved."""
     kept = bytes_kept(subject.module, subject.forward)
-    subject.step()  # libraries are loaded, the optimiser has its state
+    subject.step()  # loads libraries and creates the optimizer state
     found: dict[str, Any] = {"kept_mib": kept / MIB}
     if device == "cuda":
         torch.cuda.empty_cache()
-    with contextlib.suppress(OSError, RuntimeError):  # not every system says
+    with contextlib.suppress(OSError, RuntimeError):  # not supported on every system
         before = reset_peak()
         subject.step()
         found["peak_mib"] = (peak_bytes() - before) / MIB
@@ -74,7 +74,7 @@ def _memory(subject: Subject, device: str) -> dict[str, Any]:
 
 
 def _seconds(function: Callable[[], None], repeats: int, device: str) -> list[float]:
-    """Of each call; on a GPU by its own events. Short ones begin with one that does not count."""
+    """Time each call; on a GPU with events. All but a single CPU call follow a warm-up call."""
     if repeats > 1 or (repeats and device == "cuda"):
         function()
     if device == "cuda":
@@ -95,10 +95,10 @@ def _seconds(function: Callable[[], None], repeats: int, device: str) -> list[fl
 
 
 def _device_bytes() -> int | None:
-    """What all processes hold of the GPU, as its driver says; None where that cannot be asked."""
+    """Return the GPU memory used by all processes according to the driver, if it is known."""
     try:
         return torch.cuda.device_memory_used(0)
-    except Exception:  # no nvidia-ml-py, or what it raises where it may not ask
+    except Exception:  # nvidia-ml-py is missing or lacks permission
         return None
 
 
@@ -116,7 +116,7 @@ def _out_of_memory(error: BaseException) -> bool:
 
 
 def _end_with_parent() -> None:
-    """End in the middle of a step, which may take minutes, once nobody waits for it."""
+    """Exit when the parent does, even in the middle of a step that takes minutes."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -124,13 +124,24 @@ def _end_with_parent() -> None:
 
 
 def work(case: Case, device: str, threads: int, pipe: Connection) -> None:
-    """Send what the case costs in memory, then for each number of repeats received the times."""
+    """Measure a case in a worker process.
+
+    Sends the memory of a step first. Then receives numbers of repeats and answers each with the
+    times of inference and of training steps, until it receives None. An error is sent as the
+    status of the row.
+
+    Args:
+        case: case to measure.
+        device: "cpu" or "cuda".
+        threads: number of threads of PyTorch.
+        pipe: connection to the parent process.
+    """
     threading.Thread(target=_end_with_parent, daemon=True).start()
     warnings.simplefilter("ignore")
     torch.set_num_threads(threads)
     try:
         if device == "cpu":
-            _malloc(2**16)  # so that the process is as large as its tensors
+            _malloc(2**16)  # makes resident memory follow the size of the tensors
             _limit_memory()
         known = facts(case)
         subject = build(case, device)
@@ -138,22 +149,31 @@ def work(case: Case, device: str, threads: int, pipe: Connection) -> None:
         pipe.send(known | memory | {"status": "ok"})
         while (repeats := pipe.recv()) is not None:
             if device == "cpu":
-                _limit_memory()  # the others may hold more than before
+                _limit_memory()  # available memory may have changed
             times = [_seconds(f, repeats, device) for f in (subject.infer, subject.step)]
             if device == "cuda":
-                torch.cuda.empty_cache()  # for the others
+                torch.cuda.empty_cache()  # leaves memory to the other processes
             elif repeats == 0 or _is_large(memory):
-                _malloc(2**30)  # gives back; from now on memory is not mapped anew in each step
+                _malloc(2**30)  # trims; later steps reuse memory instead of mapping it
             pipe.send(times)
-    except (EOFError, ConnectionError):  # who asked is gone
+    except (EOFError, ConnectionError):  # the parent process has ended
         return
-    except Exception as error:  # whatever a mixer may raise is a row that says so
+    except Exception as error:  # any error of a mixer becomes the status of its row
         first = str(error).strip().split("\n")[0] or type(error).__name__
         pipe.send({"status": "out of memory" if _out_of_memory(error) else first})
 
 
 class Worker:
-    """A case in a process of its own. ``row`` is what is known of it so far."""
+    """A case that is measured in its own process.
+
+    Args:
+        case: case to measure.
+        device: "cpu" or "cuda".
+
+    Attributes:
+        row: columns that are known so far.
+        seconds: times of inference and of training steps.
+    """
 
     def __init__(self, case: Case, device: str) -> None:
         self.case, self.row = case, dict(vars(case))
@@ -163,13 +183,13 @@ class Worker:
         arguments = (case, device, torch.get_num_threads(), theirs)
         self.process = context.Process(target=work, args=arguments)
         self.held = _device_bytes() if device == "cuda" else None
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who asked
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent
         self.process.start()
         signal.signal(signal.SIGINT, handler)
         theirs.close()
 
     def prepare(self) -> None:
-        """Wait for what the case costs in memory; then it may give back what it does not need."""
+        """Wait for the memory measurement, then let the process release unused memory."""
         self.row |= self._receive()
         if not self.alive:
             self.process.join()
@@ -181,18 +201,19 @@ class Worker:
 
     @property
     def alive(self) -> bool:
+        """Whether no error has occurred so far."""
         return bool(self.row["status"] == "ok")
 
     def _receive(self) -> Any:
         try:
             return self.pipe.recv()
-        except (EOFError, ConnectionError):  # the process is gone
+        except (EOFError, ConnectionError):  # the process has ended
             self.process.join()
             return {"status": f"the process ended with {self.process.exitcode}"}
 
     def _ask(self, repeats: int) -> None:
-        """Have steps timed."""
-        with contextlib.suppress(ConnectionError):  # what became of it is in what it sent
+        """Request the times of ``repeats`` steps."""
+        with contextlib.suppress(ConnectionError):  # the reason is received below
             self.pipe.send(repeats)
         found = self._receive()
         if isinstance(found, dict):
@@ -203,19 +224,21 @@ class Worker:
 
     @property
     def wants_turns(self) -> bool:
-        """Whether more steps would say more: not where a few took long already."""
+        """Whether more steps are needed; a few long ones suffice."""
         steps = self.seconds[1]
         return self.alive and (len(steps) < ENOUGH or sum(steps) < LONG_SECONDS)
 
     def turn(self) -> None:
-        """Time as many steps as about fit into a turn, at least one; of a large case ``ENOUGH``,
-        since its turn begins with steps that do not count."""
+        """Time about as many steps as fit into a turn, but at least one.
+
+        A large case takes at least ``ENOUGH`` steps to justify the warm-up of its turn.
+        """
         last = self.seconds[1][-1] if self.seconds[1] else TURN_SECONDS
         least = ENOUGH if _is_large(self.row) else 1
         self._ask(max(least, min(MOST_STEPS, int(TURN_SECONDS / last))))
 
     def close(self) -> dict[str, Any]:
-        """End the process; the whole row."""
+        """End the process and return the complete row."""
         if self.process.is_alive():
             with contextlib.suppress(ConnectionError):
                 self.pipe.send(None)
@@ -233,6 +256,6 @@ class Worker:
         return self.row
 
     def stop(self) -> None:
-        """End the process at once, if it still runs."""
+        """Terminate the process if it is still running."""
         self.process.terminate()
         self.process.join()

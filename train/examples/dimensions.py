@@ -1,9 +1,9 @@
-"""``python -m train.examples.dimensions``: one model family on signals, images, volumes and video.
+"""Train one model family on 1-D signals, images, volumes and video.
 
-Nothing is downloaded. Signals and images are the 1,797 handwritten digits that come with
-scikit-learn, as 64 values one after the other and as 8 x 8 pixels. Volumes and video are synthetic:
-this program draws them, blobs of four shapes and blobs that move in four directions, which a single
-frame does not tell apart. A fifth of each set is held out and read once, at the end.
+Run it with ``python -m train.examples.dimensions``; it downloads nothing. Signals and images are
+the 1,797 handwritten digits of scikit-learn, as sequences of 64 values and as 8 x 8 pixels. Volumes
+and video are synthetic: blobs of four shapes, and blobs that move in four directions, which a
+single frame cannot tell apart. A fifth of each dataset is held out and evaluated once, at the end.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tqdm import tqdm
 import vision_xformer as vx
 
 BATCH = 64
-SIDE, SAMPLES = 12, 1200  # of volumes and frames
+SIDE, SAMPLES = 12, 1200  # side of volumes and frames, number of samples
 DIRECTIONS = ((0, 1), (1, 0), (0, -1), (-1, 0))
 STRETCH = ((1.0, 1.0, 1.0), (2.5, 1.0, 1.0), (1.0, 2.5, 1.0), (1.0, 1.0, 2.5))
 
@@ -31,33 +31,33 @@ Samples = tuple[Tensor, Tensor]
 
 
 def digits(*shape: int) -> Samples:
-    """(N, 1, *shape) and classes."""
+    """Load the digits in a given shape; returns (N, 1, *shape) and labels (N,)."""
     pixels, labels = load_digits(return_X_y=True)
     x = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, *shape)
     return x / 8 - 1, torch.tensor(labels)
 
 
-def _blob(centre: Tensor, stretch: Tensor, axes: int) -> Tensor:
-    """A bump of Gaussian shape for each row: (N, axes) each -> (N, *(SIDE,) * axes)."""
+def _blob(center: Tensor, stretch: Tensor, axes: int) -> Tensor:
+    """Draw a Gaussian blob per row of center and stretch, (N, axes) -> (N, *(SIDE,) * axes)."""
     line = torch.arange(SIDE) - SIDE / 2 + 0.5
-    exponent = torch.zeros(len(centre), *(1,) * axes)
+    exponent = torch.zeros(len(center), *(1,) * axes)
     for axis in range(axes):
-        away = (line - centre[:, axis, None] + SIDE / 2) % SIDE - SIDE / 2  # edges are joined
+        away = (line - center[:, axis, None] + SIDE / 2) % SIDE - SIDE / 2  # periodic edges
         away = away / stretch[:, axis, None]
         exponent = exponent + (away**2).view(-1, *(SIDE if a == axis else 1 for a in range(axes)))
     return (-exponent / 3).exp()
 
 
 def volumes() -> Samples:
-    """Round blobs and blobs that are long on one of three axes, in noise: (N, 1, S, S, S)."""
+    """Draw noisy blobs, round or long on one axis; returns (N, 1, S, S, S) and labels (N,)."""
     labels = torch.randint(len(STRETCH), (SAMPLES,))
-    centre = torch.rand(SAMPLES, 3) * 4 - 2
-    x = _blob(centre, torch.tensor(STRETCH)[labels], 3)[:, None]
+    center = torch.rand(SAMPLES, 3) * 4 - 2
+    x = _blob(center, torch.tensor(STRETCH)[labels], 3)[:, None]
     return x + 0.3 * torch.randn_like(x), labels
 
 
 def video() -> Samples:
-    """A round blob that moves a pixel a frame in one of four directions: (N, 1, T, S, S)."""
+    """Draw a noisy blob moving in one of four directions; (N, 1, T, S, S) and labels (N,)."""
     labels = torch.randint(len(DIRECTIONS), (SAMPLES,))
     start, step = torch.rand(SAMPLES, 2) * SIDE, torch.tensor(DIRECTIONS)[labels]
     round_ = torch.ones(SAMPLES, 2)
@@ -67,7 +67,12 @@ def video() -> Samples:
 
 
 class Example(NamedTuple):
-    """A set of samples, and the fields of the model for it."""
+    """A dataset and the model options for it.
+
+    Attributes:
+        samples: function that returns the samples and their labels.
+        fields: options of :func:`vision_xformer.create_model`.
+    """
 
     samples: Callable[[], Samples]
     fields: dict[str, Any]
@@ -76,14 +81,24 @@ class Example(NamedTuple):
 EXAMPLES = {
     "signals": Example(lambda: digits(64), dict(patch_size=2)),
     "images": Example(lambda: digits(8, 8), dict(patch_size=1)),
-    # positions as faint as the tokens of large patches are
+    # patches of few values need a larger std than the default
     "volumes": Example(volumes, dict(patch_size=3, position_std=0.1)),
     "video": Example(video, dict(patch_size=(2, 3, 3), position_std=0.1, factorized=True)),
 }
 
 
 def train(name: str, model_name: str, epochs: int, progress: tqdm[Any]) -> tuple[int, float]:
-    """Parameters of the model and its accuracy on the samples that it has not seen."""
+    """Train a model on one of the datasets.
+
+    Args:
+        name: name of the dataset in ``EXAMPLES``.
+        model_name: name of the model.
+        epochs: number of epochs.
+        progress: progress bar, advanced once per step.
+
+    Returns:
+        The number of parameters, and the accuracy on the held-out samples.
+    """
     torch.manual_seed(0)
     example = EXAMPLES[name]
     x, y = example.samples()
@@ -114,17 +129,19 @@ def train(name: str, model_name: str, epochs: int, progress: tqdm[Any]) -> tuple
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Run the program; ``arguments`` default to those of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m train.examples.dimensions", description=__doc__
     )
     models = [name for kind in ("vi?", "hybrid_vi?") for name in vx.list_models(kind)]
-    parser.add_argument("--model", choices=models, default="vip", help="(default: vip)")
-    parser.add_argument("--epochs", type=int, default=15, help="(default: 15)")
-    parser.add_argument("--only", nargs="+", choices=EXAMPLES, default=list(EXAMPLES))
+    parser.add_argument("--model", choices=models, default="vip", help="model name (default: vip)")
+    parser.add_argument("--epochs", type=int, default=15, help="number of epochs (default: 15)")
+    parser.add_argument("--only", nargs="+", choices=EXAMPLES, default=list(EXAMPLES),
+                        help="datasets to train on (default: all)")  # fmt: skip
     args = parser.parse_args(arguments)
     if args.epochs < 1:
         parser.error(f"--epochs {args.epochs} must be at least 1")
-    lines = [f"{'data':<10} {'parameters':>10} {'unseen samples right':>22}"]
+    lines = [f"{'data':<10} {'parameters':>10} {'held-out accuracy':>22}"]
     with tqdm(disable=None, unit="step") as progress:
         for name in dict.fromkeys(args.only):
             progress.set_description(name)
