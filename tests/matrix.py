@@ -1,13 +1,13 @@
-"""What each mixer can do: the literal that test_contract.py verifies and the README shows.
+"""What each mixer can do: the literal that test_contract.py verifies and docs/mixers.md shows.
 
-Run it to print the README's table: ``python tests/matrix.py``.
+Run it to print that table: ``python tests/matrix.py``.
 """
 
 from __future__ import annotations
 
 YES, NO = "✓", "–"
 
-# name in _TABLE -> heading in the README
+# name in _TABLE -> heading in docs/mixers.md
 CAPABILITIES = {
     "rope": "RoPE",
     "bias": "position bias",
@@ -63,7 +63,7 @@ MATRIX = _parse(_TABLE)
 
 
 def markdown() -> str:
-    """The table for the README."""
+    """The table of docs/mixers.md."""
     lines = [
         ["mixer", *CAPABILITIES.values()],
         ["---", *(":-:" for _ in CAPABILITIES)],

@@ -231,7 +231,7 @@ def test_rope(name: str, axes: str, kind: str) -> None:
     mixer, x = make(name, grid).eval(), tokens(grid)
     angles = RotaryPosition(grid, DIM // HEADS, kind)()
     plain = mixer(x, grid)
-    with cell(name, "rope", ValueError, "no queries and keys to rotate"):
+    with cell(name, "rope", ValueError, "does not take rotary positions"):
         zero = mixer(x, grid, torch.zeros_like(angles))
         torch.testing.assert_close(zero, plain, rtol=0, atol=1e-10)
         assert (mixer(x, grid, angles) - plain).abs().max() > 1e-6

@@ -263,7 +263,7 @@ def test_rope_on_a_mixer_that_cannot(name: str) -> None:
     words = [repr(name), "rope", "'raster'"]
     assert_refused(words, vx.create_model, "vit_test", mixer=name, rope="raster")
     mixer, x = make(name), torch.randn(2, GRID.length, 14)
-    assert_refused(["queries and keys to rotate", "rope"], mixer, x, GRID, torch.zeros(36, 4))
+    assert_refused(["rotary positions", "rope"], mixer, x, GRID, torch.zeros(36, 4))
 
 
 @pytest.mark.parametrize("name", [m for m in vx.list_mixers() if takes_rope(m)])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from blocks import ROOT, between, blocks, layers, learned_errors, measured
+from blocks import DEVICE, RESULTS, ROOT, between, blocks, layers, learned_errors, measured
 from PIL import Image
 
 import vision_xformer as vx
@@ -142,7 +142,7 @@ def test_pictures_are_drawn_from_the_results() -> None:
 
 
 def test_pictures_of_the_demo_and_of_the_readme_have_their_own_sources() -> None:
-    [mixers] = (ROOT / "results" / "benchmark").rglob("mixers.csv")
+    mixers = RESULTS / DEVICE / "mixers.csv"
     for picture, source in (
         (ROOT / "docs" / "benchmark" / "cost.png", mixers),
         (ROOT / "docs" / "demo.png", ROOT / "results" / "demo" / "results.json"),

@@ -202,7 +202,7 @@ def test_rope(name, grid, wiring, kind):
     mixer, x = make(name, grid, wiring).eval(), tokens(grid)
     angles = RotaryPosition(grid, DIM // HEADS, kind)()
     if not takes_rope(name):
-        with pytest.raises(ValueError, match="no queries and keys to rotate"):
+        with pytest.raises(ValueError, match="does not take rotary positions"):
             mixer(x, grid, angles)
         return
     plain = mixer(x, grid)

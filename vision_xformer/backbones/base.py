@@ -276,13 +276,13 @@ def make_rope(kind: RopeKind | None, mixer: Mixer, name: str) -> RotaryPosition 
     """Rotary positions of a ``kind`` for the mixer of that name; None for ``kind`` None.
 
     Raises:
-        ValueError: for a mixer without queries and keys.
+        ValueError: for a mixer that does not take them.
     """
     if kind is None:
         return None
     if mixer.rope_dim is None:
         raise ValueError(
-            f"mixer {name!r} has no queries and keys to rotate: rope must be None, not {kind!r}"
+            f"mixer {name!r} does not take rotary positions: rope must be None, not {kind!r}"
         )
     return RotaryPosition(mixer.grid, mixer.rope_dim, kind)
 

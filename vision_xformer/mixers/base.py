@@ -70,7 +70,7 @@ class Mixer(nn.Module):
                 "load_weights(..., resize=True) carries tables of tokens over"
             )
         if rope is not None and self.rope_dim is None:
-            raise ValueError(f"{name} has no queries and keys to rotate: leave rope out")
+            raise ValueError(f"{name} does not take rotary positions: leave rope out")
         if rope is not None and rope.shape[0] != grid.length:
             raise ValueError(
                 f"rope of shape {tuple(rope.shape)} must have a row for each of the "
