@@ -132,8 +132,8 @@ def draw(rows: list[dict[str, Any]], path: Path, source: str) -> None:
         0.01, 0.85,
         "8 x 8 pixels, 64 tokens, trained in seconds; accuracy on a held-out fifth. Here the "
         "Hybrid stem has batch norm and GELU.\n"
-        "With so few tokens, Performer and Nyströmformer cost more than full attention; they win on "
-        "longer sequences.",
+        "With so few tokens, Performer and Nyströmformer cost more than full attention; they win "
+        "on longer sequences.",
         color="#57606a",
     )  # fmt: skip
     handles, names = axes[0].get_legend_handles_labels()
