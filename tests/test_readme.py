@@ -15,10 +15,10 @@ import vision_xformer as vx
 from train.__main__ import command_line, parse, with_command
 from train.benchmark.__main__ import command_line as benchmark_line
 from train.benchmark.cases import Case, facts
-from train.benchmark.page import fingerprint
 from train.benchmark.pictures import crossing, series
 from train.benchmark.rows import label
 from train.commands import read_runs
+from train.provenance import fingerprint
 
 README = (ROOT / "README.md").read_text()
 PAGES = {

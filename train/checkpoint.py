@@ -30,7 +30,7 @@ def resolved(config: RunConfig) -> str:
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
-def fingerprint(run: Run) -> list[str]:
+def data_fingerprint(run: Run) -> list[str]:
     """The classes and images that a state belongs to."""
     data = run.data
     return [*data.classes, *(part.fingerprint() for part in (data.train, data.val, data.test))]
@@ -43,7 +43,7 @@ def save_state(run: Run) -> None:
     scaler = run.accelerator.scaler
     state = {
         "config": resolved(run.config),
-        "data": fingerprint(run),
+        "data": data_fingerprint(run),
         "step": run.step,
         "rows": run.rows,
         "best": run.best,
@@ -110,7 +110,7 @@ def _check(run: Run, state: dict[str, Any]) -> None:
             f"{path} belongs to a run with another configuration than its config.yaml now: undo "
             "what was changed there, or start a new run"
         )
-    if state["data"] != fingerprint(run):
+    if state["data"] != data_fingerprint(run):
         raise ValueError(
             f"{path} belongs to a run with other images or classes than {data.name} in "
             f"{data.root} has now: bring them back, or start a new run"

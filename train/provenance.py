@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import platform
 import subprocess
@@ -19,6 +20,11 @@ import vision_xformer as vx
 from .atomic import read_json, write_whole
 
 _PACKAGES = ("torch", "torchvision", "accelerate", "einops")
+
+
+def fingerprint(file: Path) -> str:
+    """Return a hash of a CSV file, stored in the metadata of the figures drawn from it."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
 def git_revision() -> dict[str, Any]:

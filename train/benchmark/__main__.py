@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 import vision_xformer as vx
 
-from ..__main__ import parse
 from ..cli import Parser, parse_command, with_commands
 from ..commands import folder_of, read_runs
 from ..html import Table
+from ..recipes import parse
 from ..report import cost_sections
 from .cases import BASE, DTYPES, EAGER, Case, grid_of, mixer_of
 from .compare import compare

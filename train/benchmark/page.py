@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..html import Section, write_page
 from ..plots import save
+from ..provenance import fingerprint
 from .errors import error_section
 from .pictures import bars, lengths, wins
 from .rows import Row, column_table, package_table, read_csv, read_rows, refusals
@@ -74,11 +74,6 @@ def sections(file: Path) -> dict[str, Section]:
                 [*comments, *refusals(some), LIMITS],
             )
     return made
-
-
-def fingerprint(file: Path) -> str:
-    """Return a hash of a CSV file, stored in the metadata of the figures drawn from it."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
 def write(files: Sequence[Path], more: Sequence[Section], out: Path) -> list[Path]:

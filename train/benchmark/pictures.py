@@ -13,6 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from ..html import Table
 from ..plots import BLUE, STYLE, save
+from ..provenance import fingerprint
 from .cases import BASE, EAGER, PAIRS
 from .controls import CONTROLS
 from .rows import Row, label, number, read_rows
@@ -322,8 +323,6 @@ def main(arguments: Sequence[str]) -> None:
     Args:
         arguments: CSV file of single layers, and PNG file to write.
     """
-    from .page import fingerprint  # avoids a circular import
-
     source, out = map(Path, arguments)
     comments, rows = read_rows(source)
     save(headline(rows, comments[0].partition(": ")[2]), out, source=fingerprint(source))

@@ -22,11 +22,11 @@ from tqdm import tqdm
 
 from ..atomic import write_whole
 from ..augment import plain
-from ..benchmark.page import fingerprint
 from ..config import AugmentConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
 from ..loop import Run
 from ..measure import bytes_kept
 from ..plots import save
+from ..provenance import fingerprint
 
 MIXERS: dict[str, dict[str, Any]] = {
     "ViT": {},

@@ -259,7 +259,7 @@ class Block(nn.Module):
             self.scale2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.drop_path = make_drop_path(drop_path)
 
-    def forward(self, x: Tensor, grid: TokenGrid, rope: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> Tensor:
         """Apply the block to tokens (B, N, D) on ``grid``, with angles ``rope`` (N, A)."""
         x = x + self.drop_path(self.scale1(self.mixer(self.norm1(x), grid, rope)))
         if self.mlp is None:

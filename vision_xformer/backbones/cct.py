@@ -54,7 +54,7 @@ class CCTBlock(Block):
     Shape: (B, N, D) -> (B, N, D)
     """
 
-    def forward(self, x: Tensor, grid: TokenGrid, rope: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> Tensor:
         """Apply the block to tokens (B, N, D) on ``grid``, with angles ``rope`` (N, A)."""
         x = x + self.drop_path(self.scale1(self.mixer(self.norm1(x), grid, rope)))
         if self.mlp is None:

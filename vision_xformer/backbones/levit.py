@@ -208,7 +208,7 @@ class LeViTBlock(nn.Module):
         self.mlp = nn.Sequential(*layers)
         self.drop_path = make_drop_path(drop_path)
 
-    def forward(self, x: Tensor, grid: TokenGrid, rope: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> Tensor:
         """Apply the block to tokens (B, N, D) on ``grid``, with angles ``rope`` (N, A)."""
         y = self.mixer(x, grid, rope)
         x = y if self.downsamples else x + self.drop_path(y)
