@@ -41,7 +41,7 @@ def create_model(
             the name that it does not have are left out.
         mixer_options: added to those of the name; an option that the mixer does not have raises an
             error. ``stem_options`` likewise.
-        weights: a state dict or a file of one, under any names that
+        weights: a state dict or the path of one, with any keys that
             :func:`~vision_xformer.load_weights` understands. Tensors that fit are loaded; a warning
             lists the others. To require all of them, or to resize tables, call ``load_weights``.
         overrides: any other field of the configuration, such as ``num_classes``, or
@@ -112,7 +112,7 @@ def save_model(model: VisionModel, path: str | os.PathLike[str]) -> None:
     """Write weights and configuration to one safetensors file, atomically.
 
     Raises:
-        ValueError: for another kind of module, or a path that cannot be the file.
+        ValueError: for a module that is not a VisionModel, or an invalid path.
         OSError: if it cannot be written.
     """
     path = Path(path)

@@ -1,8 +1,8 @@
-"""Operations of a forward pass.
+"""Count the floating-point operations of a forward pass.
 
 A multiply-add counts as 2. Matrix products and convolutions are counted; element-wise operations
-are ignored (the convention of ``torch.utils.flop_counter``). Kernels and mixers may state their own
-number: a counter sees no FFT, and would count what an implementation does beyond its equation.
+are ignored (the convention of ``torch.utils.flop_counter``). Kernels and mixers may report their
+own count: a counter does not see FFTs, and would include work that is not part of the equation.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 def count_flops(module: nn.Module, *inputs: Any) -> int:
     """Count the operations of ``module(*inputs)`` in evaluation mode.
 
-    A submodule with a method ``flops`` counts for what that returns; it is called like the module.
+    A submodule's ``flops`` method, if any, replaces its count; it gets the ``forward`` arguments.
 
     Args:
         module: a model, mixer or any other module.

@@ -150,7 +150,7 @@ def name_to_config(name: str, mixer: str | None = None) -> Config:
     elif is_paper:
         fields["position_std"] = 1.0  # as in the paper; its convolutional stem encodes position
     if parsed.rope:
-        # The paper rotates by the position in the sequence; the field by row and column.
+        # The paper rotates by the position in the sequence; other models by row and column.
         fields["rope"] = "raster" if is_paper else "axial"
         other = {"position": "none", "position_bias": False}
         fields |= {k: v for k, v in other.items() if k in known}

@@ -74,8 +74,8 @@ class LearnedPosition(TokenTable):
 class FixedTable(nn.Module):
     """A computed, non-persistent table. Shape: () -> (N, C).
 
-    It is recomputed after every move of the module, so that it has its values after ``to_empty``,
-    and in float32 whatever the type of the module; with ``follows_type`` it is then rounded to it.
+    It is recomputed whenever the device or dtype of the module changes, so that it is valid after
+    ``to_empty``. It is computed in float32; with ``follows_type`` it is then cast to that dtype.
     """
 
     table: Tensor
@@ -156,8 +156,8 @@ class RasterSinCosPosition(SinCosPosition):
 class RotaryPosition(FixedTable):
     """Angles of rotary position embedding (Su et al. 2021, arXiv 2104.09864), in radians.
 
-    Angles are float32 in a module of any type: in half precision a position of 1000 is off by
-    several radians.
+    Angles are float32 whatever the dtype of the module: in bfloat16 an angle near 1000 would be
+    off by up to 2 radians.
 
     Shape: () -> (N, A)
 

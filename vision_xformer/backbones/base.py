@@ -64,7 +64,7 @@ class VisionModel(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replace the head by a new one for ``num_classes``; 0 returns the pooled features."""
+        """Replace the head with a new one for ``num_classes``; 0 returns the pooled features."""
         self.config = dataclasses.replace(self.config, num_classes=num_classes)
         reference = next(self.parameters())
         self.head = self.make_head(num_classes).to(reference).train(self.training)
@@ -78,7 +78,7 @@ class VisionModel(nn.Module):
         return head
 
     def weight_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and type of every saved tensor by name."""
+        """Shape and dtype of every saved tensor by name."""
         return {k: (tuple(v.shape), v.dtype) for k, v in self.state_dict().items()}
 
     def summary(self, depth: int = 2) -> str:
@@ -147,7 +147,7 @@ def _statistics_kept(block: nn.Module) -> Iterator[None]:
 
 
 class Stage(Checkpointed):
-    """Blocks on one grid: tokens (B, N, D) -> (B, N, D). It works alone, and indexes its blocks.
+    """Blocks on one grid: (B, N, D) -> (B, N, D). It can be called alone and indexed by block.
 
     Args:
         blocks: modules called as ``block(x, grid, rope)``.
@@ -230,7 +230,7 @@ class Block(nn.Module):
 
     Args:
         mixer: of width D.
-        mlp_ratio: hidden width of the MLP for a width of 1; 0 disables the MLP.
+        mlp_ratio: ratio of the hidden width of the MLP to D; 0 disables the MLP.
         dropout: dropout in the MLP.
         drop_path: probability with which a sample skips a branch.
         layer_scale: initial value of LayerScale, or None for none.

@@ -25,7 +25,7 @@ class ClassProjection(SplitProjection):
     Args:
         dim: token width D.
         grid: positions of the N tokens, the class token first.
-        widths: of q, k and v; of q and k where the values are the keys.
+        widths: of q, k and v; of q and k if the values are the keys.
         bias: whether the layers have one.
     """
 

@@ -46,7 +46,7 @@ class Config:
         check_at_least("position_std", values.get("position_std", 0.0), 0)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values under field names, and the name of the backbone: rebuilds the model."""
+        """The fields as plain values, and the name of the backbone; ``create_model`` accepts it."""
 
         def plain(value: Any) -> Any:
             if isinstance(value, dict):
@@ -88,7 +88,7 @@ class BlockConfig(MixerConfig):
     """Configuration of models made of :class:`Block`.
 
     Args:
-        mlp_ratio: hidden width of the MLPs for a width of 1.
+        mlp_ratio: ratio of the hidden width of the MLPs to D.
         dropout: dropout in the MLP; that of a mixer is one of its options.
         drop_path: stochastic depth of the last block, rising linearly from 0 at the first.
         norm_eps: epsilon of the layer norms.
@@ -117,7 +117,7 @@ class StageFields:
     def check_stages(self, mixer: str, *names: str) -> None:
         """Raise a ValueError unless these fields have a positive value for each of ``dims``.
 
-        So must ``heads`` for a mixer that has them; for others they must be None.
+        The same holds for ``heads`` if the mixer has heads; otherwise it must be None.
         """
         if takes_heads(mixer):
             names = (*names, "heads")

@@ -85,8 +85,8 @@ class CrossFormerConfig(PyramidConfig):
     Args:
         stem_kernels: kernel sizes of the stem.
         merge_kernels: kernel sizes of the convolutions between stages.
-        intervals: of each stage, between the tokens that attend to each other in a long-distance
-            block; it divides the grid. With 1 these are all tokens.
+        intervals: for each stage, the distance between tokens that attend to each other in a
+            long-distance block; it must divide the grid. With 1, all tokens attend to each other.
     """
 
     backbone: ClassVar[str] = "crossformer"
@@ -129,7 +129,7 @@ class CrossFormerConfig(PyramidConfig):
 
 @BACKBONES.register("crossformer")
 class CrossFormer(Pyramid):
-    """CrossFormer; every second block attends among tokens at an interval.
+    """CrossFormer; in every other block, attention is among tokens at an interval.
 
     The bias of each offset is predicted by a small network.
 

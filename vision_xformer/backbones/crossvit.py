@@ -1,7 +1,7 @@
 """CrossViT (Chen et al. 2021, arXiv 2103.14899) with any mixer.
 
-Two branches see the image in patches of two sizes. After some blocks of its own, the class token of
-each attends to the patches of the other (section 3.3). The logits of both branches are averaged.
+Two branches see the image in patches of two sizes. After the blocks of each stage, the class token
+of one branch attends to the patches of the other (section 3.3). The logits of both are averaged.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class CrossViTConfig(StageFields, BlockConfig):
         patch_sizes: pixels per token of the two branches, on each axis.
         scales: scale at which each branch sees the image.
         dims: width D of each branch.
-        depths: number of blocks of each branch between two exchanges.
+        depths: number of blocks of each branch in each stage.
         heads: number of heads of each branch; None for a mixer without heads.
-        stages: number of exchanges.
+        stages: number of stages, each of which ends with an exchange.
         cross_heads: number of heads of the exchange, per attended branch.
         cross_mixer: mixer of the exchange, with queries and keys; it is already linear in N.
         cross_options: its options.
@@ -110,7 +110,7 @@ class Branch(nn.Module):
 class Exchange(nn.Module):
     """The class token of one branch attends to the tokens of the other.
 
-    It is projected to their width by a norm, GELU and a linear layer, and back by others.
+    A norm, GELU and a linear layer project it to their width, and another three project it back.
 
     Shape: (B, 1, D), (B, N, E) -> (B, 1, D)
 
@@ -182,7 +182,7 @@ class CrossStage(Checkpointed):
 
 
 class BranchHeads(nn.Module):
-    """Average a head for each branch. Shape: (B, D + E) -> (B, num_classes)."""
+    """Average the logits of one head per branch. Shape: (B, D + E) -> (B, num_classes)."""
 
     def __init__(self, heads: list[nn.Module]) -> None:
         super().__init__()

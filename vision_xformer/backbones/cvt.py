@@ -100,7 +100,7 @@ class ConvProjection(SplitProjection):
     Args:
         dim: token width D.
         grid: positions of the N tokens.
-        widths: of q, k and v; of q and k where the values are the keys.
+        widths: of q, k and v; of q and k if the values are the keys.
         bias: whether the linear layers have one.
         heads: number of heads.
         kernel: kernel size of the convolutions, odd.
@@ -190,7 +190,7 @@ class CvTEmbedding(nn.Module):
         shape: grid shape of the M input tokens.
         kernel: kernel size of the convolution.
         stride: its stride.
-        class_token: whether a class token is put in front.
+        class_token: whether to prepend a class token.
         norm_eps: epsilon of the layer norm.
 
     Attributes:

@@ -52,8 +52,8 @@ class LeViTConfig(StageFields, MixerConfig):
         value_ratio: value width per head for a key width of 1, doubled where the grid is
             downsampled; for mixers with values.
         mlp_ratio: hidden width of the MLPs for a width of 1.
-        position_bias: whether logits get a learned bias for each distance; False for a mixer that
-            forms no attention map.
+        position_bias: whether to add a learned bias for each distance to the logits; False for a
+            mixer that does not support it.
         rope: rotary positions, "axial" or "raster", or None.
         drop_path: probability with which a sample skips a branch.
         distilled: whether there is a second head, for the labels of a teacher (section 4.1).
@@ -100,8 +100,8 @@ class NormProjection(Projection):
     Args:
         dim: token width D.
         grid: positions of the N tokens.
-        widths: of q, k and v; of q and k where the values are the keys.
-        stride: queries are taken at every such position.
+        widths: of q, k and v; of q and k if the values are the keys.
+        stride: stride of the queries on the grid.
     """
 
     def __init__(self, dim: int, grid: TokenGrid, widths: tuple[int, ...], stride: int) -> None:
@@ -146,8 +146,8 @@ def levit_attention(
         value_ratio: value width per head for a key width of 1.
         position_bias: whether the logits get a bias.
         stride: with 2 the attention downsamples the grid.
-        out_dim: output width E; D by default. If neither it nor the stride changes the tokens, the
-            mixer is a residual branch and is initialized to zero.
+        out_dim: output width E; D by default. With stride 1 and no ``out_dim`` the mixer is a
+            residual branch, whose output is initialized to zero.
 
     Returns:
         A mixer (B, N, D) -> (B, n, E).
@@ -192,7 +192,7 @@ class LeViTBlock(nn.Module):
 
     Args:
         mixer: (B, N, D) -> (B, n, E).
-        dim: width E that comes out.
+        dim: output width E.
         mlp_ratio: hidden width of the MLP for a width of 1.
         drop_path: probability with which a sample skips a branch.
         downsamples: whether the mixer downsamples the grid.
@@ -317,7 +317,7 @@ class LeViT(VisionModel):
         return both
 
     def set_distilled_training(self, enable: bool = True) -> None:
-        """Return the logits of both heads separately in training, for a loss each.
+        """Return the logits of both heads separately in training, so that each has its own loss.
 
         Raises:
             ValueError: for a model without a second head.

@@ -70,7 +70,7 @@ class ReductionProjection(SplitProjection):
     Args:
         dim: token width D.
         grid: positions of the N tokens.
-        widths: of q, k and v; of q and k where the values are the keys.
+        widths: of q, k and v; of q and k if the values are the keys.
         bias: whether the linear layers have one.
         reduction: kernel size and stride of the convolution.
     """
@@ -195,7 +195,7 @@ class PVTEmbedding(nn.Module):
         channels: input width C.
         dim: width D.
         shape: grid shape of the M input tokens.
-        stride: of the convolution, whose kernel size is twice the stride minus 1.
+        stride: of the convolution, whose kernel size is 2 * stride - 1, and at least 3.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What pyramids of windows share: stages of blocks, with a halved grid in between.
+"""Shared base of pyramids with window attention: stages of blocks, each on half the grid.
 
 Swin (Liu et al. 2021, arXiv 2103.14030) and CrossFormer (Wang et al. 2021, arXiv 2108.00154) are
 such pyramids, with any mixer that has queries and keys.
@@ -34,10 +34,10 @@ class PyramidConfig(StageFields, BlockConfig):
         dims: width D of each stage.
         depths: number of blocks of each stage.
         heads: number of heads of each stage.
-        window: tokens of a window on each axis. The last window of a grid that is not a multiple of
-            it is smaller; the authors of Swin, and timm, pad with zeros instead.
-        position_bias: whether logits get a bias for each offset; False for a mixer that forms no
-            attention map.
+        window: window size on each axis, in tokens. If the grid is not a multiple of it, the last
+            window is smaller; the authors of Swin and timm pad with zeros instead.
+        position_bias: whether to add a bias for each offset to the logits; False for a mixer that
+            does not support it.
     """
 
     patch_size: int | tuple[int, ...] = 4

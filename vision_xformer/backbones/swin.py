@@ -1,4 +1,4 @@
-"""Swin (Liu et al. 2021, arXiv 2103.14030): windows, shifted in every second block."""
+"""Swin (Liu et al. 2021, arXiv 2103.14030): windows, shifted in every other block."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NEIGHBORS = {
 class PatchMerging(nn.Module):
     """Concatenate neighbors, 2 on each axis, then norm and linear layer (section 3.1).
 
-    Where an axis is odd it is padded with zeros.
+    Axes of odd length are padded with zeros.
 
     Shape: (B, N, D) -> (B, n, E)
 
@@ -65,7 +65,7 @@ class SwinConfig(PyramidConfig):
 
 @BACKBONES.register("swin")
 class Swin(Pyramid):
-    """Swin; the windows of every second block are shifted by half of one.
+    """Swin; in every other block the windows are shifted by half their size.
 
     Shape: (B, C, *shape) -> (B, num_classes)
 

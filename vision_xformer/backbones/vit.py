@@ -47,7 +47,7 @@ class IsotropicConfig(BlockConfig):
         dim: width D.
         depth: number of blocks.
         heads: number of heads; None for a mixer without heads.
-        mlp_ratio: hidden width of the MLPs for a width of 1; 0 for blocks without an MLP.
+        mlp_ratio: ratio of the hidden width of the MLPs to D; 0 for blocks without an MLP.
         factorized: for video: mix within each frame, then over time (Arnab et al. 2021, model 3),
             instead of jointly.
         stem: stem by name: "patch", "conv" (hybrid), "tokenizer" (CCT), "levit", "fft" or "v0.2".

@@ -31,12 +31,12 @@ class Site(NamedTuple):
 class Kernel(nn.Module):
     """Map q (B, H, N, K), k (B, G, M, K) and v (B, G, M, V) to (B, H, N, V).
 
-    Called like this a kernel is complete: nothing has to be done before or after. Subclasses add
-    their options as keyword-only constructor arguments. A subclass may define ``flops``, called as
-    :meth:`forward` is, see :func:`~vision_xformer.count_flops`.
+    A kernel is complete: it needs no scaling or normalization before or after. Subclasses add their
+    options as keyword-only constructor arguments. A subclass may define ``flops``, with the
+    arguments of :meth:`forward`, see :func:`~vision_xformer.count_flops`.
 
     Args:
-        site: where the kernel is built.
+        site: heads, widths and grids, see :class:`Site`.
 
     Attributes:
         takes_rope: whether rotating q and k before the kernel is meaningful.

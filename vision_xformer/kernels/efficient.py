@@ -1,7 +1,7 @@
 """Efficient attention (Shen et al. 2018, arXiv 1812.01243, eq. 3-6): rho_q(q) (rho_k(k)^T v).
 
 rho_q is a softmax over the K channels of a query, rho_k one over the M keys of a channel: each
-channel of the keys is a map over the image, and a query weighs what these maps gather.
+channel of the keys is an attention map over the image, and a query is a weighting of these maps.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class EfficientAttention(Kernel):
     Shape: (B, H, N, K), (B, H, M, K), (B, H, M, V) -> (B, H, N, V)
 
     Args:
-        site: where the kernel is built.
+        site: heads, widths and grids of the kernel.
     """
 
     takes_rope = False

@@ -1,6 +1,6 @@
 """Linear attention (Katharopoulos et al. 2020, arXiv 2006.16236, eq. 4-7).
 
-f(q) (f(k)^T v) / (f(q) sum f(k)) with f(x) = elu(x) + 1. The cost is N K V; nothing N x M exists.
+f(q) (f(k)^T v) / (f(q) sum f(k)) with f(x) = elu(x) + 1. The cost is N K V; no N x M map is formed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .base import KERNELS, Kernel
 
 
 def _feature(x: Tensor) -> Tensor:
-    """elu(x) + 1, written with exp and relu: inductor mislays the memory format of elu."""
+    """elu(x) + 1, written with exp and relu: inductor gets the memory format of elu wrong."""
     return x.clamp(max=0).exp() + x.relu()
 
 
@@ -25,7 +25,7 @@ class LinearAttention(Kernel):
     Shape: (B, H, N, K), (B, H, M, K), (B, H, M, V) -> (B, H, N, V)
 
     Args:
-        site: where the kernel is built.
+        site: heads, widths and grids of the kernel.
     """
 
     takes_rope = False

@@ -58,7 +58,7 @@ class Linformer(MapKernel):
     Shape: (B, H, N, K), (B, G, M, K), (B, G, M, V) -> (B, H, N, V); G is 1 with ``one_kv_head``
 
     Args:
-        site: where the kernel is built.
+        site: heads, widths and grids of the kernel.
         rank: number R of projected keys and values; the cost is R (M + N) per channel.
         share_kv: use the keys as values, and E as F (section 4, "key-value sharing").
         one_kv_head: share keys and values between all heads.

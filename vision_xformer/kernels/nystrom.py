@@ -4,9 +4,9 @@ With landmarks ql and kl, and all logits scaled by 1/sqrt(K):
 
     softmax(q kl^T) pinv(softmax(ql kl^T)) softmax(ql k^T) v  +  depth-wise convolution of v
 
-The two outer maps are fused attention calls, so nothing N x m is
-stored. pinv is a fixed number of Newton-Schulz steps (eq. 14): a regularized inverse that the
-method relies on. Its start is scaled for each matrix alone, so no image depends on its batch.
+The two outer maps are fused attention calls, so no N x m matrix is stored. pinv is a fixed number
+of Newton-Schulz steps (eq. 14): a regularized inverse that the method relies on. The initial value
+is scaled for each matrix separately, so the output for an image does not depend on its batch.
 """
 
 from __future__ import annotations
@@ -100,13 +100,13 @@ class Nystrom(Kernel):
     Shape: (B, H, N, K), (B, H, M, K), (B, H, M, V) -> (B, H, N, V)
 
     Args:
-        site: where the kernel is built.
+        site: heads, widths and grids of the kernel.
         landmarks: number m of landmarks; fewer where there are fewer tokens. The cost is N m + m^3.
         iterations: number of Newton-Schulz steps.
         residual_kernel: taps of the convolution of v along the sequence, odd; 0 for none.
-        segments: what a landmark is the mean of: "grid", rectangular patches of the image, or
-            "sequence", runs of the row-major sequence as in the paper. Segments differ by at most
-            one row, nothing is padded, and prefix tokens are never part of a landmark.
+        segments: which tokens a landmark averages: "grid", rectangular patches of the image, or
+            "sequence", runs of the row-major sequence as in the paper. Along an axis the lengths
+            of segments differ by at most 1, nothing is padded, and prefix tokens are excluded.
 
     Raises:
         ValueError: for an invalid option, or queries and keys on grids of different axes.
@@ -142,7 +142,7 @@ class Nystrom(Kernel):
         return means.unflatten(2, (self.site.heads, -1)).transpose(1, 2)
 
     def _parts(self, queries: TokenGrid, keys: TokenGrid) -> tuple[int, ...]:
-        """One choice for queries and keys, so that landmark i has the same position in both."""
+        """The same parts for queries and keys, so that landmark i has one position in both."""
         if self.segments == "sequence":
             shorter = min(math.prod(queries.shape), math.prod(keys.shape))
             return (min(self.landmarks, shorter),)

@@ -49,8 +49,8 @@ def random_projection(features: int, key_dim: int, orthogonal: bool) -> Tensor:
 class _SoftmaxFeatures:
     """phi, up to factors that cancel, and its derivative, as in performer-pytorch.
 
-    The maximum of w.x is subtracted from the exponent: per query, or over all keys of a head. It is
-    a constant of the derivative. An eps that is added later keeps the normalizer from vanishing.
+    The maximum of w.x is subtracted from the exponent: per query, or over all keys of a head. The
+    derivative treats it as a constant. An eps added later keeps the normalizer from vanishing.
     x is (..., L, K); w is (m, K) and contains the factor K^(-1/4).
     """
 
@@ -224,13 +224,13 @@ class Performer(Kernel):
     """Softmax attention approximated by positive random features (FAVOR+). It works on any grid.
 
     Features are drawn once and saved with the weights; :func:`~vision_xformer.redraw_features`
-    draws new ones. There are no second derivatives. Under torch.compile before PyTorch 2.12, which
+    draws new ones. Double backward is not supported. Under torch.compile before PyTorch 2.12, which
     treats compiling as an export, the features are stored for the backward pass.
 
     Shape: (B, H, N, K), (B, H, M, K), (B, H, M, V) -> (B, H, N, V)
 
     Args:
-        site: where the kernel is built.
+        site: heads, widths and grids of the kernel.
         features: number m of random features; ``None`` for int(K ln K). The cost is N m.
         orthogonal: use orthogonal rows of the projection, for less variance at the same m.
         feature_map: "softmax" (FAVOR+) or "relu", the generalized kernel.

@@ -15,11 +15,11 @@ _SMALL_MAP = 2**18  # entries of a head's map: 2 bytes each fit in the cache of 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, dropout: float = 0.0
 ) -> Tensor:
-    """Fused attention: the map is never stored.
+    """Softmax attention, fused (the map is never stored) unless the explicit formula is faster.
 
     PyTorch's CPU kernel is fused only without dropout and bias and for V == K; its fallback is
-    slower than the explicit formula, which is used here instead. So is its fused backward pass of
-    small maps in half precision: 4 times at 64 x 64 tokens, twice at 256 x 256.
+    slower than the explicit formula, which is used here instead. The fused backward pass is also
+    slower for small maps in half precision: 4 times at 64 x 64 tokens, twice at 256 x 256.
 
     Shape: (B, H, N, K), (B, H, M, K), (B, H, M, V), bias (H, N, M) -> (B, H, N, V)
     """
@@ -43,7 +43,7 @@ class MapKernel(Kernel):
     """Base of the kernels that form an attention map.
 
     Args:
-        site: where the kernel is built.
+        site: heads, widths and grids of the kernel.
         dropout: probability of dropping an attention weight in training.
 
     Raises:
@@ -84,7 +84,7 @@ class Softmax(MapKernel):
     Shape: (B, H, N, K), (B, H, M, K), (B, H, M, V) -> (B, H, N, V)
 
     Args:
-        site: where the kernel is built.
+        site: heads, widths and grids of the kernel.
         dropout: probability of dropping an attention weight in training.
     """
 
@@ -110,7 +110,7 @@ class SoftmaxEager(MapKernel):
     Shape: (B, H, N, K), (B, H, M, K), (B, H, M, V) -> (B, H, N, V)
 
     Args:
-        site: where the kernel is built.
+        site: heads, widths and grids of the kernel.
         dropout: probability of dropping an attention weight in training.
     """
 

@@ -35,7 +35,7 @@ class TalkingHeads(MapKernel):
     Shape: (B, H, N, K), (B, H, M, K), (B, H, M, V) -> (B, H, N, V)
 
     Args:
-        site: where the kernel is built.
+        site: heads, widths and grids of the kernel.
         dropout: probability of dropping an attention weight in training.
     """
 

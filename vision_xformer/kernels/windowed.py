@@ -1,9 +1,9 @@
 """Any kernel inside windows of the grid, or among tokens at an interval.
 
 Windows are truncated at the image border instead of rolled and masked as in Swin (Liu et al. 2021,
-arXiv 2103.14030, section 3.2), so no kernel needs a mask. The same holds for the last window of a
-grid that is not a multiple of it, where the authors and timm pad with zeros that are attended to:
-the same weights give other logits there.
+arXiv 2103.14030, section 3.2), so no kernel needs a mask. If the grid is not a multiple of the
+window, the last window is truncated as well, whereas the authors and timm pad with zeros that are
+attended to: the same weights then give different logits.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ class Windows:
         size: cells of a window on each axis; fewer where the grid has fewer. With an interval, a
             window has as many cells as the interval leaves.
         shift: cells after which the first window of each axis ends.
-        interval: with more than 1 a window is not a run of cells but every ``interval``-th one
+        interval: above 1, a window is every ``interval``-th cell instead of a run of cells
             (long-distance attention, CrossFormer, Wang et al. 2021, arXiv 2108.00154, section 3.2);
-            it divides each axis.
+            it must divide each axis.
 
     Raises:
         ValueError: for sizes that do not fit together.

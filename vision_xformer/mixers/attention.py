@@ -24,11 +24,11 @@ class Projection(nn.Module):
     Args:
         dim: token width D.
         grid: positions of the N tokens.
-        widths: of q, k and v; of q and k where the values are the keys.
+        widths: of q, k and v; of q and k if the values are the keys.
 
     Attributes:
-        stride: queries, and what comes out, are at every such position of the grid.
-        kv_stride: so are keys and values.
+        stride: stride of the queries, and so of the output tokens, on the grid.
+        kv_stride: stride of keys and values on the grid.
     """
 
     stride: int = 1
@@ -43,7 +43,7 @@ class Projection(nn.Module):
         raise NotImplementedError
 
     def queries(self, grid: TokenGrid) -> TokenGrid:
-        """The positions of the queries, and of what comes out."""
+        """The positions of the queries, which are those of the output tokens."""
         return grid if self.stride == 1 else grid.strided(self.stride)
 
     def keys(self, grid: TokenGrid) -> TokenGrid:
@@ -62,7 +62,7 @@ class LinearProjection(Projection):
     Args:
         dim: token width D.
         grid: positions of the N tokens.
-        widths: of q, k and v; of q and k where the values are the keys.
+        widths: of q, k and v; of q and k if the values are the keys.
         bias: whether the layer has one.
     """
 
@@ -84,7 +84,7 @@ class SplitProjection(Projection):
     Args:
         dim: token width D.
         grid: positions of the N tokens.
-        widths: of q, k and v; of q and k where the values are the keys.
+        widths: of q, k and v; of q and k if the values are the keys.
         bias: whether the layers have one.
     """
 
@@ -94,7 +94,7 @@ class SplitProjection(Projection):
         self.v = nn.Linear(dim, widths[2], bias=bias) if len(widths) == 3 else None
 
     def inputs(self, x: Tensor, grid: TokenGrid) -> tuple[Tensor, Tensor, Tensor]:
-        """What the three layers are applied to: (B, n, D), (B, M, D), (B, M, D)."""
+        """The inputs of the three layers: (B, n, D), (B, M, D), (B, M, D)."""
         return x, x, x
 
     def forward(
@@ -102,8 +102,8 @@ class SplitProjection(Projection):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Project tokens to q, k and v.
 
-        With ``shorten``, (B, M, C), (B, M, C') -> (B, R, C), (B, R, C'), keys and values are the R
-        sums over tokens that it takes, computed before the layers: E^T (x W) is (E^T x) W.
+        ``shorten``, (B, M, C), (B, M, C') -> (B, R, C), (B, R, C'), reduces the inputs of keys and
+        values to R sums over tokens before the layers: E^T (x W) equals (E^T x) W.
         """
         xq, xk, xv = self.inputs(x, grid)
         if shorten is None:
@@ -116,9 +116,9 @@ class SplitProjection(Projection):
 
 
 def _project_sums(layer: nn.Linear, x: Tensor, sums: Tensor) -> Tensor:
-    """Apply a layer to weighted sums over tokens (B, R, C), where its bias counts for each token.
+    """Apply a layer to weighted sums over tokens (B, R, C), with its bias weighted likewise.
 
-    ``sums`` (1, R, 1) are those of the weights. The layer is called on zero to get its bias.
+    ``sums`` (1, R, 1) are the sums of the weights. The layer is called on zero to get its bias.
     """
     if layer.bias is None:
         return layer(x)
@@ -129,7 +129,7 @@ def _project_sums(layer: nn.Linear, x: Tensor, sums: Tensor) -> Tensor:
 
 
 class Attention(Mixer):
-    """Multi-head attention made of the parts that it is given.
+    """Multi-head attention composed of a projection, a kernel and an output projection.
 
     Args:
         projection: tokens to queries, keys and values.
@@ -139,7 +139,7 @@ class Attention(Mixer):
         proj_dropout: dropout after the output projection.
 
     Raises:
-        ValueError: for a bias with a kernel that forms no attention map.
+        ValueError: for a bias with a kernel that does not support one.
     """
 
     def __init__(
@@ -154,8 +154,8 @@ class Attention(Mixer):
         super().__init__(projection.dim, kernel.site.heads, projection.grid)
         if bias is not None and not kernel.takes_bias:
             raise ValueError(
-                f"{type(kernel).__name__} forms no attention map to add a bias to: position_bias "
-                "must be False"
+                f"{type(kernel).__name__} has no attention map that a bias can be added to: "
+                "position_bias must be False"
             )
         self.projection, self.kernel, self.position_bias = projection, kernel, bias
         self.proj, self.proj_drop = proj, nn.Dropout(proj_dropout)

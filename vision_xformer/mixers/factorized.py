@@ -19,7 +19,7 @@ from .base import Mixer
 class AxisMixer(Mixer):
     """Mix along some axes; all other axes are folded into the batch.
 
-    Each sample of that batch has the prefix tokens; what they become is averaged.
+    Each sample of that batch gets a copy of the prefix tokens, and their outputs are averaged.
 
     Shape: (B, N, D) -> (B, N, D)
 
@@ -72,7 +72,7 @@ def subgrid(grid: TokenGrid, axes: tuple[int, ...]) -> TokenGrid:
 
 
 def space_time(make: Callable[[TokenGrid], Mixer], grid: TokenGrid) -> list[Mixer]:
-    """A mixer within each frame of a (T, H, W) grid, then one over time if there is any.
+    """A mixer within each frame of a (T, H, W) grid, then one over time if T is above 1.
 
     Raises:
         ValueError: for a grid without time.

@@ -141,7 +141,7 @@ def create_mixer(
 ) -> Mixer:
     """Build a single layer: a module ``mixer(x, grid)``, (B, N, D) -> (B, N, D).
 
-    It is wired as in ViT: linear layers to queries, keys and values and from the heads.
+    Attention is wired as in ViT: linear layers to queries, keys and values, and an output layer.
 
     Args:
         name: one of :func:`list_mixers`.

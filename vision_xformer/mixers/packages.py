@@ -2,7 +2,7 @@
 
 Each is imported when it is first built. Their known limits remain: nystrom-attention pads with
 tokens that take part in the softmax and shares a normalizer across the batch, so that the output of
-a sample depends on its neighbors; linformer takes one length only.
+a sample depends on its batch; linformer supports a single sequence length.
 """
 
 from __future__ import annotations

@@ -112,8 +112,8 @@ class ConvStem(Stem):
 class Tokenizer(Stem):
     """The convolutional tokenizer of CCT (Hassani et al. 2021, arXiv 2104.05704, section 3.3).
 
-    ``layers`` times convolution without bias, max-pool over 3, ReLU. The patch size is the product
-    of all strides; the convolutions share what the pools leave of it, the first ones most.
+    Each of ``layers`` layers is a convolution without bias, a max-pool of size 3, and ReLU. The
+    patch size is the product of all strides; :func:`distribute_strides` sets the convolutions'.
 
     Shape: (B, C, *shape) -> (B, N, D)
 
@@ -170,8 +170,8 @@ class Tokenizer(Stem):
 class LeViTStem(Stem):
     """The stem of LeViT (Graham et al. 2021, arXiv 2104.01136, section 4.2).
 
-    ``layers`` times 3x3 convolution and batch norm, with hard-swish in between; each doubles the
-    channels, up to D. The strides share the patch size, the first ones most.
+    Each of ``layers`` layers is a 3x3 convolution with batch norm, and hard-swish comes in between.
+    Each doubles the channels, up to D. The product of the strides is the patch size.
 
     Shape: (B, C, *shape) -> (B, N, D)
 

@@ -73,7 +73,8 @@ class Library(NamedTuple):
 
     Args:
         name: its name.
-        signature_key: pattern that matches a key of this family, and of no other.
+        signature_key: pattern of a key that identifies this family; the first library in
+            ``_LIBRARIES`` that matches is used.
         key_patterns: renaming of its keys, as above.
         convert: puts a tensor into our order: (key, tensor, the whole state) -> tensor.
     """
@@ -95,7 +96,7 @@ def _timm_vit(key: str, tensor: Tensor, state: Mapping[str, Tensor]) -> Tensor:
 
 
 def _timm_swin(key: str, tensor: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-    """The four merged tokens are column by column in timm, and row by row in ours."""
+    """timm merges the four tokens in column-major order, ours in row-major order."""
     if ".downsample." not in key:
         return tensor
     return tensor.unflatten(-1, (2, 2, -1)).transpose(-3, -2).flatten(-3)

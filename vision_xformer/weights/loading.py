@@ -205,7 +205,7 @@ def _report(matches: list[_Match]) -> LoadReport:
 
 
 def _problems(matches: list[_Match], resize: bool) -> list[str]:
-    """What a strict load refuses, as text."""
+    """The reasons why a strict load fails, as text."""
     missing = [p.key for m in matches if m.kind == "missing" for p in m.target]
     unexpected = [p.key for m in matches if m.kind == "unexpected" for p in m.source]
     kinds = {"missing": missing, "not in the module": unexpected}
@@ -224,7 +224,7 @@ def load_weights(
     resize: bool = False,
     strict: bool = True,
 ) -> LoadReport:
-    """Load weights into a model or mixer, completely or not at all.
+    """Load weights into a model or mixer; on an error the module is left unchanged.
 
     Understood keys: ours; those of vision_xformer 0.1.8 to 0.2.0 (ViN, ViP, ViL, FNet, FNet2D);
     those of performer-pytorch, nystrom-attention and linformer, whose modules can be loaded, too;
@@ -242,7 +242,7 @@ def load_weights(
             the report lists the others.
 
     Returns:
-        The keys that were used, resized, left out and not given.
+        The keys that were used, resized, unused and missing.
 
     Raises:
         ValueError: with ``strict``, if a tensor is missing, unexpected or of another shape; it
