@@ -86,7 +86,7 @@ def test_a_data_set_is_one_function(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_help_lists_the_data_sets(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["--help"])
+        main(["fit", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert f"which dataset, one of {', '.join(dataset_names())}." in text
 
