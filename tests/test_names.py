@@ -510,3 +510,11 @@ def test_heads_come_back_with_a_mixer_that_has_them() -> None:
     levit = vars(create("levif_test", mixer="softmax").config)
     assert (levit["heads"], levit["key_dim"], levit["position_bias"]) == ((3, 2), 4, True)
     assert vars(create("cvf_test", mixer="linformer").config)["heads"] == (3, 2)
+
+
+def test_an_option_of_the_mixer_is_said_to_be_one() -> None:
+    message = r"landmarks is an option of mixer 'nystrom': .* mixer_options=\{'landmarks': 32\}"
+    with pytest.raises(ValueError, match=message):
+        vx.create_model("vin_test", landmarks=32)
+    with pytest.raises(ValueError, match="unknown option of model 'vit_test': 'landmarks'"):
+        vx.create_model("vit_test", landmarks=32)

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .backbones import BACKBONES, Config, VisionModel
+from .mixers import mixer_options as options_of_mixer
 from .names import name_to_config, with_mixer
 from .options import check_options, check_types
 from .weights import load_weights, read_weights
@@ -60,6 +61,12 @@ def create_model(
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     given = {"mixer": mixer, "mixer_options": mixer_options}
     changes = overrides | {k: v for k, v in given.items() if v is not None}
+    own = options_of_mixer(str(fields["mixer"])) if "mixer" in fields else {}
+    for option in (overrides.keys() & own.keys()) - fields.keys():
+        raise ValueError(
+            f"{option} is an option of mixer {fields['mixer']!r}: give it as "
+            f"mixer_options={{{option!r}: {overrides[option]!r}}}"
+        )
     check_options(what, changes, {*fields, "image_size", "channels"})
     if image_size is not None or channels is not None:
         if "input_shape" in changes:

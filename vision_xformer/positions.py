@@ -38,6 +38,11 @@ class TokenTable(nn.Module):
         prefix = nn.Parameter(torch.randn(grid.prefix, dim) * std) if grid.prefix else None
         self.register_parameter("prefix", prefix)
 
+    def extra_repr(self) -> str:
+        """The sizes that ``print`` shows."""
+        *shape, dim = self.grid.shape
+        return f"grid={tuple(shape)}, dim={dim}"
+
     def forward(self) -> Tensor:
         """The table (N, C)."""
         rows = self.grid.flatten(0, -2)

@@ -69,6 +69,10 @@ class Stem(nn.Module):
         self.patch_size, shape = patch_grid(input_shape, patch_size, self.ragged)
         self.grid = TokenGrid(shape)
 
+    def extra_repr(self) -> str:
+        """The options that ``print`` shows."""
+        return f"patch_size={self.patch_size}, grid={self.grid.shape}"
+
     def forward(self, x: Tensor) -> Tensor:
         """Turn pixels (B, C, *shape) into tokens (B, N, D)."""
         raise NotImplementedError
