@@ -518,3 +518,5 @@ def test_an_option_of_the_mixer_is_said_to_be_one() -> None:
         vx.create_model("vin_test", landmarks=32)
     with pytest.raises(ValueError, match="unknown option of model 'vit_test': 'landmarks'"):
         vx.create_model("vit_test", landmarks=32)
+    with pytest.raises(ValueError, match=message):  # the mixer that is asked for, not the old one
+        vx.create_model(vx.create_model("vit_test").config, mixer="nystrom", landmarks=32)

@@ -61,10 +61,11 @@ def create_model(
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     given = {"mixer": mixer, "mixer_options": mixer_options}
     changes = overrides | {k: v for k, v in given.items() if v is not None}
-    own = options_of_mixer(str(fields["mixer"])) if "mixer" in fields else {}
-    for option in (overrides.keys() & own.keys()) - fields.keys():
+    used = str(mixer or fields["mixer"]) if "mixer" in fields else ""
+    own = options_of_mixer(used).keys() if used else set()
+    for option in sorted((overrides.keys() & own) - fields.keys()):
         raise ValueError(
-            f"{option} is an option of mixer {fields['mixer']!r}: give it as "
+            f"{option} is an option of mixer {used!r}: give it as "
             f"mixer_options={{{option!r}: {overrides[option]!r}}}"
         )
     check_options(what, changes, {*fields, "image_size", "channels"})
