@@ -11,6 +11,7 @@ import sys
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from timm.models import VisionTransformer
 from torch import nn
 
 import vision_xformer as vx
@@ -32,7 +34,8 @@ from train.evaluation import accuracy, predict
 from train.examples import demo
 from train.loop import Run
 from train.measure import bytes_kept
-from train.optim import average, learning_rate, parameter_groups
+from train.model import Sizes, build_model, load_model
+from train.optim import average, learning_rate, make_optimizer, parameter_groups
 from train.run_dir import discard
 
 ROOT = Path(__file__).parents[1]
@@ -482,6 +485,62 @@ def test_commands_without_a_run_are_refused(
     assert capsys.readouterr().err == f"error: {sentence}\n"
 
 
+TIMM = {"patch_size": 4, "embed_dim": 12, "depth": 1, "num_heads": 2}
+
+
+def test_a_model_of_timm_is_trained_and_rebuilt(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_for(tmp_path / "run")
+    config.model = ModelConfig(name="timm:vit_tiny_patch16_224", options=TIMM)
+    config.train.optimizer, config.train.ema = "muon", 0.9
+    run = Run(config)
+    assert isinstance(run.model, VisionTransformer)
+    assert run.model.pos_embed.shape == (1, 5, 12)
+    found = run.fit()
+    resumed = Run(config, tmp_path / "run")
+    assert resumed.step == run.step
+    logits = run.predict(run.data.test)[0]
+    model, sizes = load_model(tmp_path / "run" / "best.safetensors")
+    assert (type(model), sizes) == (VisionTransformer, Sizes(8, 1, 10))
+    again = predict(model, run.data.test, run.accelerator, 100)[0]
+    torch.testing.assert_close(again, logits, rtol=0, atol=0)
+    main(["evaluate", str(tmp_path / "run")])
+    assert f"test top-1 {found.top1:.2%}" in capsys.readouterr().out
+    taught = config_for(tmp_path / "student")
+    taught.train.teacher = str(tmp_path / "run" / "best.safetensors")
+    assert isinstance(Run(taught).teacher, VisionTransformer)
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        ({"name": "timm:vit_tiny_patch16_225"}, "did you mean 'vit_tiny_patch16_224'"),
+        ({"name": "timm:vit_tiny_patch16_224", "options": {"depht": 1}}, "depht"),
+        ({"name": "timm:vit_tiny_patch16_224", "mixer": "fourier"}, "attention of its own"),
+    ],
+)
+def test_a_model_of_timm_is_refused_by_name(model: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        build_model(ModelConfig(**model), Sizes(32, 3, 10))
+
+
+def test_muon_updates_maps_and_adamw_the_rest() -> None:
+    model = nn.Sequential(nn.LayerNorm(5), nn.Linear(5, 7))
+    config = TrainConfig(optimizer="muon", lr=0.1, weight_decay=0.0)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = make_optimizer(model, config)
+    (model(torch.randn(9, 5)).cos() * torch.randn(9, 7)).sum().backward()
+    optimizer.step()
+    steps = {n: b - p.detach() for b, (n, p) in zip(before, model.named_parameters(), strict=True)}
+    values = torch.linalg.svdvals(steps.pop("1.weight"))[:4]  # the fifth is 0: centered inputs
+    # Orthogonal up to five steps of its Newton iteration, at 0.2 sqrt(longer side).
+    assert ((values / (0.1 * 0.2 * 7**0.5) - 1).abs() < 0.4).all()
+    for step in steps.values():
+        # AdamW's first step has one size for all, with Nesterov's momentum 1.9 times the rate.
+        torch.testing.assert_close(step.abs(), torch.full_like(step, 0.19), rtol=1e-3, atol=0)
+
+
 def test_a_teacher_is_learned_beside_the_labels(tmp_path: Path) -> None:
     teacher = config_for(tmp_path / "teacher")
     Run(teacher).fit()
@@ -503,7 +562,7 @@ def test_a_teacher_is_learned_beside_the_labels(tmp_path: Path) -> None:
     rows = list(csv.DictReader((tmp_path / "student" / "metrics.csv").read_text().splitlines()))
     assert float(rows[1]["train_loss"]) < float(rows[0]["train_loss"])
     config.run_dir, config.data.image_size = str(tmp_path / "other"), 12
-    with pytest.raises(ValueError, match=r"has input_shape \(1, 8, 8\); the model has \(1, 12, 12"):
+    with pytest.raises(ValueError, match=r"has image_size 8; the data has 12"):
         Run(config)
 
 

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-import vision_xformer as vx
-
 from .atomic import read_state, write_state, write_whole
 from .config import RunConfig
+from .model import Sizes, save_weights
 
 if TYPE_CHECKING:
     from .loop import Run
@@ -62,9 +61,9 @@ def save_epoch(run: Run, is_best: bool) -> None:
     """Write metrics, last and best weights, and the state after an epoch."""
     if run.main:
         write_metrics(run.folder, run.rows)
-        vx.save_model(run.best_model, run.folder / "last.safetensors")
-        if is_best:
-            vx.save_model(run.best_model, run.folder / "best.safetensors")
+        for name in ("last", "best") if is_best else ("last",):
+            path = run.folder / f"{name}.safetensors"
+            save_weights(run.best_model, path, run.config.model, Sizes.of(run.data))
     run.best = max(run.best, run.rows[-1]["val_top1"])
     save_state(run)
 

@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 
-import vision_xformer as vx
-
 from .atomic import read_json, read_yaml
 from .augment import plain
 from .config import RunConfig
 from .data import decode, load_data
 from .devices import make_accelerator
 from .evaluation import accuracy, predict
+from .model import load_model
 from .report import page, table
 
 
@@ -56,7 +55,8 @@ def evaluate(folder: Path, config: RunConfig, split: str) -> str:
     data = load_data(config.data, accelerator.device)
     if data.classes != read_json(folder / "classes.json", list):
         raise ValueError(f"{config.data.root} has other classes now than {folder}/classes.json")
-    model = vx.load_model(folder / "best.safetensors").to(accelerator.device)
+    model, _ = load_model(folder / "best.safetensors")
+    model.to(accelerator.device)
     images = {"test": data.test, "val": data.val}[split]
     logits, labels = predict(
         model, images, accelerator, config.data.batch_size, config.data.workers
@@ -76,17 +76,16 @@ def classify(folder: Path, files: list[str]) -> list[str]:
         ValueError: for a file that cannot be read, or classes that are not those of the model.
     """
     classes: list[str] = read_json(folder / "classes.json", list)
-    model = vx.load_model(folder / "best.safetensors")
-    if len(classes) != model.config.num_classes:
+    model, sizes = load_model(folder / "best.safetensors")
+    if len(classes) != sizes.classes:
         raise ValueError(
-            f"{folder}/classes.json must have {model.config.num_classes} classes, as the model, "
+            f"{folder}/classes.json must have {sizes.classes} classes, as the model, "
             f"not {len(classes)}"
         )
-    channels, *shape = model.config.input_shape
     lines = []
     for file in files:
-        image = decode(Path(file), shape[0])
-        if channels == 1:
+        image = decode(Path(file), sizes.image_size)
+        if sizes.channels == 1:
             image = image.float().mean(0, keepdim=True).round().to(torch.uint8)
         shares, best = model(plain(image[None])).softmax(1)[0].topk(min(5, len(classes)))
         found = ", ".join(

@@ -32,10 +32,11 @@ class ModelConfig:
     """The model.
 
     Args:
-        name: a name of ``vision_xformer.list_models()``.
+        name: a name of ``vision_xformer.list_models()``, or ``timm:NAME`` for a model of timm.
         mixer: another token mixer than that of the name.
         mixer_options: options of the mixer: --model.mixer_options.landmarks 32
-        options: any other field of the configuration of the model: --model.options.drop_path 0.1
+        options: any other field of the configuration of the model, or argument of timm's class:
+            --model.options.drop_path 0.1
     """
 
     name: str = "HybridViN-RoPE"
@@ -104,7 +105,8 @@ class TrainConfig:
 
     Args:
         epochs: passes over the training set.
-        optimizer: "adamw", or "sgd" with Nesterov momentum 0.9.
+        optimizer: "adamw", "sgd" with Nesterov momentum 0.9, or "muon" (timm's) for linear layers
+            and convolutions, with AdamW for the rest.
         lr: peak learning rate, from which a cosine decays to 0.
         warmup_epochs: epochs of linear warm-up.
         weight_decay: of linear layers and convolutions; never of biases, norms, positions and
@@ -124,7 +126,7 @@ class TrainConfig:
     """
 
     epochs: PositiveInt = 40
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "sgd", "muon"] = "adamw"
     lr: Positive = 1e-3
     warmup_epochs: NonNegative = 2.0
     weight_decay: NonNegative = 0.05

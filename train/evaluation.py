@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from torch import Tensor
-
-import vision_xformer as vx
+from torch import Tensor, nn
 
 from .augment import plain
 from .data import Images
@@ -32,7 +30,7 @@ class Accuracy(NamedTuple):
 
 @torch.no_grad()
 def predict(
-    model: vx.VisionModel,
+    model: nn.Module,
     images: Images,
     accelerator: Accelerator,
     batch_size: int,
@@ -54,7 +52,7 @@ def predict(
     model.eval()
     batches = torch.arange(len(images)).split(batch_size)
     mine = batches[accelerator.process_index :: accelerator.num_processes]
-    logits = torch.zeros(len(images), model.config.num_classes, device=accelerator.device)
+    logits = torch.zeros(len(images), cast(int, model.num_classes), device=accelerator.device)
     with accelerator.autocast():
         loaded = images.batches(mine, accelerator.device, workers)
         for indices, (x, _) in zip(mine, loaded, strict=True):

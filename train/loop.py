@@ -14,14 +14,14 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-import vision_xformer as vx
+from vision_xformer.weights import read_weights
 
 from .atomic import write_whole
 from .augment import augment, draw, mixing
@@ -31,7 +31,7 @@ from .data import Images, load_data
 from .devices import make_accelerator, part_size
 from .evaluation import Accuracy, accuracy, predict
 from .measure import known_peak, peak_text
-from .model import build_model, load_teacher, not_finite
+from .model import Sizes, build_model, load_teacher, not_finite
 from .optim import average, learning_rate, make_optimizer
 from .plots import draw_run
 from .run_dir import new_folder, open_folder
@@ -59,16 +59,17 @@ class Run:
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
         with self.accelerator.main_process_first():  # one of them downloads and unpacks
             self.data = load_data(config.data, self.device)
+        sizes = Sizes.of(self.data)
         self.batch_size = min(config.data.batch_size, len(self.data.train))
         self.part_size = part_size(config, self.batch_size, self.accelerator)
         self.steps_per_epoch = len(self.data.train) // self.batch_size
         self.steps = c.epochs * self.steps_per_epoch
         torch.manual_seed(seed_of(config.seed))
-        self.model = build_model(config.model, self.data).to(self.device)
+        self.model = build_model(config.model, sizes).to(self.device)
         if c.grad_checkpointing:
-            self.model.set_grad_checkpointing()
+            self.model.set_grad_checkpointing()  # type: ignore[operator]
         self.ema = average(self.model, c.ema) if c.ema else None
-        self.teacher = load_teacher(c.teacher, self.model, self.device)
+        self.teacher = load_teacher(c.teacher, self.model, sizes, self.device)
         self.mix = mixing(config.augment, len(self.data.classes))
         net = torch.compile(self.model) if c.compile else self.model
         self.net, self.optimizer = self.accelerator.prepare(net, make_optimizer(self.model, c))
@@ -189,9 +190,9 @@ class Run:
         save_epoch(self, is_best=val.top1 > self.best)
 
     @property
-    def best_model(self) -> vx.VisionModel:
+    def best_model(self) -> nn.Module:
         """The model that is evaluated and saved: the moving average if there is one."""
-        return self.model if self.ema is None else cast(vx.VisionModel, self.ema.module)
+        return self.model if self.ema is None else self.ema.module
 
     def predict(self, images: Images) -> tuple[Tensor, Tensor]:
         """Logits (N, classes) and classes (N,) of all images, see :func:`predict`."""
@@ -232,7 +233,7 @@ class Run:
 
     def test(self) -> Accuracy:
         """Test the best weights, and write the result and the figures of the run."""
-        vx.load_weights(self.best_model, self.folder / "best.safetensors")
+        self.best_model.load_state_dict(read_weights(self.folder / "best.safetensors"))
         logits, labels = self.predict(self.data.test)
         test, peak = accuracy(logits, labels), known_peak()
         if self.main:

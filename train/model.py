@@ -2,23 +2,51 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 import vision_xformer as vx
+from vision_xformer.factory import write_weights
+from vision_xformer.options import unknown_name_error
+from vision_xformer.weights import read_weights
 
 from .config import ModelConfig
 from .data import Splits
 
 
-def build_model(config: ModelConfig, data: Splits) -> vx.VisionModel:
-    """Build the model of a configuration for the images and classes of a data set.
+class Sizes(NamedTuple):
+    """What the data determines about a model.
+
+    Attributes:
+        image_size: height and width in pixels.
+        channels: of the images.
+        classes: number of classes.
+    """
+
+    image_size: int
+    channels: int
+    classes: int
+
+    @classmethod
+    def of(cls, data: Splits) -> Sizes:
+        """Return the sizes of a data set."""
+        return cls(data.image_size, data.channels, len(data.classes))
+
+
+def build_model(config: ModelConfig, sizes: Sizes) -> nn.Module:
+    """Build the model of a configuration: (B, channels, H, W) -> (B, classes).
 
     Raises:
         ValueError: for an unknown name or option, or one that the data determines.
     """
+    if config.name.startswith("timm:"):
+        return _build_timm(config, sizes)
     taken = {"image_size", "channels", "input_shape", "num_classes", "mixer", "mixer_options"}
     if clash := taken & config.options.keys():
         raise ValueError(
@@ -27,16 +55,74 @@ def build_model(config: ModelConfig, data: Splits) -> vx.VisionModel:
         )
     return vx.create_model(
         config.name,
-        image_size=data.image_size,
-        channels=data.channels,
-        num_classes=len(data.classes),
+        image_size=sizes.image_size,
+        channels=sizes.channels,
+        num_classes=sizes.classes,
         mixer=config.mixer,
         mixer_options=config.mixer_options or None,
         **config.options,
     )
 
 
-def load_teacher(path: str | None, model: vx.VisionModel, device: torch.device) -> nn.Module | None:
+def _build_timm(config: ModelConfig, sizes: Sizes) -> nn.Module:
+    """Build a model of timm, whose options are the keyword arguments of its class."""
+    import timm
+
+    name = config.name.removeprefix("timm:")
+    if not timm.is_model(name):
+        raise unknown_name_error("model of timm", name, timm.list_models())
+    if config.mixer or config.mixer_options:
+        raise ValueError(f"model.mixer {config.mixer}: {config.name} has an attention of its own")
+    arguments = {"in_chans": sizes.channels, "num_classes": sizes.classes, **config.options}
+    try:
+        try:
+            return timm.create_model(name, img_size=sizes.image_size, **arguments)
+        except TypeError as error:
+            if "'img_size'" not in str(error):
+                raise
+            return timm.create_model(name, **arguments)  # a convolutional network takes any size
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ValueError(
+            f"{config.name} cannot be built with its model.options: {error}"
+        ) from error
+
+
+def save_weights(model: nn.Module, path: Path, config: ModelConfig, sizes: Sizes) -> None:
+    """Write weights and all that rebuilds the model to a safetensors file, atomically."""
+    if isinstance(model, vx.VisionModel):
+        vx.save_model(model, path)
+        return
+    recipe = {"model": dataclasses.asdict(config), "sizes": sizes}
+    write_weights(model.state_dict(), path, {"recipe": json.dumps(recipe)})
+
+
+def load_model(path: Path) -> tuple[nn.Module, Sizes]:
+    """Rebuild a model from a file of :func:`save_weights`, in evaluation mode on the CPU.
+
+    Returns:
+        The model, and the sizes of its images.
+
+    Raises:
+        ValueError: for a file of another origin.
+    """
+    metadata = None
+    if path.suffix == ".safetensors" and path.is_file():
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+    if not metadata or "recipe" not in metadata:
+        model = vx.load_model(path)
+        channels, *shape = model.config.input_shape
+        return model, Sizes(shape[0], channels, model.config.num_classes)
+    recipe = json.loads(metadata["recipe"])
+    sizes = Sizes(*recipe["sizes"])
+    other = build_model(ModelConfig(**recipe["model"]), sizes)
+    other.load_state_dict(read_weights(path))
+    return other.eval(), sizes
+
+
+def load_teacher(
+    path: str | None, model: nn.Module, sizes: Sizes, device: torch.device
+) -> nn.Module | None:
     """Load a teacher for the same images and classes; a LeViT with two heads trains both.
 
     Raises:
@@ -44,11 +130,11 @@ def load_teacher(path: str | None, model: vx.VisionModel, device: torch.device) 
     """
     if path is None:
         return None
-    teacher = vx.load_model(path).to(device)
-    for field in ("input_shape", "num_classes"):
-        theirs, ours = getattr(teacher.config, field), getattr(model.config, field)
-        if theirs != ours:
-            raise ValueError(f"train.teacher {path} has {field} {theirs}; the model has {ours}")
+    teacher, theirs = load_model(Path(path))
+    for field, its, ours in zip(Sizes._fields, theirs, sizes, strict=True):
+        if its != ours:
+            raise ValueError(f"train.teacher {path} has {field} {its}; the data has {ours}")
+    teacher = teacher.to(device)
     if isinstance(model, vx.LeViT) and model.config.distilled:
         model.set_distilled_training()
     return teacher

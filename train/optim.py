@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from timm.optim import Muon
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -43,10 +44,17 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Build AdamW, or SGD with a Nesterov momentum of 0.9."""
+    """Build AdamW, SGD with a Nesterov momentum of 0.9, or Muon (Jordan et al. 2024).
+
+    Muon orthogonalizes the updates of linear layers and convolutions, at the size of AdamW's, and
+    leaves all other parameters to AdamW.
+    """
     groups = parameter_groups(model, config.weight_decay)
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True)
+    if config.optimizer == "muon":
+        groups[1]["use_fallback"] = True
+        return Muon(groups, lr=config.lr, nesterov=True)
     return torch.optim.AdamW(groups, lr=config.lr, fused=True)
 
 

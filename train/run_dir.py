@@ -35,7 +35,7 @@ def new_folder(config: RunConfig) -> Path:
             )
         return folder
     parts = [config.model.name, config.model.mixer or "", config.data.name, str(config.seed)]
-    name = Path("runs") / "-".join(p for p in parts if p).lower()
+    name = Path("runs") / "-".join(p for p in parts if p).lower().replace(":", "-")
     numbered = (name.with_name(f"{name.name}-{i}") for i in itertools.count(2))
     return next(f for f in itertools.chain([name], numbered) if not f.exists())
 

@@ -123,18 +123,28 @@ def save_model(model: VisionModel, path: str | os.PathLike[str]) -> None:
         ValueError: for a module that is not a VisionModel, or an invalid path.
         OSError: if it cannot be written.
     """
-    path = Path(path)
     if not isinstance(model, VisionModel):
         raise ValueError(f"save_model takes a model of create_model, not a {type(model).__name__}")
+    write_weights(model.state_dict(), path, {"config": json.dumps(model.config.to_dict())})
+
+
+def write_weights(
+    state: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]
+) -> None:
+    """Write tensors and metadata to a safetensors file, atomically.
+
+    Raises:
+        ValueError: for an invalid path.
+        OSError: if it cannot be written.
+    """
+    path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path} must end in .safetensors")
     if path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"{path} must be a file in a folder that exists")
-    metadata = {"format": "pt", "config": json.dumps(model.config.to_dict())}
-    state = {k: v.contiguous() for k, v in model.state_dict().items()}
     part = path.with_name(f".{path.name}.part")
     try:
-        save_file(state, part, metadata)
+        save_file({k: v.contiguous() for k, v in state.items()}, part, {"format": "pt", **metadata})
         part.replace(path)
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error

@@ -44,6 +44,11 @@ class VisionModel(nn.Module):
         super().__init__()
         self.config = config
 
+    @property
+    def num_classes(self) -> int:
+        """Number of classes that the head tells apart."""
+        return self.config.num_classes
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Store only the inputs of the blocks for the backward pass, and recompute the rest."""
         for module in self.modules():
