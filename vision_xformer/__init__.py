@@ -15,6 +15,17 @@ from .backbones.simple_vit import SimpleViT
 from .backbones.swin import Swin
 from .backbones.vit import ViT
 from .compat import FNet, FNet2D, ViL, ViN, ViP
+from .converters import (
+    Comparison,
+    Report,
+    align,
+    compare,
+    convert,
+    load_converted,
+    register_transformers,
+    revert,
+    save_converted,
+)
 from .factory import create_model, load_model, save_model
 from .flops import count_flops
 from .grid import TokenGrid
@@ -42,6 +53,7 @@ __all__ = [
     "Attention",
     "CVTLite",
     "CaiT",
+    "Comparison",
     "Config",
     "ConvMixer",
     "CrossFormer",
@@ -59,6 +71,7 @@ __all__ = [
     "Nystrom",
     "Performer",
     "Projection",
+    "Report",
     "SimpleViT",
     "Site",
     "Softmax",
@@ -73,15 +86,22 @@ __all__ = [
     "ViTLite",
     "VisionModel",
     "__version__",
+    "align",
+    "compare",
     "compat",
+    "convert",
     "count_flops",
     "create_mixer",
     "create_model",
     "list_mixers",
     "list_models",
+    "load_converted",
     "load_model",
     "load_weights",
     "mixer_options",
     "redraw_features",
+    "register_transformers",
+    "revert",
+    "save_converted",
     "save_model",
 ]

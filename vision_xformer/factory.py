@@ -125,6 +125,8 @@ def save_model(model: VisionModel, path: str | os.PathLike[str]) -> None:
     """
     if not isinstance(model, VisionModel):
         raise ValueError(f"save_model takes a model of create_model, not a {type(model).__name__}")
+    if any(hasattr(module, "recipe") for module in model.modules()):
+        raise ValueError("save_model does not know what was converted: use vx.save_converted")
     write_weights(model.state_dict(), path, {"config": json.dumps(model.config.to_dict())})
 
 

@@ -60,6 +60,12 @@ class Kernel(nn.Module):
         heads, key_dim, value_dim, *_ = self.site
         return heads * key_dim, heads * key_dim, heads * value_dim
 
+    def start_from_softmax(self) -> None:
+        """Set new parameters so that the kernel is as near to softmax attention as it can be.
+
+        A conversion of a trained model starts there; most kernels are as near as they can be.
+        """
+
     def forward(
         self,
         q: Tensor,

@@ -1,34 +1,47 @@
 """Linear attention (Katharopoulos et al. 2020, arXiv 2006.16236, eq. 4-7).
 
-f(q) (f(k)^T v) / (f(q) sum f(k)) with f(x) = elu(x) + 1. The cost is N K V; no N x M map is formed.
+f(q) (f(k)^T v) / (f(q) sum f(k)) with a feature map f. The cost is N F V; no N x M map is formed.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..grid import TokenGrid
 from ..precision import to_accumulate
-from .base import KERNELS, Kernel
-
-
-def _feature(x: Tensor) -> Tensor:
-    """elu(x) + 1, written with exp and relu: inductor gets the memory format of elu wrong."""
-    return x.clamp(max=0).exp() + x.relu()
+from .base import KERNELS, Kernel, Site
+from .feature_maps import FEATURE_MAPS
 
 
 @KERNELS.register("linear")
 class LinearAttention(Kernel):
-    """Linear attention with the feature map elu + 1. It has no options.
+    """Linear attention with a feature map of queries and keys. It works on any grid.
 
     Shape: (B, H, N, K), (B, H, M, K), (B, H, M, V) -> (B, H, N, V)
 
     Args:
         site: heads, widths and grids of the kernel.
+        feature_map: "elu" (elu + 1), "relu" or "exp", which have no weights; "hedgehog" or "t2r",
+            which are learned, with maps of their own for queries and keys.
+
+    Raises:
+        ValueError: for an unknown feature map.
     """
 
     takes_rope = False
+
+    def __init__(
+        self,
+        site: Site,
+        *,
+        feature_map: Literal["elu", "relu", "exp", "hedgehog", "t2r"] = "elu",
+    ) -> None:
+        super().__init__(site)
+        self.feature_map, kind = feature_map, FEATURE_MAPS[feature_map]
+        self.q_map, self.k_map = (kind(site.heads, site.key_dim, q) for q in (True, False))
 
     def forward(
         self,
@@ -40,7 +53,7 @@ class LinearAttention(Kernel):
         bias: Tensor | None = None,
     ) -> Tensor:
         """Attend: q (B, H, N, K), k (B, G, M, K), v (B, G, M, V) -> (B, H, N, V)."""
-        fq, fk, values = to_accumulate(_feature(q), _feature(k), v)
+        fq, fk, values = to_accumulate(self.q_map(q), self.k_map(k), v)
         y = fq @ (fk.mT @ F.pad(values, (0, 1), value=1.0))  # the last column: sums of weights
         return (y[..., :-1] / y[..., -1:]).to(v.dtype)
 
@@ -53,5 +66,12 @@ class LinearAttention(Kernel):
         keys: TokenGrid,
         bias: Tensor | None = None,
     ) -> int:
-        """Count 2 (N + M) K (V + 1) for each head."""
-        return 2 * (q.numel() + k.numel()) * (v.shape[-1] + 1)
+        """Count 2 (N + M) F (V + 1) for each head, and the products of learned feature maps."""
+        width, features = q.shape[-1], q.shape[-1] * self.q_map.ratio
+        learned = width * width if [*self.q_map.parameters()] else 0
+        tokens = (q.numel() + k.numel()) // width
+        return 2 * tokens * (features * (v.shape[-1] + 1) + learned)
+
+    def extra_repr(self) -> str:
+        """The options that ``print`` shows."""
+        return f"feature_map={self.feature_map}"

@@ -133,6 +133,12 @@ class Nystrom(Kernel):
                 torch.empty(site.heads, residual_kernel).uniform_(-bound, bound)
             )
 
+    @torch.no_grad()
+    def start_from_softmax(self) -> None:
+        """Start without the convolution, which softmax does not have."""
+        if self.residual is not None:
+            self.residual.zero_()
+
     def _landmark_means(self, x: Tensor, grid: TokenGrid, parts: tuple[int, ...]) -> Tensor:
         """(B, H, N, K) -> (B, H, m, K). Heads are merged so that the inner axis is long."""
         if self.segments == "sequence":

@@ -43,6 +43,12 @@ class TalkingHeads(MapKernel):
         super().__init__(site, dropout=dropout)
         self.before, self.after = (nn.Linear(site.heads, site.heads) for _ in range(2))
 
+    def start_from_softmax(self) -> None:
+        """Start with heads that do not mix."""
+        for layer in (self.before, self.after):
+            nn.init.eye_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
     def forward(
         self,
         q: Tensor,

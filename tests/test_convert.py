@@ -1,0 +1,637 @@
+"""Another kernel inside the attention of models that exist."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+import transformers as hf
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import vision_xformer as vx
+from vision_xformer.converters.align import AttentionMatching, aligned_parameters, softmax_copy
+from vision_xformer.converters.tokens import ConvertedKernel
+
+KERNELS = ("efficient", "linear", "linformer", "nystrom", "performer", "softmax",
+           "softmax_eager", "talking_heads")  # fmt: skip
+WIDE, SQUARE = (16, 24), (16, 16)
+VIT: dict[str, Any] = {
+    "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5
+}  # fmt: skip
+HF: dict[str, Any] = {
+    "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 7,
+    "patch_size": 4,
+}  # fmt: skip
+
+
+class DinoAttention(nn.Module):
+    """Attention as people write it in their own code."""
+
+    def __init__(self, dim: int, num_heads: int, scale: float | None = None) -> None:
+        super().__init__()
+        self.num_heads, self.scale = num_heads, scale or (dim // num_heads) ** -0.5
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.attn_drop, self.proj_drop = nn.Dropout(0.0), nn.Dropout(0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        attn = self.map(q @ k.mT * self.scale).softmax(-1)
+        return self.proj_drop(self.proj((self.attn_drop(attn) @ v).transpose(1, 2).flatten(2)))
+
+    def map(self, logits: Tensor) -> Tensor:
+        return logits
+
+
+class BiasedAttention(DinoAttention):
+    def map(self, logits: Tensor) -> Tensor:
+        steps = torch.arange(logits.shape[-1], device=logits.device)
+        return logits - (steps - steps[:, None]).abs().to(logits)
+
+
+class FusedAttention(nn.Module):
+    """A layer of PyTorch whose attention is part of a fused call in evaluation."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(dim, heads, 7, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+class DinoViT(nn.Module):
+    """A ViT as people write it."""
+
+    def __init__(self, size: tuple[int, int], layer: Callable[..., nn.Module] = DinoAttention):
+        super().__init__()
+        self.image_size = size
+        self.patch_embed = nn.Conv2d(3, 12, 4, 4)
+        self.token = nn.Parameter(torch.randn(1, 1, 12))
+        self.norms = nn.ModuleList(nn.LayerNorm(12) for _ in range(2))
+        self.layers = nn.ModuleList(layer(12, 2) for _ in range(2))
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patch_embed(images).flatten(2).mT
+        x = torch.cat((self.token.expand(len(x), -1, -1), x), 1)
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            x = x + layer(norm(x))
+        return x[:, 0]
+
+
+def _timm(**options: Any) -> Callable[[tuple[int, int]], nn.Module]:
+    return lambda size: VisionTransformer(img_size=size, **{**VIT, **options})
+
+
+def _eva(**options: Any) -> Callable[[tuple[int, int]], nn.Module]:
+    return lambda size: Eva(img_size=size, use_rot_pos_emb=True, **{**VIT, **options})
+
+
+def _hf(model: Any, config: Any, **options: Any) -> Callable[[tuple[int, int]], nn.Module]:
+    return lambda size: model(config(**{**HF, "image_size": size, **options}))
+
+
+def _square(make: Callable[[int], nn.Module]) -> Callable[[tuple[int, int]], nn.Module]:
+    def build(size: tuple[int, int]) -> nn.Module:
+        if size[0] != size[1]:
+            pytest.skip("takes square images only")
+        return make(size[0])
+
+    return build
+
+
+MODELS: dict[str, Callable[[tuple[int, int]], nn.Module]] = {
+    "timm": _timm(),
+    "timm, no class token": _timm(class_token=False, global_pool="avg"),
+    "timm, registers": _timm(reg_tokens=3),
+    "timm, norms and gate": _timm(qk_norm=True, scale_attn_norm=True, init_values=0.1),
+    "eva": _eva(),
+    "eva, three layers": _eva(qkv_fused=False),
+    "eva, rope": _eva(attn_type="rope"),
+    "dinov3 of timm": lambda size: timm.create_model(
+        "vit_small_patch16_dinov3_qkvb", img_size=size, patch_size=4, embed_dim=24, depth=2,
+        num_heads=3,
+    ),
+    "torchvision": _square(
+        lambda size: torchvision.models.VisionTransformer(
+            image_size=size, patch_size=4, num_layers=2, num_heads=2, hidden_dim=24, mlp_dim=7
+        )
+    ),
+    "open_clip": _square(
+        lambda size: open_clip.transformer.VisionTransformer(
+            image_size=size, patch_size=4, width=12, layers=2, heads=2, mlp_ratio=1.0, output_dim=7
+        )
+    ),
+    "own code": DinoViT,
+    "vit": lambda size: vx.create_model(
+        "vit", input_shape=(3, *size), patch_size=4, dim=12, depth=2, heads=2
+    ),
+    "hf vit": _hf(hf.ViTModel, hf.ViTConfig),
+    "hf deit": _hf(hf.DeiTModel, hf.DeiTConfig),
+    "hf dinov2": _square(_hf(hf.Dinov2Model, hf.Dinov2Config)),
+    "hf dinov2, registers": _square(
+        _hf(hf.Dinov2WithRegistersModel, hf.Dinov2WithRegistersConfig)
+    ),
+    "hf dinov3": _hf(hf.DINOv3ViTModel, hf.DINOv3ViTConfig, num_register_tokens=2),
+    "hf siglip": _square(_hf(hf.SiglipVisionModel, hf.SiglipVisionConfig)),
+    "hf clip": _square(_hf(hf.CLIPVisionModel, hf.CLIPVisionConfig)),
+    "hf mae": _square(_hf(hf.ViTMAEModel, hf.ViTMAEConfig)),
+    "hf ijepa": _hf(hf.IJepaModel, hf.IJepaConfig),
+}  # fmt: skip
+
+
+def build(name: str, size: tuple[int, int] = SQUARE) -> nn.Module:
+    """A model in float64 whose parameters are not zero, as some are at first."""
+    model = MODELS[name](size).double().eval()
+    for parameter in model.parameters():
+        if parameter.std() < 1e-3 or parameter.numel() == 1:
+            nn.init.normal_(parameter, parameter.mean().item(), 0.3)
+    return model
+
+
+def run(model: nn.Module, images: Tensor) -> Tensor:
+    torch.manual_seed(5)  # MAE draws what it hides
+    output = model(images)
+    return getattr(output, "last_hidden_state", output)
+
+
+def images_of(size: tuple[int, int], count: int = 2) -> Tensor:
+    return torch.randn(count, 3, *size, dtype=torch.float64)
+
+
+def kernels_of(model: nn.Module) -> list[ConvertedKernel]:
+    return [m for m in model.modules() if isinstance(m, ConvertedKernel)]
+
+
+@pytest.mark.parametrize("size", [WIDE, SQUARE])
+@pytest.mark.parametrize("name", MODELS)
+def test_softmax_in_an_adapter_is_the_model(name: str, size: tuple[int, int]) -> None:
+    model = build(name, size)
+    images, keys = images_of(size), set(model.state_dict())
+    before, types = run(model, images), [type(m) for m in model.modules()]
+    assert before.abs().max() > 0
+    report = vx.convert(model, "softmax", center_keys=True)
+    assert len(report.converted) == 2
+    assert len(kernels_of(model)) == 2
+    torch.testing.assert_close(run(model, images), before, rtol=1e-10, atol=1e-10)
+    vx.revert(model)
+    assert torch.equal(run(model, images), before)
+    assert [type(m) for m in model.modules()] == types
+    assert set(model.state_dict()) == keys
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_kernel_in_every_adapter(name: str, kernel: str) -> None:
+    model = build(name)
+    keys, images = set(model.state_dict()), images_of(SQUARE, 3)
+    options = {"linformer": {"rank": 5}, "nystrom": {"landmarks": 5}}.get(kernel, {})
+    if kernel == "linformer" and name in (
+        "hf dinov3", "own code", "dinov3 of timm", "hf dinov2", "hf dinov2, registers"
+    ):  # fmt: skip
+        before = run(model, images)
+        with pytest.raises(ValueError, match="is tied to one number of tokens"):
+            vx.convert(model, kernel, **options)
+        assert torch.equal(run(model, images), before)
+        return
+    vx.convert(model, kernel, **options)
+    gained = set(model.state_dict()) - keys
+    assert all(".kernel." in key for key in gained)
+    output = run(model, images)
+    assert output.isfinite().all()
+    if name != "hf mae":  # which hides other patches of another batch
+        alone = torch.cat([run(model, image[None]) for image in images])
+        torch.testing.assert_close(alone, output, rtol=1e-9, atol=1e-9)
+    (output * torch.randn_like(output)).sum().backward()
+    silent = {n for n, p in model.named_parameters() if p.grad is None}
+    assert not {n for n in silent if ".kernel." in n or "qkv" in n or "q_proj" in n}
+
+
+def test_the_grid_reaches_every_layer_at_any_size() -> None:
+    torch.manual_seed(0)
+    model = build("hf dinov3")
+    vx.convert(model, "nystrom", landmarks=4)
+    for size in (SQUARE, WIDE, (8, 32)):
+        images = images_of(size)
+        run(model, images)
+        grid = vx.TokenGrid((size[0] // 4, size[1] // 4), 3)
+        assert [kernel.grid(grid.length) for kernel in kernels_of(model)] == [grid] * 2
+    fresh = build("hf dinov3", WIDE)
+    weights = {k: v for k, v in model.state_dict().items() if ".kernel." not in k}
+    fresh.load_state_dict(weights)
+    vx.convert(fresh, "nystrom", landmarks=4)
+    images = images_of(WIDE)
+    torch.testing.assert_close(run(fresh, images), run(model, images), rtol=0, atol=0)
+
+
+def test_dropped_patches_are_a_sequence() -> None:
+    model = build("timm")
+    vx.convert(model, "nystrom", landmarks=3)
+    kernel = kernels_of(model)[0]
+    model(images_of(SQUARE))
+    assert kernel.grid(17) == vx.TokenGrid((4, 4), 1)
+    assert kernel.grid(9) == vx.TokenGrid((8,), 1)
+
+
+def test_layers_are_chosen_and_kept() -> None:
+    model = build("timm")
+    report = vx.convert(model, "performer", layers=[-1])
+    assert [row.status for row in report.rows] == ["kept", "performer"]
+    second = vx.convert(model, "linear", layers=lambda name, _: name == "blocks.0.attn")
+    assert second.converted == ["blocks.0.attn"]
+    assert [k.recipe["mixer"] for k in kernels_of(model)] == ["linear", "performer"]
+    assert "linear" in str(second)
+    assert "it is converted already" in str(second)
+
+
+def test_modes_types_and_devices_are_kept() -> None:
+    model = VisionTransformer(img_size=16, attn_drop_rate=0.2, **VIT).bfloat16()
+    model.blocks[0].attn.qkv.requires_grad_(False)
+    vx.convert(model, "linformer", rank=4)
+    first, second = kernels_of(model)
+    assert first.training
+    assert first.inner.dropout == 0.2
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert not model.blocks[0].attn.qkv.weight.requires_grad
+    assert all(p.requires_grad for p in second.parameters())
+    with torch.device("meta"):
+        other = VisionTransformer(img_size=16, **VIT)
+    vx.convert(other, "nystrom")
+    assert {p.device.type for p in other.parameters()} == {"meta"}
+
+
+def test_a_scale_that_is_not_the_usual_one_is_kept() -> None:
+    torch.manual_seed(0)
+    model = DinoViT(SQUARE, lambda dim, heads: DinoAttention(dim, heads, scale=1.7)).double()
+    images = images_of(SQUARE)
+    before = model(images)
+    vx.convert(model, "softmax")
+    torch.testing.assert_close(model(images), before, rtol=1e-10, atol=1e-10)
+
+
+# what is refused, with the model as it was
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: timm.create_model("resnet10t"), "no attention that can be converted"),
+        (lambda: timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1)),
+         "WindowAttention: refused: its windows add a position bias"),
+        (lambda: timm.create_model("beit_base_patch16_224", depth=1), "Attention: refused"),
+        (lambda: timm.create_model("cait_xxs24_224", depth=1), "it mixes the heads"),
+        (lambda: vx.create_model("levit_test"), "adds a position bias"),
+        (lambda: vx.create_model("vin"), "its kernel is Nystrom, not softmax"),
+        (lambda: vx.create_model("swin_test"), "refused"),
+        (lambda: DinoViT(SQUARE, BiasedAttention), "something else than softmax attention"),
+        (lambda: DinoViT(SQUARE, FusedAttention), "TransformerEncoderLayer does not call it"),
+    ],
+)  # fmt: skip
+def test_a_model_that_cannot_be_converted_is_refused(
+    make: Callable[[], nn.Module], sentence: str
+) -> None:
+    model = make()
+    types = [type(m) for m in model.modules()]
+    with pytest.raises(ValueError, match=sentence):
+        vx.convert(model, "linear", image_size=16)
+    assert [type(m) for m in model.modules()] == types
+
+
+@pytest.mark.parametrize(
+    ("mixer", "options", "sentence"),
+    [
+        ("nistrom", {}, "did you mean 'nystrom'"),
+        ("fourier", {}, "has no queries and keys"),
+        ("nystrom", {"landmark": 3}, "did you mean 'landmarks'"),
+        ("nystrom", {"landmarks": 0}, "landmarks 0 must be at least 1"),
+        ("linear", {"feature_map": "relu2"}, "feature_map 'relu2' must be"),
+        ("linformer", {"one_kv_head": True}, "of other widths"),
+        ("linear", {"layers": [2]}, "layers 2: the model has 2"),
+        ("linear", {"layers": []}, "chooses none of the 2"),
+    ],
+)
+def test_a_wrong_argument_leaves_the_model_unchanged(
+    mixer: str, options: dict[str, Any], sentence: str
+) -> None:
+    model = build("timm")
+    images = images_of(SQUARE)
+    before = model(images)
+    with pytest.raises(ValueError, match=sentence):
+        vx.convert(model, mixer, **options)
+    assert not kernels_of(model)
+    assert torch.equal(model(images), before)
+    with pytest.raises(ValueError, match="no converted layers"):
+        vx.revert(model)
+
+
+def test_masks_are_never_dropped() -> None:
+    model = build("timm")
+    vx.convert(model, "linear")
+    tokens = torch.randn(2, 17, 24, dtype=torch.float64)
+    layer = model.blocks[0].attn
+    with pytest.raises(ValueError, match="called with a mask"):
+        layer(tokens, attn_mask=torch.zeros(17, 17))
+    with pytest.raises(ValueError, match="is converted and causal"):
+        layer(tokens, is_causal=True)
+    tower = build("torchvision")
+    vx.convert(tower, "linear")
+    attention = tower.encoder.layers[0].self_attention
+    with pytest.raises(ValueError, match="called with a mask"):
+        attention(tokens, tokens, tokens, key_padding_mask=torch.zeros(2, 17, dtype=torch.bool))
+    with pytest.raises(ValueError, match="one tensor, not three"):
+        attention(tokens, tokens.clone(), tokens)
+
+
+# transformers' own table
+
+
+FAMILIES = [name for name in MODELS if name.startswith("hf ")]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_table_of_transformers_calls_our_kernels(name: str) -> None:
+    names = vx.register_transformers()
+    assert {f"vx_{kernel}" for kernel in KERNELS} == set(names)
+    model = build(name)
+    images = images_of(SQUARE)
+    before = run(model, images)
+    model.set_attn_implementation("vx_softmax")
+    torch.testing.assert_close(run(model, images), before, rtol=1e-10, atol=1e-10)
+    assert len([m for m in model.modules() if isinstance(m, ConvertedKernel)]) == 2
+    vx.register_transformers("nystrom", landmarks=3)
+    other = build(name)
+    other.load_state_dict({k: v for k, v in model.state_dict().items() if "kernel" not in k})
+    other.set_attn_implementation("vx_nystrom")
+    by_table = run(other, images)
+    assert (by_table - before).abs().max() > 1e-6
+    third = build(name)
+    third.load_state_dict({k: v for k, v in model.state_dict().items() if "kernel" not in k})
+    vx.convert(third, "nystrom", landmarks=3)
+    if name != "hf mae":  # the table does not know that patches are missing
+        torch.testing.assert_close(run(third, images), by_table, rtol=1e-10, atol=1e-10)
+
+
+def test_the_table_of_transformers_refuses_bias_and_masks() -> None:
+    vx.register_transformers("linear")
+    swin = hf.SwinModel(hf.SwinConfig(embed_dim=8, depths=[1], num_heads=[2], image_size=16,
+                                      patch_size=2, window_size=4))  # fmt: skip
+    swin.set_attn_implementation("vx_linear")
+    with pytest.raises(ValueError, match="SwinAttention is not one of"):
+        swin(torch.randn(1, 3, 16, 16))
+    model = build("hf vit")
+    model.set_attn_implementation("vx_linear")
+    run(model, images_of(SQUARE))
+    layer = (
+        model.layers[0].attention if hasattr(model, "layers") else model.encoder.layer[0].attention
+    )
+    tokens = torch.randn(1, 17, 24, dtype=torch.float64)
+    with pytest.raises(ValueError, match="called with a mask"):
+        layer(tokens, attention_mask=torch.zeros(1, 1, 17, 17, dtype=torch.float64))
+    with pytest.raises(ValueError, match="need the name of the kernel"):
+        vx.register_transformers(landmarks=3)
+
+
+# comparison, training, files
+
+
+def test_comparison_sees_what_changed() -> None:
+    torch.manual_seed(0)
+    teacher = build("timm")
+    model, images = copy.deepcopy(teacher), images_of(SQUARE, 8)
+    vx.convert(model, "softmax")
+    same = vx.compare(model, teacher, images)
+    assert max(same.errors.values()) < 1e-12
+    assert same.cosine == pytest.approx(1)
+    assert same.agreement == 1
+    vx.revert(model)
+    vx.convert(model, "linear", layers=[1])
+    other = vx.compare(model, teacher, images)
+    assert list(other.errors) == ["blocks.1.attn"]
+    layer, theirs = model.blocks[1].attn, teacher.blocks[1].attn
+    tokens = teacher.blocks[1].norm1(
+        teacher.blocks[0](teacher._pos_embed(teacher.patch_embed(images)))
+    )
+    expected = (layer(tokens) - theirs(tokens)).norm() / theirs(tokens).norm()
+    assert other.errors["blocks.1.attn"] == pytest.approx(expected.item())
+    assert "agree" in str(other)
+    with pytest.raises(ValueError, match="convert it first"):
+        vx.compare(teacher, model, images)
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("name", ["timm", "vit", "hf vit"])
+def test_alignment_brings_a_model_nearer(name: str, given: bool) -> None:
+    torch.manual_seed(0)
+    model = build(name).float()
+    teacher = copy.deepcopy(model) if given else None
+    images = images_of(SQUARE, 24).float()
+    vx.convert(model, "linear", feature_map="hedgehog")
+    for name_, parameter in model.named_parameters():  # attend to something
+        if any(part in name_ for part in ("qkv", "q_proj.weight", "k_proj.weight")):
+            nn.init.normal_(parameter, std=0.7)
+    if teacher is not None:
+        teacher.load_state_dict({k: v for k, v in model.state_dict().items() if "kernel" not in k})
+    before_all = copy.deepcopy(teacher)
+    frozen = next(p for n, p in model.named_parameters() if "embed" in n or "stem" in n)
+    frozen.requires_grad_(False)
+    kept = frozen.clone()
+    before, after = vx.align(model, teacher, images, steps=(40, 40), lr=(1e-2, 1e-3),
+                             batch_size=8, precision="fp32", progress=False)  # fmt: skip
+    assert sum(after.errors.values()) < 0.9 * sum(before.errors.values())
+    assert after.cosine > before.cosine
+    assert torch.equal(frozen, kept)
+    assert not frozen.requires_grad
+    assert all(p.requires_grad for p in model.parameters() if p is not frozen)
+    if teacher is not None and before_all is not None:  # which is left as it was
+        for a, b in zip(teacher.parameters(), before_all.parameters(), strict=True):
+            assert torch.equal(a, b)
+            assert a.requires_grad == b.requires_grad
+
+
+def test_the_first_stage_moves_projections_and_kernels_only() -> None:
+    model = build("timm").float()
+    vx.convert(model, "linear", feature_map="t2r")
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    vx.align(model, None, images_of(SQUARE, 8).float(), steps=(3, 0), progress=False)
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {n for n in before if ".attn.qkv." in n or ".kernel." in n}
+
+
+def test_a_shared_teacher_holds_only_what_moves() -> None:
+    model = build("timm")
+    vx.convert(model, "linear")
+    teacher = softmax_copy(model, shared=True)
+    own = {id(p) for p in model.parameters()}
+    theirs = [n for n, p in teacher.named_parameters() if id(p) not in own]
+    assert all(".attn.qkv." in n for n in theirs)
+    assert len(theirs) == 4
+    assert {id(p) for p in aligned_parameters(model)}.isdisjoint(
+        id(p) for p in teacher.parameters()
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"images": []}, "images is empty"),
+        ({"lr": (1e20, 0.0)}, r"lower lr 1e\+20, or set precision"),
+        ({"steps": (-1, 2)}, "steps -1 must be at least 0"),
+    ],
+)
+def test_alignment_refuses_what_cannot_work(given: dict[str, Any], sentence: str) -> None:
+    model = build("timm").float()
+    vx.convert(model, "linear", feature_map="t2r")
+    options = {"images": images_of(SQUARE, 8).float(), "progress": False, **given}
+    with pytest.raises(ValueError, match=sentence):
+        vx.align(model, None, **options)
+
+
+def test_files_hold_the_conversion(tmp_path: Path) -> None:
+    model = build("timm")
+    vx.convert(model, "nystrom", landmarks=3, layers=[0])
+    vx.convert(model, "performer", layers=[1])
+    path, images = tmp_path / "model.safetensors", images_of(SQUARE)
+    vx.save_converted(model, path)
+    again = vx.load_converted(path, build("timm"))
+    assert torch.equal(again(images), model(images))
+    other = VisionTransformer(img_size=16, **{**VIT, "depth": 3}).double()
+    with pytest.raises(ValueError, match="is of another model than this VisionTransformer"):
+        vx.load_converted(path, other)
+    assert not kernels_of(other)
+    plain = tmp_path / "plain.safetensors"
+    vx.save_model(build("vit"), plain)
+    with pytest.raises(ValueError, match="has no conversion"):
+        vx.load_converted(plain, build("vit"))
+    own = build("vit")
+    vx.convert(own, "linear")
+    with pytest.raises(ValueError, match=r"use vx\.save_converted"):
+        vx.save_model(own, plain)
+    with pytest.raises(ValueError, match="convert it first"):
+        vx.save_converted(build("vit"), path)
+
+
+# what people do to models
+
+
+@pytest.mark.parametrize("kernel", ["nystrom", "performer", "linear"])
+@pytest.mark.parametrize("name", ["timm", "eva", "own code", "hf dinov2", "vit"])
+def test_converted_models_are_copied_pickled_compiled_and_exported(name: str, kernel: str) -> None:
+    model = build(name).float()
+    vx.convert(model, kernel)
+    images = images_of(SQUARE).float()
+    want = run(model, images)
+    assert torch.equal(run(copy.deepcopy(model), images), want)
+    assert torch.equal(run(pickle.loads(pickle.dumps(model)), images), want)
+    exported = torch.export.export(model, (images,)).module()
+    torch.testing.assert_close(run(exported, images), want, rtol=1e-4, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert run(model, images).isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["nystrom", "performer", "linear"])
+@pytest.mark.parametrize("name", ["timm", "eva", "own code", "vit"])
+def test_converted_models_are_compiled(name: str, kernel: str) -> None:
+    model = build(name).float()
+    vx.convert(model, kernel)
+    images = images_of(SQUARE).float()
+    compiled = torch.compile(model, fullgraph=True)
+    torch.testing.assert_close(run(compiled, images), run(model, images), rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_checkpointing_and_function_transforms() -> None:
+    model = build("timm")
+    vx.convert(model, "linear")
+    images = images_of(SQUARE)
+    want = torch.autograd.grad(model(images).square().sum(), model.blocks[0].attn.qkv.weight)[0]
+    model.set_grad_checkpointing()
+    found = torch.autograd.grad(model(images).square().sum(), model.blocks[0].attn.qkv.weight)[0]
+    torch.testing.assert_close(found, want)
+    model.set_grad_checkpointing(False)
+    weights = dict(model.named_parameters())
+
+    def loss(given: dict[str, Tensor], image: Tensor) -> Tensor:
+        return torch.func.functional_call(model, given, (image[None],)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, images)
+    torch.testing.assert_close(each["blocks.0.attn.qkv.weight"].sum(0), want)
+
+
+@pytest.mark.parametrize("feature_map", ["elu", "relu", "exp", "hedgehog", "t2r"])
+def test_feature_maps_are_their_equations(feature_map: str) -> None:
+    grid = vx.TokenGrid((7,))
+    site = vx.Site(2, 5, 3, grid, grid)
+    kernel = vx.KERNELS.create("linear", site, options={"feature_map": feature_map}).double()
+    for parameter in kernel.parameters():
+        nn.init.normal_(parameter)
+    q, k, v = (torch.randn(2, 2, 7, w, dtype=torch.float64) for w in (5, 5, 3))
+    scale = 5**-0.25
+
+    def f(x: Tensor, head: int, part: Any) -> Tensor:
+        if feature_map == "elu":
+            return F.elu(x) + 1
+        if feature_map == "relu":
+            return F.relu(x) + 1e-6
+        if feature_map == "exp":
+            return (x * scale).exp()
+        if feature_map == "t2r":
+            return F.relu(x @ part.weight[head] + part.bias[head]) + 1e-6
+        z = x * scale @ part.weight[head]
+        return torch.cat((z.softmax(-1), (-z).softmax(-1)), -1)
+
+    want = torch.empty_like(v)
+    for b in range(2):
+        for h in range(2):
+            weights = f(q[b, h], h, kernel.q_map) @ f(k[b, h], h, kernel.k_map).T
+            want[b, h] = weights / weights.sum(1, keepdim=True) @ v[b, h]
+    torch.testing.assert_close(kernel(q, k, v, grid, grid), want, rtol=1e-10, atol=1e-10)
+    for dtype in (torch.float16, torch.bfloat16):  # finite at six times usual activations
+        large = [6 * t.to(dtype) for t in (q, k, v)]
+        assert kernel.to(dtype)(*large, grid, grid).isfinite().all()
+
+
+def test_the_report_counts_operations_and_bytes() -> None:
+    model = VisionTransformer(img_size=64, patch_size=2, embed_dim=12, depth=1, num_heads=2)
+    (row,) = vx.convert(model, "linear").rows
+    n, d = 1025, 12
+    assert row.flops is not None
+    assert row.kept is not None
+    assert row.flops[0] == 4 * n * n * d
+    assert row.flops[1] == 2 * 2 * 2 * n * 6 * 7
+    # Softmax keeps q, k, v, the output and a sum for each query and head.
+    assert row.kept[0] == pytest.approx(4 * n * (4 * d + 2), rel=0.02)
+
+
+def test_attention_matching_is_a_mean_squared_error() -> None:
+    teacher = build("timm")
+    model, images = copy.deepcopy(teacher), images_of(SQUARE)
+    vx.convert(model, "linear")
+    tokens = teacher._pos_embed(teacher.patch_embed(images))
+    want = torch.zeros((), dtype=torch.float32)
+    for ours, theirs in zip(model.blocks, teacher.blocks, strict=True):
+        x = theirs.norm1(tokens)
+        want += F.mse_loss(ours.attn(x).float(), theirs.attn(x).float())
+        tokens = theirs(tokens)
+    torch.testing.assert_close(AttentionMatching(model, teacher)(images), want)
+
+
+def test_gradients_reach_a_checkpointed_block() -> None:
+    model = build("timm")
+    vx.convert(model, "nystrom", landmarks=3)
+    tokens = torch.randn(2, 17, 24, dtype=torch.float64, requires_grad=True)
+    model(images_of(SQUARE))
+    checkpoint(model.blocks[0], tokens, use_reentrant=False).sum().backward()
+    assert tokens.grad is not None

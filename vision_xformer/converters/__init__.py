@@ -1,0 +1,23 @@
+"""Another kernel inside the attention of a model that exists: replace, compare, align, revert."""
+
+from .align import AttentionMatching, FeatureMatching, align, softmax_copy
+from .compare import Comparison, compare
+from .files import load_converted, save_converted
+from .replace import convert, revert
+from .report import Report
+from .transformers_attention import register_transformers
+
+__all__ = [
+    "AttentionMatching",
+    "Comparison",
+    "FeatureMatching",
+    "Report",
+    "align",
+    "compare",
+    "convert",
+    "load_converted",
+    "register_transformers",
+    "revert",
+    "save_converted",
+    "softmax_copy",
+]

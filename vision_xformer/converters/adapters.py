@@ -1,0 +1,289 @@
+"""What conversion knows of other people's attention: where q, k and v come from, and where y goes.
+
+An adapter is found by the class of a module. While a layer is converted its class is a subclass of
+its own, with the same parameters under the same names, whose ``forward`` calls ``kernel``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels import Kernel
+from ..kernels.softmax import Softmax, SoftmaxEager
+from ..mixers.attention import Attention
+
+# Gets q (B, H, N, K), k (B, H, N, K) and v (B, H, N, V), and returns y (B, H, N, V).
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class RefusedError(ValueError):
+    """A layer that cannot be converted; the message says why."""
+
+
+class Heads(NamedTuple):
+    """The attention of a layer.
+
+    Attributes:
+        heads: number of heads H.
+        key_dim: width of queries and keys per head K.
+        value_dim: width of values per head V.
+        scale: factor of the logits.
+        dropout: probability of dropping an attention weight in training.
+        weight: a parameter with the device and the type of the layer.
+    """
+
+    heads: int
+    key_dim: int
+    value_dim: int
+    scale: float
+    dropout: float
+    weight: Tensor
+
+
+class Adapter:
+    """How attention of one kind is converted. Each method gets the layer.
+
+    Attributes:
+        classes: qualified names of the classes that it converts.
+        forward: the ``forward`` of a converted layer, for adapters that exchange it.
+    """
+
+    classes: ClassVar[tuple[str, ...]] = ()
+    forward: ClassVar[Callable[..., Any]]
+
+    def matches(self, layer: nn.Module) -> bool:
+        """Whether the layer is of one of the classes, or of a subclass with their ``forward``."""
+        forward = getattr(type(layer), "forward", None)
+        return any(
+            f"{c.__module__}.{c.__qualname__}" in self.classes
+            and getattr(c, "forward", None) is forward
+            for c in type(layer).__mro__
+        )
+
+    def heads(self, layer: Any) -> Heads:
+        """Describe the layer.
+
+        Raises:
+            RefusedError: for a layer that cannot be converted.
+        """
+        raise NotImplementedError
+
+    def trained(self, layer: Any) -> Iterator[nn.Module | nn.Parameter]:
+        """The parts in front of the kernel: layers to q, k and v, and norms of q and k."""
+        raise NotImplementedError
+
+    def install(self, layer: Any, kernel: Kernel) -> None:
+        """Make the layer call the kernel."""
+        layer.kernel = kernel
+        layer.__class__ = _converted_class(type(layer), type(self))
+
+    def remove(self, layer: Any) -> None:
+        """Undo :meth:`install`."""
+        layer.__class__ = type(layer).original
+        del layer.kernel
+
+    def is_converted(self, layer: nn.Module) -> bool:
+        """Whether :meth:`install` was called for the layer."""
+        return getattr(type(layer), "adapter", None) is type(self)
+
+
+_CLASSES: dict[tuple[type[nn.Module], type[Adapter]], type[nn.Module]] = {}
+
+
+def _converted_class(original: type[nn.Module], adapter: type[Adapter]) -> type[nn.Module]:
+    """The subclass of a layer's class whose ``forward`` is that of the adapter."""
+    if (known := _CLASSES.get((original, adapter))) is not None:
+        return known
+
+    def reduce(layer: Any, protocol: int) -> tuple[Any, ...]:  # a class made here has no name
+        return _new, (original, adapter), layer.__dict__
+
+    members = {
+        "forward": adapter.forward,
+        "original": original,
+        "adapter": adapter,
+        "__reduce_ex__": reduce,
+    }
+    made = type(f"Converted{original.__name__}", (original,), members)
+    return _CLASSES.setdefault((original, adapter), made)
+
+
+def _new(original: type[nn.Module], adapter: type[Adapter]) -> nn.Module:
+    """An empty layer, which unpickling and copying fill."""
+    cls = _converted_class(original, adapter)
+    return cls.__new__(cls)
+
+
+def refuse_mask(layer: Any, mask: object, is_causal: bool = False) -> None:
+    """Raise a ValueError if a converted layer is called with a mask."""
+    if mask is not None or is_causal:
+        what = "causal" if mask is None else "called with a mask"
+        kernel = type(layer.kernel.inner).__name__
+        raise ValueError(
+            f"{type(layer).__name__} is converted and {what}: its kernel {kernel} forms no "
+            "attention map that could be masked; vx.revert(model) restores softmax"
+        )
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, N, H K) -> (B, H, N, K)."""
+    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, H, N, V) -> (B, N, H V)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+class OwnAttention(Adapter):
+    """Attention of this package: its kernel is exchanged."""
+
+    classes = ("vision_xformer.mixers.attention.Attention",)
+
+    def heads(self, layer: Attention) -> Heads:
+        """See :class:`Adapter`."""
+        if not isinstance(layer.kernel, Softmax | SoftmaxEager):
+            raise RefusedError(f"its kernel is {type(layer.kernel).__name__}, not softmax")
+        if layer.position_bias is not None:
+            raise RefusedError("it adds a position bias to the attention map")
+        weight = next(layer.proj.parameters())
+        site = layer.kernel.site
+        scale, dropout = site.key_dim**-0.5, layer.kernel.dropout
+        return Heads(site.heads, site.key_dim, site.value_dim, scale, dropout, weight)
+
+    def trained(self, layer: Attention) -> Iterator[nn.Module]:
+        """See :class:`Adapter`."""
+        yield layer.projection
+
+    def install(self, layer: Any, kernel: Kernel) -> None:
+        """See :class:`Adapter`."""
+        layer.__dict__["softmax"] = layer.kernel  # not a submodule: it has no parameters
+        layer.kernel = kernel
+
+    def remove(self, layer: Any) -> None:
+        """See :class:`Adapter`."""
+        layer.kernel = layer.__dict__.pop("softmax")
+
+    def is_converted(self, layer: nn.Module) -> bool:
+        """See :class:`Adapter`."""
+        return "softmax" in layer.__dict__
+
+
+def _torch_forward(
+    layer: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[Tensor, None]:
+    """Attend, (B, N, D) -> (B, N, D); there are no weights to return."""
+    refuse_mask(layer, attn_mask if key_padding_mask is None else key_padding_mask, is_causal)
+    if key is not query or value is not query:
+        raise ValueError("a converted MultiheadAttention takes one tensor, not three")
+    x = query if layer.batch_first else query.transpose(0, 1)
+    qkv = F.linear(x, layer.in_proj_weight, layer.in_proj_bias)  # a parameter, not a layer
+    q, k, v = (split_heads(part, layer.num_heads) for part in qkv.chunk(3, -1))
+    y = layer.out_proj(merge_heads(layer.kernel(q, k, v)))
+    return (y if layer.batch_first else y.transpose(0, 1)), None
+
+
+class TorchAttention(Adapter):
+    """``nn.MultiheadAttention`` of a vision transformer of torchvision or open_clip."""
+
+    classes = ("torch.nn.modules.activation.MultiheadAttention",)
+
+    forward: ClassVar[Callable[..., Any]] = staticmethod(_torch_forward)
+
+    def heads(self, layer: nn.MultiheadAttention) -> Heads:
+        """See :class:`Adapter`."""
+        if not layer._qkv_same_embed_dim:
+            raise RefusedError(
+                "its keys and values have widths of their own, as in cross-attention"
+            )
+        if layer.bias_k is not None or layer.add_zero_attn:
+            raise RefusedError("it adds keys of its own (add_bias_kv or add_zero_attn)")
+        width = layer.head_dim
+        scale, weight = width**-0.5, layer.in_proj_weight
+        return Heads(layer.num_heads, width, width, scale, layer.dropout, weight)
+
+    def trained(self, layer: nn.MultiheadAttention) -> Iterator[nn.Parameter]:
+        """See :class:`Adapter`."""
+        yield layer.in_proj_weight
+        if layer.in_proj_bias is not None:
+            yield layer.in_proj_bias
+
+
+def _plain_forward(layer: Any, x: Tensor, attn_bias: Any = None) -> Tensor:
+    """Attend, (B, N, D) -> (B, N, D)."""
+    refuse_mask(layer, attn_bias)
+    y = layer.kernel(*PlainAttention.operands(layer, x))
+    return layer.proj_drop(layer.proj(merge_heads(y)))
+
+
+class PlainAttention(Adapter):
+    """Attention with ``qkv`` and ``proj`` as in timm's first ViT and in DINO, DINOv2 and MAE.
+
+    The class may be anybody's, so it is recognized by what it computes: on random tokens, softmax
+    attention with its layers must give its output.
+    """
+
+    forward: ClassVar[Callable[..., Any]] = staticmethod(_plain_forward)
+
+    def matches(self, layer: nn.Module) -> bool:
+        """Whether the layer has the parts; :meth:`heads` compares the outputs."""
+        qkv, proj = getattr(layer, "qkv", None), getattr(layer, "proj", None)
+        return (
+            isinstance(qkv, nn.Linear)
+            and isinstance(proj, nn.Linear)
+            and qkv.out_features == 3 * proj.in_features
+            and isinstance(getattr(layer, "num_heads", None), int)
+        )
+
+    @torch.no_grad()
+    def heads(self, layer: Any) -> Heads:
+        """See :class:`Adapter`."""
+        width = layer.proj.in_features // layer.num_heads
+        drop = getattr(layer, "attn_drop", 0.0)
+        dropout = float(drop.p if isinstance(drop, nn.Dropout) else drop)
+        scale, weight = getattr(layer, "scale", width**-0.5), layer.qkv.weight
+        last = getattr(layer, "proj_drop", None)
+        if not isinstance(scale, float) or not isinstance(last, nn.Module):
+            raise RefusedError("it has no scale or no proj_drop, as attention in DINOv2 has")
+        found = Heads(layer.num_heads, width, width, scale, dropout, weight)
+        training = layer.training
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(2, 12, layer.qkv.in_features, generator=generator).to(weight)
+        try:
+            theirs = layer.eval()(x)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise RefusedError(f"it is not called with tokens (B, N, D) alone: {error}") from error
+        finally:
+            layer.train(training)
+        q, k, v = self.operands(layer, x)
+        attend = F.scaled_dot_product_attention
+        ours = layer.proj(merge_heads(attend(q, k, v, scale=scale)))
+        if not isinstance(theirs, Tensor) or theirs.shape != ours.shape:
+            raise RefusedError("it does not return tokens (B, N, D)")
+        if not torch.allclose(theirs, ours, rtol=1e-3, atol=1e-4 * ours.abs().amax().item()):
+            raise RefusedError(
+                "it computes something else than softmax attention with its qkv and proj"
+            )
+        return found
+
+    @staticmethod
+    def operands(layer: Any, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values (B, H, N, K) of tokens (B, N, D)."""
+        return tuple(split_heads(part, layer.num_heads) for part in layer.qkv(x).chunk(3, -1))
+
+    def trained(self, layer: Any) -> Iterator[nn.Module]:
+        """See :class:`Adapter`."""
+        yield layer.qkv

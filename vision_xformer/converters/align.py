@@ -1,0 +1,234 @@
+"""Train a converted model to do what it did before, without labels.
+
+In the first stage each converted layer learns to return what the teacher's returns, given the
+teacher's input; only kernels and the layers to queries, keys and values move (ViT-AdaLA, arXiv
+2603.16063, stage 1). In the second all weights move, and the last features and the outputs of
+attention are matched (the same, stage 2; Qin et al. 2026 for the weight of 50).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from ..options import check_at_least
+from .compare import Comparison, compare, layers_of_both
+from .observe import features, recorded, tokens_of
+from .replace import adapter_of, converted_layers, revert
+
+ATTENTION_WEIGHT = 50.0
+
+
+def aligned_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """What the first stage trains: kernels, and the layers to queries, keys and values."""
+    found: dict[int, nn.Parameter] = {}
+    layers: dict[str, Any] = converted_layers(model)
+    for layer in layers.values():
+        adapter = adapter_of(layer)
+        assert adapter is not None
+        for part in (layer.kernel, *adapter.trained(layer)):
+            own = part.parameters() if isinstance(part, nn.Module) else [part]
+            found |= {id(p): p for p in own}
+    return list(found.values())
+
+
+def softmax_copy(model: nn.Module, shared: bool = False) -> nn.Module:
+    """A copy of a converted model with softmax, in evaluation mode and without gradients.
+
+    Args:
+        model: a converted model whose weights are still those of the teacher.
+        shared: share the weights that the first stage does not train.
+    """
+    own = {id(p) for p in aligned_parameters(model)}
+    memo = {id(p): p for p in model.parameters() if id(p) not in own} if shared else {}
+    teacher = copy.deepcopy(model, dict(memo))
+    revert(teacher)
+    if not shared:
+        teacher.requires_grad_(False)
+    return teacher.eval()
+
+
+class AttentionMatching(nn.Module):
+    """The loss of the first stage: images (B, C, H, W) -> (), mean squared error of attention.
+
+    Args:
+        model: a converted model.
+        teacher: the same model with softmax.
+    """
+
+    def __init__(self, model: nn.Module, teacher: nn.Module) -> None:
+        super().__init__()
+        self.model, self._teacher = model, [teacher]  # a list: not a part that is trained
+        self.names = layers_of_both(model, teacher)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The sum over layers of the error of their outputs, given the teacher's inputs."""
+        with torch.no_grad(), recorded(self._teacher[0], self.names) as calls:
+            features(self._teacher[0], images)
+        modules = dict(self.model.named_modules())
+        losses = []
+        for name in self.names:
+            args, kwargs, output = calls[name]
+            ours = tokens_of(modules[name](*args, **kwargs))
+            losses.append(F.mse_loss(ours.float(), output.float()))
+        return torch.stack(losses).sum()
+
+
+class FeatureMatching(nn.Module):
+    """The loss of the second stage: images (B, C, H, W) -> ().
+
+    Args:
+        model: a converted model.
+        teacher: the same model with softmax.
+        attention_weight: factor of the error of attention outputs.
+    """
+
+    def __init__(
+        self, model: nn.Module, teacher: nn.Module, attention_weight: float = ATTENTION_WEIGHT
+    ) -> None:
+        super().__init__()
+        self.model, self._teacher = model, [teacher]
+        self.names = layers_of_both(model, teacher)
+        self.attention_weight = attention_weight
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Mean squared error of the last features, and of attention on average over layers."""
+        with torch.no_grad(), recorded(self._teacher[0], self.names) as theirs:
+            target = features(self._teacher[0], images)
+        with recorded(self.model, self.names) as ours:
+            loss = F.mse_loss(features(self.model, images).float(), target.float())
+        errors = [F.mse_loss(ours[n].output.float(), theirs[n].output.float()) for n in self.names]
+        return loss + self.attention_weight * torch.stack(errors).mean()
+
+
+def align(
+    model: nn.Module,
+    teacher: nn.Module | None,
+    images: Tensor | Iterable[Any],
+    *,
+    steps: tuple[int, int] = (500, 1000),
+    lr: tuple[float, float] = (1e-3, 1e-4),
+    batch_size: int = 32,
+    weight_decay: float = 0.0,
+    ema: float = 0.0,
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    progress: bool = True,
+) -> tuple[Comparison, Comparison]:
+    """Train a converted model towards its teacher in two stages, in place, without labels.
+
+    AdamW with a cosine decay. For runs that resume, on several processes, see
+    ``python -m train convert``.
+
+    Args:
+        model: a converted model; its training mode is kept.
+        teacher: the same model with softmax; None makes it from the model itself, whose weights
+            must be those of before. Weights that do not move are then held once.
+        images: batches (B, C, H, W) as the model takes them, such as a ``DataLoader`` (labels
+            beside them are ignored), repeated as often as needed; or one tensor of images.
+        steps: of the two stages.
+        lr: peak learning rates of the two stages.
+        batch_size: images per step, for one tensor of images.
+        weight_decay: of AdamW.
+        ema: decay of the moving average of the weights that is kept in the end; 0 for none.
+        precision: of autocast; "auto" is bf16 where it is native.
+        progress: whether a progress bar is shown.
+
+    Returns:
+        The comparisons before and after, on the first batch.
+
+    Raises:
+        ValueError: for a model that is not converted, images of a wrong shape or none, or a loss
+            that is not finite.
+    """
+    for name, value in zip(("steps", "lr"), (min(steps), min(lr)), strict=True):
+        check_at_least(name, value, 0)
+    first = next(iter(_batches(images, batch_size)), None)
+    if first is None:
+        raise ValueError("images is empty: at least one batch is needed")
+    staged = softmax_copy(model, shared=True) if teacher is None else teacher
+    before = compare(model, staged, first)
+    device = next(model.parameters()).device
+    with tqdm(total=sum(steps), disable=not progress, desc="align", unit="step") as bar:
+        for stage in range(2):
+            if stage == 1 and teacher is None and steps[1]:
+                staged = copy.deepcopy(staged).requires_grad_(False)  # all weights move now
+            matching = (AttentionMatching, FeatureMatching)[stage](model, staged)
+            chosen = aligned_parameters(model) if stage == 0 else list(model.parameters())
+            with _only_these_train(model, chosen) as trained:
+                optimizer = torch.optim.AdamW(trained, lr[stage], weight_decay=weight_decay)
+                average = _average(model, ema) if ema and stage == 1 else None
+                endless = itertools.chain.from_iterable(
+                    _batches(images, batch_size) for _ in itertools.count()
+                )
+                for step, x in zip(range(steps[stage]), endless, strict=False):
+                    rate = 0.5 * (1 + math.cos(math.pi * step / steps[stage]))
+                    for group in optimizer.param_groups:
+                        group["lr"] = lr[stage] * rate
+                    with _autocast(device, precision):
+                        loss = matching(x.to(device))
+                    if not loss.isfinite():
+                        raise ValueError(
+                            f"the loss is {loss.item()} in step {step + 1} of stage {stage + 1}: "
+                            f"lower lr {lr[stage]:g}, or set precision to fp32"
+                        )
+                    loss.backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    if average is not None:
+                        average.update_parameters(model)
+                    bar.update()
+                    bar.set_postfix_str(f"stage {stage + 1}, loss {loss.item():.3g}", False)
+                if average is not None:
+                    model.load_state_dict(average.module.state_dict())
+    return before, compare(model, staged, first)
+
+
+def _batches(images: Tensor | Iterable[Any], batch_size: int) -> Iterator[Tensor]:
+    """One pass over the images in batches (B, C, H, W)."""
+    if isinstance(images, Tensor):
+        yield from images[torch.randperm(len(images))].split(batch_size)
+        return
+    for batch in images:
+        yield batch[0] if isinstance(batch, list | tuple) else batch
+
+
+@contextlib.contextmanager
+def _only_these_train(
+    model: nn.Module, parameters: list[nn.Parameter]
+) -> Iterator[list[nn.Parameter]]:
+    """Of these parameters, those that may train; all others are frozen inside the context."""
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    chosen = {id(p) for p in parameters}
+    for parameter, may_train in before:
+        parameter.requires_grad_(may_train and id(parameter) in chosen)
+    try:
+        yield [p for p, _ in before if p.requires_grad]
+    finally:
+        for parameter, may_train in before:
+            parameter.requires_grad_(may_train)
+
+
+def _autocast(device: torch.device, precision: str) -> Any:
+    """Autocast to bf16, where it is native or asked for."""
+    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bf16()
+    enabled = precision == "bf16" or (precision == "auto" and native)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def _cpu_has_bf16() -> bool:
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+
+
+def _average(model: nn.Module, decay: float) -> AveragedModel:
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)

@@ -1,0 +1,87 @@
+"""How far a converted model is from its teacher."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .observe import features, recorded, tokens_of
+from .replace import converted_layers
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """A converted model beside its teacher; ``print`` shows it.
+
+    Attributes:
+        errors: relative error of the output of each converted layer, |ours - theirs| / |theirs|
+            (Frobenius norms), given the teacher's input.
+        cosine: mean cosine between the last features of both.
+        agreement: fraction of images for which both predict the same class; None for a model
+            without classes.
+    """
+
+    errors: dict[str, float]
+    cosine: float
+    agreement: float | None
+
+    def __str__(self) -> str:
+        width = max(map(len, self.errors))
+        lines = [f"{name:<{width}}  error {error:.4f}" for name, error in self.errors.items()]
+        lines.append(f"{'features':<{width}}  cosine {self.cosine:.4f}")
+        if self.agreement is not None:
+            lines.append(f"{'predictions':<{width}}  {self.agreement:.1%} agree")
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def compare(model: nn.Module, teacher: nn.Module, images: Tensor) -> Comparison:
+    """Compare a converted model with the model that it was, in evaluation mode.
+
+    Args:
+        model: a converted model.
+        teacher: the same model with softmax.
+        images: (B, C, H, W), as both take them.
+
+    Raises:
+        ValueError: for a model that is not converted, or a teacher without its layers.
+    """
+    names = layers_of_both(model, teacher)
+    modes = [(part, part.training) for m in (model, teacher) for part in m.modules()]
+    try:
+        model.eval()
+        teacher.eval()
+        with recorded(teacher, names) as calls:
+            theirs = features(teacher, images)
+        errors = {}
+        modules = dict(model.named_modules())
+        for name in names:
+            args, kwargs, output = calls[name]
+            ours = tokens_of(modules[name](*args, **kwargs))
+            errors[name] = ((ours - output).norm() / output.norm()).item()
+        cosine = F.cosine_similarity(features(model, images), theirs, dim=-1).mean().item()
+        logits = [tokens_of(m(images)) for m in (model, teacher)]
+        same = (logits[0].argmax(-1) == logits[1].argmax(-1)).double().mean().item()
+        agreement = same if logits[0].ndim == 2 else None
+    finally:
+        for part, mode in modes:
+            part.training = mode
+    return Comparison(errors, cosine, agreement)
+
+
+def layers_of_both(model: nn.Module, teacher: nn.Module) -> list[str]:
+    """The names of the converted layers of a model, which the teacher must have.
+
+    Raises:
+        ValueError: for a model that is not converted, or a teacher without its layers.
+    """
+    names = list(converted_layers(model))
+    if not names:
+        raise ValueError(f"{type(model).__name__} has no converted layers: vx.convert it first")
+    modules = dict(teacher.named_modules())
+    if missing := [name for name in names if name not in modules]:
+        raise ValueError(f"the teacher {type(teacher).__name__} has no layer {missing[0]!r}")
+    return names

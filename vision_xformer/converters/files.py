@@ -1,0 +1,78 @@
+"""Converted models in files: the weights, and which layers were converted to what."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors import safe_open
+from torch import nn
+
+from ..factory import write_weights
+from ..weights import read_weights
+from .replace import convert, converted_layers, revert
+
+M = TypeVar("M", bound=nn.Module)
+_KEY = "conversion"
+
+
+def save_converted(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write the weights of a converted model, and how it was converted, to a safetensors file.
+
+    Raises:
+        ValueError: for a model that is not converted, or an invalid path.
+        OSError: if it cannot be written.
+    """
+    layers: dict[str, Any] = converted_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no converted layers: vx.convert it first")
+    recipes = {name: layer.kernel.recipe for name, layer in layers.items()}
+    write_weights(model.state_dict(), path, {_KEY: json.dumps(recipes)})
+
+
+def load_converted(path: str | os.PathLike[str], model: M) -> M:
+    """Convert a model as a file of :func:`save_converted` says, in place, and load its weights.
+
+    Args:
+        path: of the file.
+        model: the same model with softmax, with any weights.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: for another file, or a model that the weights do not fit. The model is then
+            unchanged.
+    """
+    state = read_weights(path)
+    metadata: dict[str, str] = {}
+    if Path(path).suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    if _KEY not in metadata:
+        raise ValueError(f"{path} has no conversion: was it written by save_converted?")
+    recipes: dict[str, dict[str, Any]] = json.loads(metadata[_KEY])
+    kernels = tuple(f"{name}.kernel." for name in recipes)
+    expected = {k: v.shape for k, v in state.items() if not k.startswith(kernels)}
+    own = {k: v.shape for k, v in model.state_dict().items()}
+    if differing := sorted(expected.items() ^ own.items()):
+        raise ValueError(
+            f"{path} is of another model than this {type(model).__name__}: they differ in "
+            f"{len({k for k, _ in differing})} tensor(s), the first is {differing[0][0]}"
+        )
+    try:
+        for recipe in {json.dumps(r): r for r in recipes.values()}.values():
+            names = {name for name, r in recipes.items() if r == recipe}
+            convert(
+                model, recipe["mixer"], layers=lambda n, _, names=names: n in names,
+                image_size=tuple(recipe["image_size"]), center_keys=recipe["center_keys"],
+                **recipe["options"],
+            )  # fmt: skip
+        model.load_state_dict(state)
+    except (ValueError, RuntimeError) as error:
+        if converted_layers(model):
+            revert(model)
+        raise ValueError(f"{path}: {error}") from error
+    return model

@@ -1,0 +1,70 @@
+"""Record what attention layers get and return, and the features of any model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+
+class LayerCall(NamedTuple):
+    """One call of a layer: its arguments and the tokens (B, N, D) that it returned."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Tensor
+
+
+def tokens_of(output: Any) -> Tensor:
+    """The tokens in what a layer or a model of any library returns.
+
+    Raises:
+        ValueError: for something without tokens.
+    """
+    found = getattr(output, "last_hidden_state", None)
+    if found is None:
+        found = getattr(output, "logits", output)
+    if isinstance(found, tuple):
+        found = found[0]
+    if not isinstance(found, Tensor):
+        raise ValueError(f"the model returns a {type(output).__name__}, not a tensor of features")
+    return found
+
+
+@contextlib.contextmanager
+def recorded(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, LayerCall]]:
+    """Record the calls of some layers of a model inside the context, by name."""
+    calls: dict[str, LayerCall] = {}
+
+    def hook_of(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            calls[name] = LayerCall(args, kwargs, tokens_of(output))
+
+        return hook
+
+    modules = dict(model.named_modules())
+    hooks = [modules[n].register_forward_hook(hook_of(n), with_kwargs=True) for n in names]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def features(model: Any, images: Tensor) -> Tensor:
+    """The last features of a model, before its classifier where it has ``forward_features``.
+
+    Args:
+        model: of this package, timm, torchvision, transformers or anybody's.
+        images: (B, C, H, W).
+
+    Returns:
+        Tokens (B, N, D), or what the model returns.
+    """
+    if callable(getattr(model, "forward_features", None)):
+        found = model.forward_features(images)
+        if isinstance(found, Tensor):
+            return found
+    return tokens_of(model(images))

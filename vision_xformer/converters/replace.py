@@ -1,0 +1,289 @@
+"""Put another kernel into the attention of a model, and take it out again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..kernels import KERNELS, Kernel, Site
+from ..options import check_options, options_of
+from .adapters import Adapter, Heads, OwnAttention, PlainAttention, RefusedError, TorchAttention
+from .report import Report, Row, measure_layer
+from .timm_attention import TimmAttention, TimmRotary
+from .tokens import Call, ConvertedKernel, GridTracker, input_shape, observe, shift_invariant
+from .transformers_attention import TransformersAttention
+
+ADAPTERS: tuple[Adapter, ...] = (
+    OwnAttention(),
+    TimmAttention(),
+    TimmRotary(),
+    TransformersAttention(),
+    TorchAttention(),
+    PlainAttention(),  # the last: it recognizes parts, not classes
+)
+# Why attention of these classes cannot be converted
+_REASONS = {
+    "WindowAttention": "its windows add a position bias to the attention map",
+    "SwinAttention": "its windows add a position bias to the attention map",
+    "BeitAttention": "it adds a position bias to the attention map",
+    "ClassAttn": "class attention has a single query",
+    "ClassAttention": "class attention has a single query",
+    "LayerScaleBlockClassAttn": "class attention has a single query",
+    "CrossAttention": "queries and keys come from different tokens",
+    "AttentionPoolLatent": "a pooling head has a query of its own",
+    "SiglipMultiheadAttentionPoolingHead": "a pooling head has a query of its own",
+    "TalkingHeadAttn": "it mixes the heads of the attention map",
+    "SamVisionAttention": "it adds relative positions to the attention map",
+    "SamVisionSdpaAttention": "it adds relative positions to the attention map",
+}
+
+_DONE = "it is converted already"
+Layers = Iterable[int] | Callable[[str, nn.Module], bool]
+
+
+def adapter_of(layer: nn.Module) -> Adapter | None:
+    """The adapter for a layer, converted or not; None if there is none."""
+    return next((a for a in ADAPTERS if a.matches(layer) or a.is_converted(layer)), None)
+
+
+def converted_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The converted layers of a model by name."""
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if (adapter := adapter_of(layer)) is not None and adapter.is_converted(layer)
+    }
+
+
+def convert(
+    model: nn.Module,
+    mixer: str,
+    *,
+    layers: Layers | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    center_keys: bool | None = None,
+    **options: Any,
+) -> Report:
+    """Replace softmax in the attention layers of a model by another kernel, in place.
+
+    The layers to queries, keys and values, norms, gates and output layers stay as they are, under
+    their names; the state dict gains ``...kernel.*``. Attention of this package, of timm
+    (``Attention``, ``AttentionRope``, ``EvaAttention``), of nine vision models of transformers,
+    ``nn.MultiheadAttention`` and attention as in DINOv2's own code are known. Rotary positions are
+    applied to queries and keys before the kernel, so positive feature maps stay positive.
+
+    Args:
+        model: takes images (B, C, H, W).
+        mixer: a kernel, one of ``KERNELS.names()``, such as "nystrom" or "linear".
+        layers: which of the layers that can be converted: their indices, negative ones from the
+            end, or a function of name and module; all by default.
+        image_size: height and width in pixels, for a model that does not say it.
+        center_keys: subtract the mean of the keys over the tokens before the kernel, which leaves
+            softmax as it is; by default for the kernels that it does not leave as they are.
+        options: of the kernel.
+
+    Returns:
+        A row for each attention layer: converted, kept or refused, with its cost.
+
+    Raises:
+        ValueError: for a model without a layer that can be converted, an unknown kernel or option,
+            or a kernel that does not fit. The model is then unchanged.
+    """
+    _check_kernel(mixer, options)
+    modules = dict(model.named_modules())
+    found: dict[str, Adapter] = {}
+    rows: dict[str, Row] = {}
+    described: dict[str, Heads] = {}
+    for name, layer in attention_layers(model):
+        adapter = adapter_of(layer)
+        try:
+            if adapter is None:
+                raise RefusedError("its class is not known")
+            if adapter.is_converted(layer):
+                raise RefusedError(_DONE)
+            if isinstance(modules[name.rpartition(".")[0]], nn.TransformerEncoderLayer):
+                raise RefusedError("nn.TransformerEncoderLayer does not call it in evaluation")
+            described[name] = adapter.heads(layer)
+            found[name] = adapter
+        except RefusedError as error:
+            reason = _known_reason(layer) or str(error)
+            rows[name] = Row(name, type(layer).__name__, f"refused: {reason}")
+    shape = input_shape(model, image_size) if found else ()
+    calls = observe(model, {n: modules[n] for n in found}, shape) if found else {}
+    for name in list(found):
+        if (misfit := _misfit(calls.get(name))) is not None:
+            rows[name] = Row(name, type(modules[name]).__name__, f"refused: {misfit}")
+            del found[name]
+    if not found:
+        reasons = dict.fromkeys(f"{r.layer}: {r.status}" for r in rows.values())
+        raise ValueError(
+            f"{type(model).__name__} has no attention that can be converted"
+            + (f" ({'; '.join(list(reasons)[:5])})" if reasons else "")
+        )
+    done = [n for n, row in rows.items() if row.status == f"refused: {_DONE}"]
+    chosen = _choose(
+        layers, [n for n, _ in attention_layers(model) if n in (*found, *done)], modules
+    )
+    if layers is not None and (again := [n for n in done if n in chosen]):
+        raise ValueError(f"{again[0]} is converted already: vx.revert(model) first")
+    trackers: dict[str, GridTracker] = {}
+    kernels: dict[str, ConvertedKernel] = {}
+    for name in found:
+        layer, heads, call = modules[name], described[name], calls[name]
+        if name not in chosen:
+            rows[name] = Row(name, type(layer).__name__, "kept")
+            continue
+        tracker = None
+        if call.conv is not None and not isinstance(found[name], OwnAttention):
+            tracker = trackers.setdefault(call.conv, GridTracker())
+        inner = _build(mixer, options, layer, heads, call)
+        centered = not shift_invariant(inner) if center_keys is None else center_keys
+        recipe = {
+            "mixer": mixer,
+            "options": options,
+            "center_keys": centered,
+            "image_size": shape[1:],
+        }
+        scale = heads.scale * heads.key_dim**0.5
+        scale = 1.0 if abs(scale - 1) < 1e-9 else scale
+        kernel = ConvertedKernel(inner, tracker, scale, centered, recipe)
+        kernels[name] = kernel.to(heads.weight.dtype).train(layer.training)
+        rows[name] = measure_layer(name, type(layer).__name__, mixer, kernels[name])
+    if any(kernel.fixed for kernel in kernels.values()):
+        _check_fixed_size(model, mixer, shape)
+    for conv, tracker in trackers.items():
+        modules[conv].register_forward_hook(tracker)
+    for name, kernel in kernels.items():
+        found[name].install(modules[name], kernel)
+    return Report(mixer, dict(options), [rows[n] for n, _ in attention_layers(model) if n in rows])
+
+
+def revert(model: nn.Module) -> None:
+    """Give all converted layers of a model their softmax back, in place.
+
+    Raises:
+        ValueError: for a model without converted layers.
+    """
+    layers = converted_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no converted layers")
+    for layer in layers.values():
+        adapter = adapter_of(layer)
+        assert adapter is not None
+        adapter.remove(layer)
+    for module in model.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if isinstance(hook, GridTracker):
+                del module._forward_hooks[key]
+
+
+def attention_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The attention layers of a model, outermost first; what is inside of one is part of it."""
+    inside: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{outer}.") for outer in inside):
+            continue
+        known = adapter_of(module) is not None
+        if known or (_is_attention(module) and not _contains_known(module)):
+            inside.append(name)
+            yield name, module
+
+
+def _is_attention(module: nn.Module) -> bool:
+    """Whether the name of a class says attention, and it has layers to queries or outputs."""
+    name = type(module).__name__.lower()
+    has_weights = next(module.parameters(), None) is not None
+    return has_weights and ("attention" in name or "attn" in name)
+
+
+def _contains_known(module: nn.Module) -> bool:
+    return any(adapter_of(part) is not None for part in module.modules() if part is not module)
+
+
+def _known_reason(layer: nn.Module) -> str | None:
+    names = [c.__name__ for c in type(layer).__mro__]
+    return next((_REASONS[n] for n in names if n in _REASONS), None)
+
+
+def _misfit(call: Call | None) -> str | None:
+    """Why a layer that is called like this cannot be converted."""
+    if call is None:
+        return "the model does not call it"
+    if call.masked is not None:
+        return f"it is called with {call.masked}"
+    if call.crossed:
+        return "queries and keys come from different tokens"
+    return None
+
+
+def _check_kernel(mixer: str, options: dict[str, Any]) -> None:
+    if mixer not in KERNELS:
+        from ..mixers import list_mixers
+
+        if mixer in list_mixers():
+            raise ValueError(
+                f"mixer {mixer!r} has no queries and keys, so it cannot use those of the model; "
+                f"kernels: {', '.join(KERNELS.names())}"
+            )
+    check_options(f"kernel {mixer!r}", options, options_of(KERNELS[mixer]))
+
+
+def _choose(layers: Layers | None, names: list[str], modules: dict[str, nn.Module]) -> set[str]:
+    """The names of the layers to convert, of those that can be or are.
+
+    Raises:
+        ValueError: for an index out of range, or if none is chosen.
+    """
+    if layers is None:
+        return set(names)
+    if callable(layers):
+        chosen = {name for name in names if layers(name, modules[name])}
+    else:
+        indices = list(layers)
+        if wrong := [i for i in indices if not -len(names) <= i < len(names)]:
+            raise ValueError(f"layers {wrong[0]}: the model has {len(names)} that can be converted")
+        chosen = {names[i] for i in indices}
+    if not chosen:
+        raise ValueError(f"layers chooses none of the {len(names)} that can be converted")
+    return chosen
+
+
+def _build(
+    mixer: str,
+    options: dict[str, Any],
+    layer: nn.Module,
+    heads: Heads,
+    call: Call,
+) -> Kernel:
+    """The kernel of one layer, on its device.
+
+    Raises:
+        ValueError: for options that do not fit the layer.
+    """
+    site = Site(*heads[:3], call.grid, call.grid)
+    if isinstance(own := getattr(layer, "kernel", None), Kernel):
+        site = own.site
+    if heads.dropout and "dropout" in options_of(KERNELS[mixer]):
+        options = {"dropout": heads.dropout, **options}
+    with torch.device(heads.weight.device):
+        inner = KERNELS.create(mixer, site, options=options)
+    if inner.operand_widths != Kernel(site).operand_widths:
+        raise ValueError(f"{mixer} with {options} needs keys or values of other widths")
+    inner.start_from_softmax()
+    return inner
+
+
+def _check_fixed_size(model: nn.Module, mixer: str, shape: tuple[int, ...]) -> None:
+    """Raise a ValueError if the model takes images of another size."""
+    wider = (*shape[:-1], 2 * shape[-1])
+    try:
+        observe(model, {}, wider)
+    except Exception:  # whatever it raises, it does not take them
+        return
+    raise ValueError(
+        f"kernel {mixer!r} is tied to one number of tokens, and {type(model).__name__} takes "
+        f"images of any size: choose a kernel that takes any, such as nystrom or performer"
+    )

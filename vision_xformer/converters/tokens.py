@@ -1,0 +1,208 @@
+"""Where the tokens of somebody else's model lie: the grid, which its attention is not told."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..backbones import VisionModel
+from ..grid import TokenGrid
+from ..kernels import Kernel
+from ..kernels.efficient import EfficientAttention
+from ..kernels.linformer import Linformer
+from ..kernels.nystrom import Nystrom
+from ..kernels.softmax import MapKernel
+
+_INVARIANT = (MapKernel, Nystrom, EfficientAttention)
+
+
+def shift_invariant(kernel: Kernel) -> bool:
+    """Whether the kernel gives the same for keys to which a vector is added, as softmax does."""
+    return isinstance(kernel, _INVARIANT) and not isinstance(kernel, Linformer)
+
+
+class GridTracker:
+    """Notes the size of the output of a convolution, the patch embedding, in each forward pass.
+
+    Attributes:
+        shape: cells on each axis, in the last forward pass.
+    """
+
+    def __init__(self) -> None:
+        self.shape: tuple[int, ...] = ()
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        """The forward hook of the convolution."""
+        self.shape = tuple(output.shape[2:])
+
+
+class ConvertedKernel(Kernel):
+    """A kernel in a converted layer, which adds what the layer does not tell it.
+
+    Shape: (B, H, N, K), (B, H, N, K), (B, H, N, V) -> (B, H, N, V)
+
+    Args:
+        inner: the kernel.
+        tracker: of the patch embedding; None for a sequence, or if the layer passes the grid.
+        scale: factor of the queries.
+        center_keys: subtract the mean of the keys over the tokens. Softmax does not notice: it
+            adds the same to all logits of a query.
+        recipe: arguments that convert a layer again.
+    """
+
+    def __init__(
+        self,
+        inner: Kernel,
+        tracker: GridTracker | None,
+        scale: float,
+        center_keys: bool,
+        recipe: Mapping[str, Any],
+    ) -> None:
+        super().__init__(inner.site)
+        self.inner, self.tracker, self.scale, self.center_keys = inner, tracker, scale, center_keys
+        self.recipe = dict(recipe)
+        self.takes_rope, self.fixed = inner.takes_rope, inner.fixed
+
+    def grid(self, tokens: int) -> TokenGrid:
+        """The grid of N tokens; a sequence if some of the patches were dropped."""
+        prefix = self.site.queries.prefix
+        grid = TokenGrid(self.tracker.shape if self.tracker else (), prefix)
+        return grid if grid.length == tokens else TokenGrid((tokens - prefix,), prefix)
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        queries: TokenGrid | None = None,
+        keys: TokenGrid | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """Attend: q (B, H, N, K), k (B, H, N, K), v (B, H, N, V) -> (B, H, N, V)."""
+        if queries is None or keys is None:
+            queries = keys = self.grid(q.shape[2])
+        if self.center_keys:
+            k = k - k.mean(2, keepdim=True)
+        if self.scale != 1:
+            q = q * self.scale
+        return self.inner(q, k, v, queries, keys, bias)
+
+    def extra_repr(self) -> str:
+        """The options that ``print`` shows."""
+        return f"center_keys={self.center_keys}"
+
+
+class Call(NamedTuple):
+    """How a model called one of its layers.
+
+    Attributes:
+        grid: of the tokens.
+        conv: the name of the convolution that made the grid; None for a sequence.
+        masked: the name of an argument with a mask or a bias, None without.
+        crossed: whether queries and keys came from different tensors.
+    """
+
+    grid: TokenGrid
+    conv: str | None
+    masked: str | None
+    crossed: bool
+
+
+def input_shape(model: nn.Module, image_size: int | tuple[int, ...] | None) -> tuple[int, ...]:
+    """The shape (C, H, W) of the images that a model takes.
+
+    Raises:
+        ValueError: if it cannot be seen from the model.
+    """
+    if isinstance(model, VisionModel):
+        return model.config.input_shape
+    conv = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    places = [
+        (getattr(model, "patch_embed", None), "img_size"),
+        (getattr(model, "config", None), "image_size"),
+        (model, "image_size"),
+    ]
+    found = (getattr(place, name, None) for place, name in places)
+    size = image_size or next((s for s in found if s), None)
+    if size is None:
+        raise ValueError(
+            f"image_size is needed: {type(model).__name__} does not say what images it takes"
+        )
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    return (conv.in_channels if conv is not None else 3, *size)
+
+
+def observe(
+    model: nn.Module, layers: Mapping[str, nn.Module], shape: tuple[int, ...]
+) -> dict[str, Call]:
+    """Run a model on an empty image and see how it calls its layers.
+
+    A fake tensor would cost nothing, but libraries cache tables of positions by their size and
+    would keep fake ones.
+
+    Args:
+        model: takes images (B, *shape).
+        layers: attention layers by name.
+        shape: of an image, (C, H, W).
+
+    Returns:
+        The call of each layer that was called.
+    """
+    parameter = next(model.parameters())
+    sizes: dict[str, tuple[int, ...]] = {}  # of the outputs of convolutions so far
+    calls: dict[str, Call] = {}
+
+    def conv_hook(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            sizes[name] = tuple(int(s) for s in output.shape[2:])
+
+        return hook
+
+    def layer_hook(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            bound = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+            given = bound | bound.pop("kwargs", {})
+            tokens: Tensor = next(t for t in given.values() if isinstance(t, Tensor))
+            batch_first = getattr(module, "batch_first", True)
+            count = int(tokens.shape[1 if batch_first else 0])
+            conv = max(
+                (n for n, s in reversed(sizes.items()) if TokenGrid(s).length <= count),
+                key=lambda n: TokenGrid(sizes[n]).length,
+                default=None,
+            )
+            grid = TokenGrid((count,))
+            if conv is not None:
+                grid = TokenGrid(sizes[conv], count - TokenGrid(sizes[conv]).length)
+            masked = next(
+                (n for n, v in given.items()
+                 if ("mask" in n or "bias" in n) and v is not None and n != "need_weights"),
+                None,
+            )  # fmt: skip
+            operands = [given[n] for n in ("query", "key", "value") if n in given]
+            crossed = any(operand is not operands[0] for operand in operands)
+            calls[name] = Call(grid, conv, masked, crossed)
+
+        return hook
+
+    hooks = [
+        module.register_forward_hook(conv_hook(name))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d)
+    ]
+    for name, layer in layers.items():
+        hooks.append(layer.register_forward_pre_hook(layer_hook(name), with_kwargs=True))
+    training = {part: part.training for part in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad():
+            model(torch.zeros(1, *shape, dtype=parameter.dtype, device=parameter.device))
+    finally:
+        for part, mode in training.items():
+            part.training = mode
+        for hook in hooks:
+            hook.remove()
+    return calls

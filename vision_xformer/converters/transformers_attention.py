@@ -1,0 +1,190 @@
+"""Attention of transformers, through its table of attention functions.
+
+The configuration of a converted model names an implementation that calls the kernels of converted
+layers, and for all others the implementation of before; the classes of transformers stay as they
+are.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..grid import TokenGrid
+from ..kernels import KERNELS, Site
+from ..options import check_options, options_of
+from .adapters import Adapter, Heads, RefusedError, refuse_mask
+from .tokens import ConvertedKernel, GridTracker, shift_invariant
+
+_OVER = "vision_xformer_over_"
+_CLASSES = {
+    "vit": "ViTAttention",
+    "deit": "DeiTAttention",
+    "ijepa": "IJepaAttention",
+    "vit_mae": "ViTMAEAttention",
+    "dinov2": "Dinov2Attention",
+    "dinov2_with_registers": "Dinov2WithRegistersAttention",
+    "dinov3_vit": "DINOv3ViTAttention",
+    "siglip": "SiglipAttention",
+    "clip": "CLIPAttention",
+}
+
+
+def attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, dropout: float = 0.0, is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Attend with the kernel of a converted layer, as transformers calls it.
+
+    Shape: (B, H, N, K), (B, H, N, K), (B, H, N, V) -> (B, N, H, V)
+    """
+    refuse_mask(module, attention_mask, bool(is_causal))
+    return module.kernel(query, key, value).transpose(1, 2).contiguous(), None
+
+
+def _attention_over(before: str, module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+    """Attend with the kernel of a converted layer, or as before."""
+    from transformers import AttentionInterface
+
+    if hasattr(module, "kernel"):
+        return attention(module, *args, **kwargs)
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    implementation = AttentionInterface().get_interface(before, eager)
+    found: tuple[Tensor, Any] = implementation(module, *args, **kwargs)
+    return found
+
+
+def _mask_of_padding(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+    """A mask where the caller gives one; transformers makes one for every exported model."""
+    from transformers.masking_utils import sdpa_mask
+
+    if attention_mask is None:
+        return None
+    kwargs["attention_mask"] = attention_mask
+    return sdpa_mask(*args, **kwargs)
+
+
+class TransformersAttention(Adapter):
+    """The attention of nine vision models of transformers."""
+
+    classes = tuple(
+        f"transformers.models.{family}.modeling_{family}.{name}"
+        for family, name in _CLASSES.items()
+    )
+
+    def heads(self, layer: Any) -> Heads:
+        """See :class:`Adapter`."""
+        width: int = layer.head_dim
+        weight = next(layer.q_proj.parameters())
+        heads, scale = layer.q_proj.out_features // width, _first(layer, "scaling", "scale")
+        if layer.k_proj.out_features != layer.q_proj.out_features:
+            raise RefusedError("several query heads share keys and values")
+        dropout = _first(layer, "attention_dropout", "dropout")
+        return Heads(heads, width, width, float(scale), float(dropout), weight)
+
+    def trained(self, layer: Any) -> Iterator[nn.Module]:
+        """See :class:`Adapter`."""
+        yield from (layer.q_proj, layer.k_proj, layer.v_proj)
+
+    def install(self, layer: Any, kernel: nn.Module) -> None:
+        """See :class:`Adapter`."""
+        from transformers import AttentionInterface, AttentionMaskInterface
+
+        layer.kernel = kernel
+        before = layer.config._attn_implementation
+        if not before.startswith(_OVER):  # all layers share the configuration
+            name = _OVER + before
+            AttentionInterface.register(name, functools.partial(_attention_over, before))
+            AttentionMaskInterface.register(name, _mask_of_padding)
+            layer.config._attn_implementation_internal = name  # the setter checks known names
+
+    def remove(self, layer: Any) -> None:
+        """See :class:`Adapter`."""
+        del layer.kernel
+        before = layer.config._attn_implementation.removeprefix(_OVER)
+        layer.config._attn_implementation_internal = before
+
+    def is_converted(self, layer: nn.Module) -> bool:
+        """See :class:`Adapter`."""
+        return hasattr(layer, "kernel") and self.matches(layer)
+
+
+def _first(layer: Any, *names: str) -> Any:
+    """The first of several attributes that the layer has."""
+    return next(value for n in names if (value := getattr(layer, n, None)) is not None)
+
+
+def register_transformers(mixer: str | None = None, **options: Any) -> list[str]:
+    """Register kernels as ``attn_implementation`` of transformers: "vx_nystrom", "vx_linear", ...
+
+    A layer makes its kernel when it is first called, with new weights where the kernel has some;
+    to train, save or load those, use :func:`convert`. Images are square, unless the tokens are
+    those of the size in the model's configuration. Models other than the nine that :func:`convert`
+    knows, and calls with a mask, are refused.
+
+    Args:
+        mixer: one kernel; None registers all of them.
+        options: of that kernel.
+
+    Returns:
+        The registered names.
+
+    Raises:
+        ValueError: for an unknown kernel or option, or if transformers is not installed.
+    """
+    try:
+        from transformers import AttentionInterface, AttentionMaskInterface
+    except ImportError as error:
+        raise ValueError("register_transformers needs: pip install transformers") from error
+    if mixer is None and options:
+        raise ValueError(f"options {sorted(options)} need the name of the kernel that takes them")
+    for name in (names := KERNELS.names() if mixer is None else [mixer]):
+        check_options(f"kernel {name!r}", options, options_of(KERNELS[name]))
+        AttentionInterface.register(f"vx_{name}", functools.partial(_attention_of, name, options))
+        AttentionMaskInterface.register(f"vx_{name}", _mask_of_padding)
+    return [f"vx_{name}" for name in names]
+
+
+def _attention_of(
+    mixer: str, options: dict[str, Any], module: Any, query: Tensor, key: Tensor, *args: Any,
+    scaling: float | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Attend with a kernel that the layer gets when it is first called."""
+    if not hasattr(module, "kernel"):
+        if not TransformersAttention().matches(module):
+            raise ValueError(
+                f"attn_implementation vx_{mixer}: {type(module).__name__} is not one of the layers "
+                f"that can be converted: {', '.join(_CLASSES.values())}"
+            )
+        heads, tokens, width = query.shape[1:]
+        grid = TokenGrid((tokens - _prefix(module.config),), _prefix(module.config))
+        inner = KERNELS.create(mixer, Site(heads, width, width, grid, grid), options=options)
+        inner.start_from_softmax()
+        scale = 1.0 if scaling is None else scaling * width**0.5
+        kernel = ConvertedKernel(inner, GridTracker(), scale, not shift_invariant(inner), {})
+        module.kernel = kernel.to(query.device, query.dtype).train(module.training)
+    patches = query.shape[2] - _prefix(module.config)
+    module.kernel.tracker.shape = _shape(module.config, patches)
+    return attention(module, query, key, *args, **kwargs)
+
+
+def _prefix(config: Any) -> int:
+    """Number of class and register tokens of a model."""
+    registers = int(getattr(config, "num_register_tokens", 0) or 0)
+    classes = {"siglip_vision_model": 0, "ijepa": 0, "deit": 2}.get(config.model_type, 1)
+    return classes + registers
+
+
+def _shape(config: Any, patches: int) -> tuple[int, ...]:
+    """The grid of the patches: that of the configuration, or a square; () if it is neither."""
+    sizes = (config.image_size, config.patch_size)
+    (height, width), (down, right) = ((s, s) if isinstance(s, int) else tuple(s) for s in sizes)
+    usual = height // down, width // right
+    side = math.isqrt(patches)
+    return usual if math.prod(usual) == patches else (side, side) if side**2 == patches else ()
