@@ -615,6 +615,22 @@ def test_the_report_counts_operations_and_bytes() -> None:
     assert row.kept[0] == pytest.approx(4 * n * (4 * d + 2), rel=0.02)
 
 
+def test_break_even_is_where_the_kernel_stays_faster() -> None:
+    model = VisionTransformer(img_size=16, **VIT)
+    found = vx.convert(model, "linear").break_even((16, 64))
+    assert [row[0] for row in found.rows] == [16, 64]
+    assert all(seconds > 0 for row in found.rows for seconds in row[1:])
+    rows = [(16, 1.0, 0.5), (64, 1.0, 2.0), (256, 1.0, 0.9), (1024, 1.0, 0.1)]
+    for tokens, advice in ((196, "not worth it"), (300, "is worth it")):
+        result = vx.BreakEven("linear", tokens, rows)
+        assert result.first == 256
+        assert advice in str(result)
+    never = vx.BreakEven("linear", 4096, rows[:2])
+    assert never.first is None
+    assert "not faster than softmax at any" in str(never)
+    assert vx.BreakEven("linear", 17, rows[:1]).first == 16
+
+
 def test_attention_matching_is_a_mean_squared_error() -> None:
     teacher = build("timm")
     model, images = copy.deepcopy(teacher), images_of(SQUARE)

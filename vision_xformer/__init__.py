@@ -16,6 +16,7 @@ from .backbones.swin import Swin
 from .backbones.vit import ViT
 from .compat import FNet, FNet2D, ViL, ViN, ViP
 from .converters import (
+    BreakEven,
     Comparison,
     Report,
     align,
@@ -51,6 +52,7 @@ __all__ = [
     "PVT",
     "STEMS",
     "Attention",
+    "BreakEven",
     "CVTLite",
     "CaiT",
     "Comparison",

@@ -4,11 +4,12 @@ from .align import AttentionMatching, FeatureMatching, align, softmax_copy
 from .compare import Comparison, compare
 from .files import load_converted, save_converted
 from .replace import convert, revert
-from .report import Report
+from .report import BreakEven, Report
 from .transformers_attention import register_transformers
 
 __all__ = [
     "AttentionMatching",
+    "BreakEven",
     "Comparison",
     "FeatureMatching",
     "Report",

@@ -158,7 +158,8 @@ def convert(
         modules[conv].register_forward_hook(tracker)
     for name, kernel in kernels.items():
         found[name].install(modules[name], kernel)
-    return Report(mixer, dict(options), [rows[n] for n, _ in attention_layers(model) if n in rows])
+    ordered = [rows[name] for name, _ in attention_layers(model) if name in rows]
+    return Report(mixer, dict(options), ordered, next(iter(kernels.values())).site)
 
 
 def revert(model: nn.Module) -> None:

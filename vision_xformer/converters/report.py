@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,8 +14,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..flops import count_flops
-from ..kernels import Kernel
+from ..grid import TokenGrid
+from ..kernels import KERNELS, Kernel, Site
 from ..kernels.softmax import Softmax
+
+TOKENS = (64, 128, 256, 512, 1024, 2048, 4096)
+_ROUNDS = 7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +44,39 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
+class BreakEven:
+    """How long softmax and a kernel take on this machine; ``print`` says what follows from it.
+
+    Attributes:
+        mixer: the kernel.
+        tokens: of the converted model, N.
+        rows: (tokens, seconds of softmax, seconds of the kernel), with gradients, for one image.
+    """
+
+    mixer: str
+    tokens: int
+    rows: list[tuple[int, float, float]]
+
+    @property
+    def first(self) -> int | None:
+        """The smallest measured number of tokens from which on the kernel is always faster."""
+        slower = [i for i, (_, softmax, kernel) in enumerate(self.rows) if kernel >= softmax]
+        rest = self.rows[slower[-1] + 1 :] if slower else self.rows
+        return rest[0][0] if rest else None
+
+    def __str__(self) -> str:
+        head = ["tokens", "softmax, ms", f"{self.mixer}, ms"]
+        body = [[str(n), f"{a * 1e3:.2f}", f"{b * 1e3:.2f}"] for n, a, b in self.rows]
+        if self.first is None:
+            verdict = f"{self.mixer} is not faster than softmax at any of these lengths"
+        else:
+            verdict = f"{self.mixer} is faster than softmax from {self.first} tokens on"
+        advice = "worth it" if self.first and self.first <= self.tokens else "not worth it"
+        lines = f"{verdict}; this model has {self.tokens}: a conversion for speed is {advice}"
+        return f"{_table([head, *body])}\n{lines} on this machine"
+
+
+@dataclasses.dataclass(frozen=True)
 class Report:
     """The report of a conversion; ``print`` shows it as a table.
 
@@ -43,16 +84,39 @@ class Report:
         mixer: the kernel.
         options: its options.
         rows: one for each attention layer.
+        site: heads, widths and grid of the first converted layer.
     """
 
     mixer: str
     options: dict[str, Any]
     rows: list[Row]
+    site: Site
 
     @property
     def converted(self) -> list[str]:
         """The names of the converted layers."""
         return [row.name for row in self.rows if row.flops is not None]
+
+    def break_even(
+        self, tokens: Sequence[int] = TOKENS, device: torch.device | str = "cpu"
+    ) -> BreakEven:
+        """Measure from which number of tokens on the kernel is faster than softmax here.
+
+        Forward and backward pass of both on one image, alternately; the median of seven.
+
+        Args:
+            tokens: numbers of tokens to measure, in ascending order.
+            device: where to measure.
+        """
+        rows = []
+        for count in tokens:
+            grid = _square(count)
+            site = self.site._replace(queries=grid, keys=grid)
+            with torch.device(device):
+                pair = Softmax(site), KERNELS.create(self.mixer, site, options=self.options)
+            times = _alternating(pair, site, torch.device(device))
+            rows.append((count, *times))
+        return BreakEven(self.mixer, self.site.queries.length, rows)
 
     def __str__(self) -> str:
         head = ["layer", "class", "kernel", "tokens", "MFLOPs", "KiB kept"]
@@ -75,6 +139,36 @@ def _table(rows: list[list[str]]) -> str:
 def _arrow(values: tuple[int, int], unit: float) -> str:
     before, after = (f"{value / unit:,.1f}" for value in values)
     return f"{before} -> {after}"
+
+
+def _square(count: int) -> TokenGrid:
+    """The grid of so many tokens that is nearest to a square."""
+    side = next(s for s in range(math.isqrt(count), 0, -1) if count % s == 0)
+    return TokenGrid((side, count // side))
+
+
+def _alternating(
+    kernels: tuple[Kernel, Kernel], site: Site, device: torch.device
+) -> tuple[float, float]:
+    """Seconds of a forward and backward pass of two kernels on one image."""
+    shape = (1, site.heads, site.queries.length)
+    widths = (site.key_dim, site.key_dim, site.value_dim)
+    operands = [torch.randn(*shape, w, device=device, requires_grad=True) for w in widths]
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(_ROUNDS + 1):
+        for kernel, found in zip(kernels, times, strict=True):
+            _synchronize(device)
+            start = time.perf_counter()
+            kernel(*operands, site.queries, site.keys).sum().backward()
+            _synchronize(device)
+            found.append(time.perf_counter() - start)
+    softmax, other = (statistics.median(found[1:]) for found in times)
+    return softmax, other
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def measure_layer(name: str, layer: str, mixer: str, kernel: Kernel) -> Row:
