@@ -71,10 +71,10 @@ def start(arguments: list[str]) -> Run | None:
         print(commands.report(args.runs, args.out))
         return None
     folder = commands.folder_of(args.run)
+    config = parse(["--config", str(folder / "config.yaml")])
     if name == "predict":
-        print("\n".join(commands.classify(folder, args.images)))
+        print("\n".join(commands.classify(folder, config, args.images)))
     else:
-        config = parse(["--config", str(folder / "config.yaml")])
         print(commands.evaluate(folder, config, args.split))
     return None
 
@@ -106,9 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         if run is not None:
             discard(run)
-        # an error of a worker process contains its traceback
-        sentence = str(error).split("ValueError: ")[-1].strip()
-        print(f"error: {sentence}", file=sys.stderr)
+        print(f"error: {str(error).strip()}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

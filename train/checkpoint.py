@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 # Options that change no number of a run: it may move to another folder or machine.
 _FREE = {
     "train": ("device", "save_every"),
-    "data": ("root", "mirror", "in_memory", "workers"),
+    "data": ("root", "mirror", "in_memory", "workers", "skip_broken"),
 }
 
 
@@ -109,11 +110,15 @@ def _check(run: Run, state: dict[str, Any]) -> None:
             f"{path} belongs to a run with another configuration than its config.yaml now: undo "
             "what was changed there, or start a new run"
         )
-    if state["data"] != data_fingerprint(run):
+    *then, test_then = state["data"]
+    *now, test_now = data_fingerprint(run)
+    if then != now:
         raise ValueError(
             f"{path} belongs to a run with other images or classes than {data.name} in "
             f"{data.root} has now: bring them back, or start a new run"
         )
+    if test_then != test_now and run.main:
+        print(f"warning: {data.root} has other test images than before", file=sys.stderr)
 
 
 def _numbers(config: str) -> dict[str, Any]:

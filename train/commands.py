@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from .atomic import read_json, read_yaml
 from .augment import plain
 from .config import RunConfig
-from .data import decode, load_data
+from .data import decode, load_data, reading_of
 from .devices import make_accelerator
 from .evaluation import accuracy, predict
 from .model import load_model
@@ -53,6 +54,8 @@ def evaluate(folder: Path, config: RunConfig, split: str) -> str:
     """
     accelerator = make_accelerator(config.train)
     data = load_data(config.data, accelerator.device)
+    for note in data.notes:
+        print(note, file=sys.stderr)
     if data.classes != read_json(folder / "classes.json", list):
         raise ValueError(f"{config.data.root} has other classes now than {folder}/classes.json")
     model, _ = load_model(folder / "best.safetensors")
@@ -69,8 +72,10 @@ def evaluate(folder: Path, config: RunConfig, split: str) -> str:
 
 
 @torch.no_grad()
-def classify(folder: Path, files: list[str]) -> list[str]:
+def classify(folder: Path, config: RunConfig, files: list[str]) -> list[str]:
     """The five most likely classes of each image file, most likely first.
+
+    Files are read as those of the run were.
 
     Raises:
         ValueError: for a file that cannot be read, or classes that are not those of the model.
@@ -82,11 +87,10 @@ def classify(folder: Path, files: list[str]) -> list[str]:
             f"{folder}/classes.json must have {sizes.classes} classes, as the model, "
             f"not {len(classes)}"
         )
+    reading = reading_of(config.data, sizes.channels)
     lines = []
     for file in files:
-        image = decode(Path(file), sizes.image_size)
-        if sizes.channels == 1:
-            image = image.float().mean(0, keepdim=True).round().to(torch.uint8)
+        image = decode(Path(file), sizes.image_size, reading)
         shares, best = model(plain(image[None])).softmax(1)[0].topk(min(5, len(classes)))
         found = ", ".join(
             f"{classes[i]} {share:.1%}" for i, share in zip(best.tolist(), shares, strict=True)

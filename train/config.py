@@ -51,7 +51,8 @@ class DataConfig:
 
     Args:
         name: which dataset, one of DATASETS. "imagefolder" reads root/train/CLASS/*, root/val
-            and root/test, or root/CLASS/* alone; without root/test, root/val is the test set.
+            (or valid, or validation) and root/test, or root/CLASS/* alone; without root/test,
+            root/val is the test set.
             Without a test set, a stratified fifth of the training images is held out.
         root: folder of the data. Datasets of torchvision are downloaded to it if they are
             missing; an archive of Tiny ImageNet is unpacked in it.
@@ -63,6 +64,14 @@ class DataConfig:
         in_memory: whether images are decoded once and kept on the device; by default if they use
             less than 2 GiB. Otherwise they are decoded as they are needed.
         workers: processes that decode images as they are needed.
+        background: color behind transparent pixels, as a name or #rrggbb.
+        max_value: value of white in grayscale images of more than 8 bits, such as 4095 for 12
+            bits in 16; by default that of 16 bits. Larger values are white as well.
+        skip_broken: leave out images that cannot be read, and say so; all are decoded before the
+            first step to find them. Otherwise a broken image is an error.
+        balance: what is done about classes of different sizes in training. "sampler": every epoch
+            has as many images as before, equally many of each class, some repeated, some left
+            out. "loss": images are weighted by the inverse frequency of their class.
     """
 
     name: str = "digits"
@@ -73,6 +82,10 @@ class DataConfig:
     val_fraction: OpenUnitInterval = 0.1
     in_memory: bool | None = None
     workers: NonNegativeInt = 2
+    background: str = "white"
+    max_value: Positive | None = None
+    skip_broken: bool = False
+    balance: Literal["none", "sampler", "loss"] = "none"
 
 
 @dataclasses.dataclass

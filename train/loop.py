@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -25,6 +24,7 @@ from vision_xformer.weights import read_weights
 
 from .atomic import write_whole
 from .augment import augment, draw, mixing
+from .balance import class_weights, cross_entropy, epoch_order
 from .checkpoint import load_state, save_epoch, save_state
 from .config import RunConfig
 from .data import Images, load_data
@@ -71,6 +71,7 @@ class Run:
         self.ema = average(self.model, c.ema) if c.ema else None
         self.teacher = load_teacher(c.teacher, self.model, sizes, self.device)
         self.mix = mixing(config.augment, len(self.data.classes))
+        self.class_weights = class_weights(self.data, config.data.balance, self.device)
         net = torch.compile(self.model) if c.compile else self.model
         self.net, self.optimizer = self.accelerator.prepare(net, make_optimizer(self.model, c))
         self.signals = Signals(self.accelerator)
@@ -91,12 +92,12 @@ class Run:
             x, targets = self.mix(x, labels)
         logits = self.net(x)
         if self.teacher is None:
-            return F.cross_entropy(logits, targets, label_smoothing=smoothing)
+            return cross_entropy(logits, targets, self.class_weights, smoothing)
         with torch.no_grad(), self.accelerator.autocast():
             taught = self.teacher(x).argmax(1)
         own, distilled = logits if isinstance(logits, tuple) else (logits, logits)
-        loss = F.cross_entropy(own, targets, label_smoothing=smoothing)
-        return (loss + F.cross_entropy(distilled, taught)) / 2
+        loss = cross_entropy(own, targets, self.class_weights, smoothing)
+        return (loss + cross_entropy(distilled, taught, self.class_weights)) / 2
 
     def train_step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
         """Forward and backward for each part of the batch, and one optimizer step."""
@@ -132,12 +133,11 @@ class Run:
         self.step += 1
 
     # One epoch
-
     def train_epoch(self, progress: tqdm[Any]) -> None:
         """Train the rest of the epoch from the current step."""
         epoch, first = divmod(self.step, self.steps_per_epoch)
         generator = torch.Generator().manual_seed(seed_of(self.config.seed, 3, epoch))
-        order = torch.randperm(len(self.data.train), generator=generator)
+        order = epoch_order(self.data.train.labels, self.config.data.balance, generator)
         here, processes = self.accelerator.process_index, self.accelerator.num_processes
         todo = order.split(self.batch_size)[first : self.steps_per_epoch]
         parts = [part for x in todo for part in x.split(self.part_size)[here::processes]]
@@ -200,7 +200,6 @@ class Run:
         return predict(self.best_model, images, self.accelerator, self.batch_size, workers)
 
     # All epochs
-
     def fit(self, progress: tqdm[Any] | None = None) -> Accuracy:
         """Train all epochs, then test the weights that were best on validation, once.
 

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,7 +42,7 @@ def new_folder(config: RunConfig) -> Path:
 
 
 def open_folder(run: Run) -> bool:
-    """Make the folder of a run, and note its configuration, classes and this session.
+    """Make the folder of a run with its first files, and print the notes about its data.
 
     Returns:
         Whether this is a new run, whose folder may be discarded.
@@ -58,6 +59,8 @@ def open_folder(run: Run) -> bool:
     write_whole(run.folder / "config.yaml", resolved(run.config))
     write_whole(run.folder / "classes.json", json.dumps(run.data.classes) + "\n")
     note_session(run.folder / "sessions.json", run.accelerator, run.step)
+    for note in run.data.notes:
+        print(note, file=sys.stderr)
     return not run.resumed
 
 

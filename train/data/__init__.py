@@ -12,12 +12,14 @@ To add a dataset, add one file to this folder::
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image
+from PIL import ImageColor
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
@@ -25,12 +27,15 @@ from vision_xformer.registry import import_all
 
 from ..config import DataConfig
 from .archives import unpack
-from .images import Images, Item, Sample, decode, open_image
+from .images import SKIP_HINT, Broken, Images, Item, Sample, decode, open_image
+from .reading import Reading
 from .registry import Source, dataset_names, find_reader, register
+from .summary import count_classes, list_broken, without
 
 __all__ = [
     "Images",
     "Item",
+    "Reading",
     "Sample",
     "Source",
     "Splits",
@@ -38,6 +43,7 @@ __all__ = [
     "decode",
     "load_data",
     "open_image",
+    "reading_of",
     "register",
     "unpack",
 ]
@@ -61,6 +67,7 @@ class Splits(NamedTuple):
         channels: 3 for RGB, 1 for grayscale.
         image_size: height and width in pixels.
         mirror: whether a horizontally flipped image still belongs to its class.
+        notes: lines about the data that a user should know.
     """
 
     train: Images
@@ -70,6 +77,7 @@ class Splits(NamedTuple):
     channels: int
     image_size: int
     mirror: bool
+    notes: Sequence[str] = ()
 
 
 def load_data(config: DataConfig, device: torch.device | str = "cpu") -> Splits:
@@ -85,23 +93,69 @@ def load_data(config: DataConfig, device: torch.device | str = "cpu") -> Splits:
     """
     source = find_reader(config.name)(config)
     _check_labels(config, source)
-    size = config.image_size or source.image_size or _size_of(source.train[0][0])
+    reading = reading_of(config, source.channels)
+    size = config.image_size or source.image_size or _size_of(source.train, reading)
+    read_parts = functools.partial(
+        _read_parts, config=config, size=size, reading=reading, device=device
+    )
+    (train, val, test), broken = read_parts(source, fully=config.skip_broken)
+    notes = list(source.notes)
+    if broken:
+        if not config.skip_broken:
+            raise ValueError(f"{list_broken(broken)}; {SKIP_HINT}")
+        notes.append(f"left out by data.skip_broken: {list_broken(broken)}")
+        source = without(source, broken)
+        (train, val, test), _ = read_parts(source, fully=False)
+    if not isinstance(source.train[0][0], torch.Tensor):
+        notes += count_classes((train, val, test), source.classes)
+    classes, channels, mirror = list(source.classes), source.channels, source.mirror
+    return Splits(train, val, test, classes, channels, size, mirror, notes)
+
+
+def reading_of(config: DataConfig, channels: int) -> Reading:
+    """Return how a configuration wants files to become images of 1 or 3 channels.
+
+    Raises:
+        ValueError: for a ``data.background`` that is no color.
+    """
+    try:
+        background = ImageColor.getrgb(config.background)[:3]
+    except ValueError as error:
+        raise ValueError(
+            f"data.background {config.background!r} must be the name of a color or #rrggbb"
+        ) from error
+    return Reading("L" if channels == 1 else "RGB", background, config.max_value)
+
+
+def _read_parts(
+    source: Source,
+    config: DataConfig,
+    size: int,
+    reading: Reading,
+    device: torch.device | str,
+    fully: bool,
+) -> tuple[list[Images], Broken]:
+    """Split, and keep or check the images; return the sets and what cannot be read of them."""
     train, val, test = source.train, source.val, source.test
     if not test:
         train, test = split(train, TEST_FRACTION)
     if not val:
         train, val = split(train, config.val_fraction)
-    parts = Images(train, size), Images(val, size), Images(test, size)
+    parts = [Images(samples, size, reading) for samples in (train, val, test)]
     count = sum(map(len, parts))
     in_memory = config.in_memory
     if in_memory is None:
         in_memory = count * source.channels * size * size <= IN_MEMORY
-    if in_memory:
-        few = count < 5000  # too few to need a progress bar
-        with tqdm(total=count, desc="reading", unit="image", disable=few or None) as progress:
-            for part in parts:
-                part.keep(torch.device(device), progress)
-    return Splits(*parts, list(source.classes), source.channels, size, source.mirror)
+    few = count < 5000  # too few to need a progress bar
+    what = "reading" if in_memory else "checking"
+    broken: Broken = {}
+    with tqdm(total=count, desc=what, unit="image", disable=few or None) as progress:
+        for part in parts:
+            if in_memory:
+                broken |= part.keep(torch.device(device), progress)
+            else:
+                broken |= part.find_broken(progress, fully)
+    return parts, broken
 
 
 def _check_labels(config: DataConfig, source: Source) -> None:
@@ -117,38 +171,50 @@ def _check_labels(config: DataConfig, source: Source) -> None:
         raise ValueError(f"{config.name} in {config.root} has no training images")
 
 
-def _size_of(image: torch.Tensor | Path | Item) -> int:
-    """Return the longer side of an image in pixels.
+def _size_of(samples: Sequence[Sample], reading: Reading) -> int:
+    """Return the longer side in pixels of the first image that can be read.
 
     Raises:
-        ValueError: if it is too long to be taken for the size of all images.
+        ValueError: if it is too long to be taken for the size of all images, or if none can be
+            read.
     """
-    if isinstance(image, torch.Tensor):
-        height, width = image.shape[1:]
-        name = "the first image"
-    else:
-        opened: Image.Image = open_image(image) if isinstance(image, Path) else image.open()
-        width, height = opened.size
-        name = str(image) if isinstance(image, Path) else "the first image"
-    if max(width, height) > LARGEST_GUESS:
-        raise ValueError(f"data.image_size is needed: {name} has {width} x {height} pixels")
-    return max(width, height)
+    problem: ValueError | None = None
+    for image, _ in samples:
+        if isinstance(image, torch.Tensor):
+            height, width = image.shape[1:]
+        else:
+            try:
+                width, height = open_image(image, reading).size
+            except ValueError as error:
+                problem = problem or error
+                continue
+        if max(width, height) > LARGEST_GUESS:
+            name = image if isinstance(image, Path) else "the first image"
+            raise ValueError(f"data.image_size is needed: {name} has {width} x {height} pixels")
+        return max(width, height)
+    assert problem is not None
+    raise problem
 
 
 def split(samples: Sequence[Sample], fraction: float) -> tuple[list[Sample], list[Sample]]:
     """Split samples into two lists, the second with a stratified ``fraction`` of them.
 
+    The only image of a class is in the first.
+
     Raises:
-        ValueError: if there are too few images of a class.
+        ValueError: if there are fewer images than classes in one of the lists.
     """
-    labels = [label for _, label in samples]
+    counts = Counter(label for _, label in samples)
+    alone = [sample for sample in samples if counts[sample[1]] == 1]  # not to be stratified
+    rest = [sample for sample in samples if counts[sample[1]] > 1] if alone else samples
+    labels = [label for _, label in rest]
     try:
         first, second = train_test_split(
-            samples, test_size=fraction, random_state=SPLIT_SEED, stratify=labels
+            rest, test_size=fraction, random_state=SPLIT_SEED, stratify=labels
         )
     except ValueError as error:
         raise ValueError(
-            f"{len(samples)} images of {len(set(labels))} classes are too few to hold out "
+            f"{len(samples)} images of {len(counts)} classes are too few to hold out "
             f"{fraction:.1%} of each class"
         ) from error
-    return first, second
+    return [*first, *alone], second

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
+import io
 from pathlib import Path
 from typing import Any, Literal
-
-from PIL import Image
 
 from vision_xformer.options import check_options
 
@@ -38,13 +37,15 @@ def read_huggingface(config: DataConfig) -> Source:
     image = _find_column(train, "image", columns.get("image"))
     label = _find_column(train, "label", columns.get("label"))
     classes = _class_names(train, label)
+    parts = {part: found.select_columns([image, label]) for part, found in parts.items()}
+    encoded = type(train.features[image])(decode=False)  # our reader decodes all images
     images = {
-        part: functools.partial(_image, found.select_columns([image]), image)
+        part: functools.partial(_image, found.cast_column(image, encoded), image)
         for part, found in parts.items()
     }
     channels = count_channels(images["train"], len(train))
     samples: dict[str, list[Sample]] = {
-        part: as_items(images[part], _labels(found, label, classes), channels)
+        part: as_items(images[part], _labels(found, label, classes))
         for part, found in parts.items()
     }
     return Source(
@@ -88,6 +89,8 @@ def _find_column(dataset: Any, kind: Literal["image", "label"], name: str | int 
     if name is not None:
         if name not in features:
             raise ValueError(f"no column {name!r}; the columns are {', '.join(features)}")
+        if kind == "image" and type(features[name]).__name__ != "Image":
+            raise ValueError(f"column {name!r} holds {features[name]}, not images")
         return str(name)
     wanted = {"image": "Image", "label": "ClassLabel"}[kind]
     found = [key for key, feature in features.items() if type(feature).__name__ == wanted]
@@ -115,5 +118,9 @@ def _labels(dataset: Any, label: str, classes: list[str]) -> list[int]:
     return [numbers.get(str(value), -1) for value in dataset[label]]
 
 
-def _image(dataset: Any, column: str, index: int) -> Image.Image:
-    return dataset[index][column]
+def _image(dataset: Any, column: str, index: int) -> Path | io.BytesIO:
+    """Return an encoded image, as its bytes or the path of its file."""
+    found = dataset[index][column]
+    if found is None:
+        raise ValueError("there is none")
+    return Path(found["path"]) if found["bytes"] is None else io.BytesIO(found["bytes"])

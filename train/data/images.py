@@ -1,4 +1,4 @@
-"""Labeled images: decoding, and sets of them that are kept in memory or read when needed."""
+"""Labeled images: sets of them that are kept in memory or read when needed."""
 
 from __future__ import annotations
 
@@ -8,18 +8,29 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
-GRAYSCALE_MODES = ("1", "L", "LA", "I;16", "I;16B", "I;16L", "I;16N")
+from .reading import (
+    GRAYSCALE_MODES,
+    Encoded,
+    Reading,
+    check_header,
+    image_error,
+    image_mode,
+    read_image,
+)
+
 MODE_SAMPLES = 64  # images whose modes decide whether a dataset is grayscale
+AT_ONCE = 1024  # images that wait for a thread
+SKIP_HINT = "--data.skip_broken true passes over such images"
+R = TypeVar("R")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,36 +38,20 @@ class Item:
     """An image of a dataset that is read when it is needed.
 
     Args:
-        read: maps an index to an image.
+        read: maps an index to an image, its path or its encoded bytes.
         index: index of this image.
-        mode: "RGB" or "L", the mode that the image is converted to.
     """
 
-    read: Callable[[int], Image.Image]
+    read: Callable[[int], Encoded]
     index: int
-    mode: str
 
-    def open(self) -> Image.Image:
-        """Read and convert the image.
-
-        Raises:
-            ValueError: if the image cannot be read.
-        """
-        try:
-            return _convert(self.read(self.index), self.mode)
-        except (
-            UnidentifiedImageError,
-            OSError,
-            SyntaxError,
-            Image.DecompressionBombError,
-        ) as error:
-            raise ValueError(
-                f"image {self.index} of the dataset cannot be read: {error}"
-            ) from error
+    def __str__(self) -> str:
+        return f"image {self.index} of the dataset"
 
 
 # uint8 (C, H, W), the path of a file or an item of a dataset; and the label
 Sample = tuple[Tensor | Path | Item, int]
+Broken = dict[Tensor | Path | Item, ValueError]  # what cannot be read, and why
 
 
 class Images(Dataset[tuple[Tensor, int]]):
@@ -67,10 +62,13 @@ class Images(Dataset[tuple[Tensor, int]]):
     Args:
         samples: images with their labels.
         size: height and width S in pixels.
+        reading: how files become pixels.
     """
 
-    def __init__(self, samples: Sequence[Sample], size: int) -> None:
-        self.samples, self.size = samples, size
+    def __init__(
+        self, samples: Sequence[Sample], size: int, reading: Reading | None = None
+    ) -> None:
+        self.samples, self.size, self.reading = samples, size, reading or Reading()
         self.labels = torch.tensor([label for _, label in samples])
         self.pixels: Tensor | None = None
 
@@ -79,20 +77,65 @@ class Images(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image, label = self.samples[index]
-        return decode(image, self.size), label
+        return decode(image, self.size, self.reading), label
 
-    def keep(self, device: torch.device, progress: tqdm[Any]) -> None:
-        """Decode all images and keep them on the device."""
+    def keep(self, device: torch.device, progress: tqdm[Any]) -> Broken:
+        """Decode all images and keep them on the device.
+
+        Returns:
+            Images that cannot be read; if there are any, none are kept.
+        """
         pixels: Tensor | None = None
-        with ThreadPoolExecutor() as pool:  # decoders release the GIL
-            images = pool.map(lambda sample: decode(sample[0], self.size), self.samples)
-            for i, image in enumerate(images):
+        broken: Broken = {}
+        for i, image in enumerate(self._each(self._decoded)):
+            if isinstance(image, ValueError):
+                broken[self.samples[i][0]] = image
+            else:
                 if pixels is None:
                     pixels = image.new_empty(len(self), *image.shape)
                 pixels[i] = image
-                progress.update()
-        assert pixels is not None
-        self.pixels, self.labels = pixels.to(device), self.labels.to(device)
+            progress.update()
+        if pixels is not None and not broken:
+            self.pixels, self.labels = pixels.to(device), self.labels.to(device)
+        return broken
+
+    def find_broken(self, progress: tqdm[Any], fully: bool) -> Broken:
+        """Return the images that cannot be read.
+
+        Args:
+            progress: a bar that counts images.
+            fully: decode all images. Otherwise only the headers of files are read, which is fast,
+                but does not find all that are damaged.
+        """
+        broken: Broken = {}
+        checked = self._each(self._decoded if fully else self._opened)
+        for (image, _), found in zip(self.samples, checked, strict=True):
+            if isinstance(found, ValueError):
+                broken[image] = found
+            progress.update()
+        return broken
+
+    def _each(self, function: Callable[[Sample], R]) -> Iterator[R]:
+        """Apply a function to all samples, in threads: files are waited for, decoders are in C."""
+        with ThreadPoolExecutor() as pool:
+            for start in range(0, len(self), AT_ONCE):
+                yield from pool.map(function, self.samples[start : start + AT_ONCE])
+
+    def _decoded(self, sample: Sample) -> Tensor | ValueError:
+        try:
+            return decode(sample[0], self.size, self.reading)
+        except ValueError as error:
+            return error
+
+    def _opened(self, sample: Sample) -> ValueError | None:
+        image = sample[0]
+        if not isinstance(image, Path):
+            return None
+        try:
+            check_header(image, self.reading)
+        except Exception as error:
+            return image_error(image, error)
+        return None
 
     def batches(
         self, batches: Sequence[Tensor], device: torch.device, workers: int
@@ -118,6 +161,10 @@ class Images(Dataset[tuple[Tensor, int]]):
         try:
             for images, labels in loader:
                 yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        except ValueError as error:  # that of a worker process contains its traceback
+            sentence = str(error).split("ValueError: ")[-1].strip()
+            # the frames of the error would keep the workers alive
+            raise ValueError(f"{sentence}; {SKIP_HINT}") from error.with_traceback(None)
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
@@ -129,7 +176,8 @@ class Images(Dataset[tuple[Tensor, int]]):
         text = "\n".join(
             f"{name} {label}" for name, (_, label) in zip(names, self.samples, strict=True)
         )
-        return hashlib.sha256(text.encode()).hexdigest()
+        # file names need not be valid UTF-8
+        return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
 
 def _ignore_signals(worker: int) -> None:
@@ -138,73 +186,56 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(kind, signal.SIG_IGN)
 
 
-def decode(image: Tensor | Path | Item, size: int) -> Tensor:
+def decode(image: Tensor | Path | Item, size: int, reading: Reading | None = None) -> Tensor:
     """Return a sample's image as uint8 of shape (C, size, size).
 
     Images that are read are scaled until they cover the square and cropped at the center.
 
+    Args:
+        image: pixels, the path of a file or an item of a dataset.
+        size: height and width in pixels.
+        reading: how a file becomes pixels.
+
     Raises:
-        ValueError: if the image cannot be read.
+        ValueError: if the image cannot be read; it names the image.
     """
     if isinstance(image, Tensor):
         pixels = image
     else:
-        opened = open_image(image) if isinstance(image, Path) else image.open()
+        opened = open_image(image, reading)
         pixels = v2.functional.pil_to_tensor(ImageOps.fit(opened, (size, size)))
     if pixels.shape[1:] != (size, size):
         pixels = v2.functional.resize(pixels, [size, size], antialias=True)
     return pixels
 
 
-def open_image(path: Path) -> Image.Image:
-    """Read an image file as RGB, with its EXIF orientation applied.
+def open_image(image: Path | Item, reading: Reading | None = None) -> Image.Image:
+    """Read an image: upright, on the background of ``reading``, by default as RGB.
 
     Raises:
-        ValueError: if the file cannot be read; it names the file.
+        ValueError: if it cannot be read; it names the image.
     """
     try:
-        with Image.open(path) as image:
-            if image.mode in ("I", "F"):
-                raise ValueError(
-                    f"{path} has pixels of mode {image.mode!r}: save it with 8 or 16 bits"
-                )
-            return ImageOps.exif_transpose(_eight_bits(image)).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+        source = image if isinstance(image, Path) else image.read(image.index)
+        return read_image(source, reading or Reading())
+    except Exception as error:  # decoders raise exceptions of any type
+        raise image_error(image, error) from error
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Scale 16-bit images to 8 bits; PIL would clip values above 255."""
-    if image.mode.startswith("I;16"):
-        return image.point(lambda value: value / 257, "L")
-    return image
-
-
-def _convert(image: Image.Image, mode: str) -> Image.Image:
-    image = _eight_bits(image)
-    return image if image.mode == mode else image.convert(mode)
-
-
-def as_items(
-    read: Callable[[int], Image.Image], labels: Sequence[int], channels: int
-) -> list[Sample]:
+def as_items(read: Callable[[int], Encoded], labels: Sequence[int]) -> list[Sample]:
     """Return one sample per label, whose image ``read(index)`` is read when it is needed."""
-    mode = "L" if channels == 1 else "RGB"
-    return [(Item(read, i, mode), label) for i, label in enumerate(labels)]
+    return [(Item(read, i), label) for i, label in enumerate(labels)]
 
 
-def count_channels(read: Callable[[int], Image.Image], count: int) -> int:
+def count_channels(read: Callable[[int], Encoded], count: int) -> int:
     """Return 1 if ``count`` images, of which some are read, are grayscale, otherwise 3."""
     indices = range(0, count, max(1, count // MODE_SAMPLES))
-    return 1 if all(read(i).mode in GRAYSCALE_MODES for i in indices) else 3
+    modes = {_mode(read, index) for index in indices} - {None}
+    return 1 if modes and modes <= set(GRAYSCALE_MODES) else 3
 
 
-def list_images(folder: Path) -> list[Path]:
-    """Return the image files in a folder, sorted; hidden files and subfolders are skipped."""
-    if not folder.is_dir():
-        return []
-    return sorted(
-        p
-        for p in folder.iterdir()
-        if p.suffix.lower() in IMAGE_ENDINGS and not p.name.startswith(".") and p.is_file()
-    )
+def _mode(read: Callable[[int], Encoded], index: int) -> str | None:
+    try:
+        return image_mode(read(index))
+    except Exception:  # it is damaged, which is said when it is read
+        return None

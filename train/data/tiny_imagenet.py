@@ -6,7 +6,8 @@ from pathlib import Path
 
 from ..config import DataConfig
 from .archives import unpack
-from .images import Sample, list_images
+from .files import list_images
+from .images import Sample
 from .registry import Source, register
 
 FOLDER = "tiny-imagenet-200"

@@ -22,6 +22,7 @@ from vision_xformer.options import check_options
 
 from ..config import DataConfig
 from .images import Sample, as_items, count_channels
+from .reading import image_error
 from .registry import Source, parse_options, register
 
 # Digits, letters, traffic signs and rendered text mean something else when flipped.
@@ -75,7 +76,7 @@ def read_torchvision(config: DataConfig) -> Source:
     train = parts["train"]
     channels = count_channels(functools.partial(_image, train), len(train))
     samples: dict[str, list[Sample]] = {
-        part: as_items(functools.partial(_image, found), labels[part], channels)
+        part: as_items(functools.partial(_image, found), labels[part])
         for part, found in parts.items()
     }
     if "test" not in samples and "val" in samples:
@@ -157,7 +158,11 @@ def _read_parts(
     if "train" not in parts:
         raise ValueError(f"torchvision:{dataset.__name__} has no training split")
     # The labels of some test splits are not public: they are None.
-    return {p: d for p, d in parts.items() if p == "train" or (len(d) and d[0][1] is not None)}
+    return {
+        part: found
+        for part, found in parts.items()
+        if part == "train" or (len(found) and _item(found, 0)[1] is not None)
+    }
 
 
 def _construct(
@@ -182,6 +187,14 @@ def _image(dataset: VisionDataset, index: int) -> Image.Image:
     return dataset[index][0]
 
 
+def _item(dataset: VisionDataset, index: int) -> tuple[Any, Any]:
+    """Return an image and its label, where the label cannot be had alone."""
+    try:
+        return dataset[index]
+    except Exception as error:  # decoders raise exceptions of any type
+        raise image_error(f"image {index} of {type(dataset).__name__}", error) from error
+
+
 def _labels(dataset: VisionDataset, name: str) -> list[int]:
     """Return all labels: from a list that the dataset has, or else from its items.
 
@@ -192,14 +205,14 @@ def _labels(dataset: VisionDataset, name: str) -> list[int]:
     if count == 0:
         return []
     try:
-        ends = {i: operator.index(dataset[i][1]) for i in (0, count - 1)}
-        if not isinstance(dataset[0][0], Image.Image):
-            raise TypeError(f"items begin with {type(dataset[0][0]).__name__}")
+        ends = {i: operator.index(_item(dataset, i)[1]) for i in (0, count - 1)}
+        if not isinstance(_item(dataset, 0)[0], Image.Image):
+            raise TypeError(f"items begin with {type(_item(dataset, 0)[0]).__name__}")
         for known in _listed_labels(dataset):
             if len(known) == count and all(known[i] == label for i, label in ends.items()):
                 return known
         items = tqdm(range(count), desc="reading labels", unit="image", disable=None)
-        return [operator.index(dataset[i][1]) for i in items]
+        return [operator.index(_item(dataset, i)[1]) for i in items]
     except TypeError as error:
         raise ValueError(
             f"torchvision:{name} does not label each image with one class: {error}"

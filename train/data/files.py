@@ -1,0 +1,75 @@
+"""Image files in folders, and those that are left out."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from .reading import IMAGE_ENDINGS
+
+SHOWN = 10  # names of a longer list that are printed
+
+
+def shorten(names: list[str], separator: str = ", ") -> str:
+    """Join the first ten names, and add the number of the others."""
+    rest = len(names) - SHOWN
+    return separator.join(names[:SHOWN]) + (f" and {rest:,} more" if rest > 0 else "")
+
+
+def visible(name: str) -> bool:
+    """Return whether a file or folder is not one that systems hide or leave in archives."""
+    return not name.startswith(".") and name != "__MACOSX"
+
+
+def is_image(name: str) -> bool:
+    """Return whether the ending of a file is that of an image, in upper or lower case."""
+    return _ending(name) in IMAGE_ENDINGS
+
+
+def _ending(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def list_images(folder: Path, left_out: Counter[str] | None = None) -> list[Path]:
+    """Return the image files in a folder and its subfolders, sorted; hidden ones are skipped.
+
+    Args:
+        folder: where to look; links are followed.
+        left_out: counts the other files by reason: an ending, or "dangling links".
+    """
+    found: list[Path] = []
+    counts: Counter[str] = Counter() if left_out is None else left_out
+    for entry in _files(folder, set()):
+        if not is_image(entry.name):
+            counts[_ending(entry.name) or "no ending"] += 1
+        elif entry.is_file():
+            found.append(Path(entry.path))
+        else:
+            counts["dangling links" if entry.is_symlink() else "not plain files"] += 1
+    return sorted(found)
+
+
+def _files(folder: Path | str, seen: set[tuple[int, int]]) -> Iterator[os.DirEntry[str]]:
+    """Yield all entries that are not folders; a link to a folder above is followed once."""
+    status = os.stat(folder)
+    if (status.st_dev, status.st_ino) in seen:
+        return
+    seen.add((status.st_dev, status.st_ino))
+    with os.scandir(folder) as entries:
+        shown = [entry for entry in entries if visible(entry.name)]
+    for entry in shown:
+        if entry.is_dir():
+            yield from _files(entry.path, seen)
+        else:
+            yield entry
+
+
+def left_out_note(root: Path, left_out: Counter[str]) -> list[str]:
+    """Return a line about the files that were left out, if there are any."""
+    if not left_out:
+        return []
+    reasons = [f"{reason} {count:,}" for reason, count in left_out.most_common()]
+    files = "file is" if left_out.total() == 1 else "files are"
+    return [f"{left_out.total():,} {files} left out of {root}: {shorten(reasons)}"]
