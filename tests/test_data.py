@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import sys
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_images import ODD, exif
 from test_train import image_folder, write_image
 from torchvision.datasets import VisionDataset
 from torchvision.datasets.utils import verify_str_arg
@@ -353,6 +355,12 @@ def test_splits_of_torchvision_are_those_it_has(tmp_path: Path, offline: list[st
     (food / "images" / "waffles" / "test3.jpg").write_bytes(b"torn")
     with pytest.raises(ValueError, match=r"image 13 of the dataset cannot be read: .*test3.jpg"):
         sizes("torchvision:Food101")
+    config = DataConfig(name="torchvision:Food101", root=str(tmp_path), val_fraction=0.2)
+    config.skip_broken = True
+    assert len(load_data(config).test) == 19
+    (food / "images" / "waffles" / "train9.jpg").write_bytes(b"torn")
+    with pytest.raises(ValueError, match=r"image 19 of Food101 cannot be read: .*train9.jpg"):
+        sizes("torchvision:Food101")
 
 
 class Bars(VisionDataset):
@@ -451,6 +459,34 @@ def test_a_hugging_face_data_set_without_splits_is_split(tmp_path: Path) -> None
     assert all(image[0, 0, 0] % 2 == label for image, label in data.test)
 
 
+def test_hugging_face_images_are_read_as_files_are(tmp_path: Path) -> None:
+    """Transparent, with odd EXIF, broken and absent ones."""
+    hf = pytest.importorskip("datasets")
+    clear, odd, gray = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    Image.new("RGBA", (12, 12)).save(clear, "PNG")
+    Image.new("RGB", (12, 6), (90, 0, 0)).save(odd, "JPEG", exif=exif(*ODD["text for a number"]))
+    Image.fromarray(np.full((12, 12), 30000, np.uint16)).save(gray, "TIFF")
+    encoded = [file.getvalue() for file in (clear, odd, gray)]
+    encoded = [*encoded, encoded[0][:50], None] + [encoded[0]] * 35
+    table = {"image": [data and {"bytes": data, "path": None} for data in encoded],
+             "label": [i % 2 for i in range(40)]}  # fmt: skip
+    features = hf.Features(image=hf.Image(), label=hf.ClassLabel(names=["cat", "dog"]))
+    hf.DatasetDict(
+        train=hf.Dataset.from_dict(rows(40), features=features),
+        test=hf.Dataset.from_dict(table, features=features),
+    ).save_to_disk(str(tmp_path))
+    config = DataConfig(name="huggingface", root=str(tmp_path), image_size=12)
+    with pytest.raises(ValueError, match=r"2 images: image 3 of the .*; image 4 of the dataset"):
+        load_data(config)
+    config.skip_broken = True
+    test = load_data(config).test
+    assert len(test) == 38
+    assert (test[0][0] == 255).all()
+    assert (test[1][0][0] > 70).all()
+    assert (test[2][0] == 117).all()
+    assert (open_image(test.samples[1][0]).size) == (6, 12)
+
+
 def test_hugging_face_folders_that_are_not_clear_are_refused(tmp_path: Path) -> None:
     hf = pytest.importorskip("datasets")
     label = hf.ClassLabel(names=["cat", "dog"])
@@ -468,6 +504,7 @@ def test_hugging_face_folders_that_are_not_clear_are_refused(tmp_path: Path) -> 
     refused("two", r"2 columns of image, label, coarse may hold the label: name it")
     refused("two", r"no column 'fine'; the columns are image", "huggingface:label=fine")
     refused("two", r"'labels'; did you mean 'label'\?", "huggingface:labels=fine")
+    refused("two", r"column 'label' holds ClassLabel.*, not images", "huggingface:image=label")
     hf.DatasetDict(test=two).save_to_disk(str(tmp_path / "test"))
     refused("test", r"has no split 'train', only test")
     config = DataConfig(name="huggingface:label=coarse", root=str(tmp_path / "two"))
