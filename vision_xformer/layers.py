@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
+from .derivatives import is_transformed
+
 # by number of axes
 CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-BATCH_NORM: dict[int, Any] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 Activation = Literal["gelu", "relu"]
 ACTIVATION: dict[Activation, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
 MAX_POOL: dict[int, Any] = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
@@ -41,6 +42,37 @@ class TokenBatchNorm(nn.BatchNorm1d):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize: (B, N, D) -> (B, N, D)."""
         return super().forward(x.flatten(0, 1)).view_as(x)
+
+
+class _OneSample(nn.modules.batchnorm._BatchNorm):
+    """Batch norm whose gradients are right for one sample, and so under ``vmap``.
+
+    On CPUs, PyTorch's are silently wrong for one sample on a grid whose gradient is laid out in
+    another order than the sample. As a list of tokens it has one order only.
+
+    Shape: (B, C, *grid) -> same
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize: (B, C, *grid) -> same."""
+        if x.shape[0] != 1 and not is_transformed(x):
+            return super().forward(x)
+        y = x.movedim(1, -1)
+        return super().forward(y.flatten(0, -2)).view_as(y).movedim(-1, 1)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
+
+
+class GridBatchNorm2d(_OneSample, nn.BatchNorm2d):
+    """Batch norm of images. Shape: (B, C, H, W) -> same."""
+
+
+class GridBatchNorm3d(_OneSample, nn.BatchNorm3d):
+    """Batch norm of volumes and video. Shape: (B, C, T, H, W) -> same."""
+
+
+BATCH_NORM: dict[int, Any] = {1: nn.BatchNorm1d, 2: GridBatchNorm2d, 3: GridBatchNorm3d}
 
 
 class ConvNorm(nn.Module):

@@ -186,7 +186,7 @@ class Stage(Checkpointed):
         """Apply the stage to the tokens of the previous one: (B, M, C) -> (B, N, D)."""
         if self.downsample is not None:
             x = self.checkpointed(self.downsample, x)
-        rope = None if self.rope is None else self.rope()
+        rope = None if self.rope is None else self.rope(x)
         for block in self:
             x = self.checkpointed(block, x, self.grid, rope)
         return x
