@@ -47,15 +47,16 @@ class TokenBatchNorm(nn.BatchNorm1d):
 class _OneSample(nn.modules.batchnorm._BatchNorm):
     """Batch norm whose gradients are right for one sample, and so under ``vmap``.
 
-    On CPUs, PyTorch's are silently wrong for one sample on a grid whose gradient is laid out in
-    another order than the sample. As a list of tokens it has one order only.
+    On CPUs, PyTorch's are silently wrong for one sample on a grid whose gradient has another
+    memory format than the sample. A list of tokens has one format only.
 
     Shape: (B, C, *grid) -> same
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize: (B, C, *grid) -> same."""
-        if x.shape[0] != 1 and not is_transformed(x):
+        alone = x.shape[0] == 1 and x.device.type == "cpu" and torch.is_grad_enabled()
+        if not (alone or is_transformed(x)):
             return super().forward(x)
         y = x.movedim(1, -1)
         return super().forward(y.flatten(0, -2)).view_as(y).movedim(-1, 1)

@@ -220,8 +220,8 @@ class Performer(Kernel):
     """Softmax attention approximated by positive random features (FAVOR+). It works on any grid.
 
     Features are drawn once and saved with the weights; :func:`~vision_xformer.redraw_features`
-    draws new ones. Under torch.compile before PyTorch 2.12, which treats compiling as an export, the
-    features are stored for the backward pass, and so they are under torch.func.
+    draws new ones. The features are stored for the backward pass under torch.func, and under
+    torch.compile before PyTorch 2.12, which treats compiling as an export.
 
     Shape: (B, H, N, K), (B, H, M, K), (B, H, M, V) -> (B, H, N, V)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -29,16 +27,15 @@ def attend(
     """
     fused = dropout == 0 and bias is None and v.shape[-1] == q.shape[-1]
     small = q.shape[-2] * k.shape[-2] <= _SMALL_MAP and q.element_size() == 2
-    explicit = functools.partial(_attend_explicitly, dropout=dropout)
-    on_cpu_slower = q.device.type == "cpu" and (not fused or (small and q.requires_grad))
-    if on_cpu_slower or is_transformed(q, k, v):
-        return explicit(q, k, v, bias)
+    slower = q.device.type == "cpu" and (not fused or (small and q.requires_grad))
+    if slower or is_transformed(q, k, v):
+        return _attend_explicitly(q, k, v, bias, dropout)
     out = F.scaled_dot_product_attention(q, k, v, bias, dropout)
-    return out if dropout else plain_second(out, explicit, q, k, v, bias)
+    return out if dropout else plain_second(out, _attend_explicitly, q, k, v, bias)
 
 
 def _attend_explicitly(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float = 0.0
 ) -> Tensor:
     logits = (q * q.shape[-1] ** -0.5) @ k.mT  # scaling q is cheaper than scaling the map
     if bias is not None:
