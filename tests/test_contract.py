@@ -593,11 +593,15 @@ def test_model_deep_copy_and_pickle(name: str) -> None:
         assert torch.equal(same(x), model(x))
 
 
+def one_block(name: str) -> dict[str, Any]:
+    """The fields for one block in each stage."""
+    stages = len(vars(on_meta(name).config).get("dims", ()))
+    return {"depths": (1,) * stages} if stages else {"depth": 1}
+
+
 def shallow(name: str) -> vx.VisionModel:
     """A model in float64 for evaluation, of one block in each stage."""
-    stages = len(vars(on_meta(name).config).get("dims", ()))
-    fields: dict[str, Any] = {"depths": (1,) * stages} if stages else {"depth": 1}
-    model = vx.create_model(name, **fields).double().eval()
+    model = vx.create_model(name, **one_block(name)).double().eval()
     fill_zeros(model)
     return model
 
@@ -795,10 +799,10 @@ def test_a_gradient_of_rounding_noise_is_no_gradient() -> None:
     (layer(torch.randn(7, 3).double()).softmax(0).square().sum()).backward()
     with pytest.raises(AssertionError, match="gradient of bias is zero up to rounding"):
         assert_all_learn(layer)
+    single = nn.Linear(3, 5)
+    single(torch.randn(7, 3)).sum().backward()
     with pytest.raises(AssertionError, match="only float64"):
-        layer = nn.Linear(3, 5)
-        layer(torch.randn(7, 3)).sum().backward()
-        assert_all_learn(layer)
+        assert_all_learn(single)
 
 
 def test_hidden_width_is_rounded() -> None:
