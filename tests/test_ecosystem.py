@@ -27,6 +27,7 @@ from test_contract import (
     tokens,
 )
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -169,6 +170,18 @@ def test_torch_func_of_training_with_batch_statistics() -> None:
 
     got = grad(loss)(state)
     assert_near(got.values(), wanted)
+
+
+@forward_mode
+@pytest.mark.parametrize("name", ["vit_test", "vin_test", "vip_test", "vif_test"])
+def test_forward_mode_without_torch_func(name: str) -> None:
+    model = shaken(name)
+    x, direction = images(model, 2), images(model, 2)
+    with forward_ad.dual_level():
+        slope = forward_ad.unpack_dual(model(forward_ad.make_dual(x, direction))).tangent
+    assert_near([slope], [jvp(model, (x,), (direction,))[1]])
+    step = 1e-6 * direction
+    assert_near([slope], [(model(x + step) - model(x - step)) / 2e-6], 1e-6)
 
 
 def test_checkpoints_are_refused_within_torch_func() -> None:
