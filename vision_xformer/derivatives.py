@@ -30,7 +30,7 @@ class _PlainSecond(torch.autograd.Function):
     ) -> Tensor:
         ctx.plain = plain
         ctx.save_for_backward(*inputs)
-        return out.view_as(out)
+        return out.detach()
 
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:

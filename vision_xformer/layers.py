@@ -44,32 +44,46 @@ class TokenBatchNorm(nn.BatchNorm1d):
         return super().forward(x.flatten(0, 1)).view_as(x)
 
 
-class _OneSample(nn.modules.batchnorm._BatchNorm):
+class _InFormatOf(torch.autograd.Function):
+    """The identity of ``y``, whose gradient gets the memory format of ``x``, of equal shape."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return y.detach()  # a view would have other strides along axes of size 1
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return torch.empty_like(x).copy_(d), None
+
+
+class _GridBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm whose gradients are right for one sample, and so under ``vmap``.
 
-    On CPUs, PyTorch's are silently wrong for one sample on a grid whose gradient has another
-    memory format than the sample. A list of tokens has one format only.
+    On CPUs, PyTorch's are silently wrong for one sample on a grid of several axes whose gradient
+    has another memory format than the sample.
 
     Shape: (B, C, *grid) -> same
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize: (B, C, *grid) -> same."""
-        alone = x.shape[0] == 1 and x.device.type == "cpu" and torch.is_grad_enabled()
-        if not (alone or is_transformed(x)):
-            return super().forward(x)
-        y = x.movedim(1, -1)
-        return super().forward(y.flatten(0, -2)).view_as(y).movedim(-1, 1)
+        if is_transformed(x):  # with one axis there is one format
+            return super().forward(x.flatten(2)).unflatten(2, x.shape[2:])
+        y = super().forward(x)
+        alone = x.shape[0] == 1 and x.device.type == "cpu" and y.requires_grad
+        return _InFormatOf.apply(y, x) if alone and not torch.jit.is_tracing() else y
 
     def _check_input_dim(self, input: Tensor) -> None:
         pass
 
 
-class GridBatchNorm2d(_OneSample, nn.BatchNorm2d):
+class GridBatchNorm2d(_GridBatchNorm, nn.BatchNorm2d):
     """Batch norm of images. Shape: (B, C, H, W) -> same."""
 
 
-class GridBatchNorm3d(_OneSample, nn.BatchNorm3d):
+class GridBatchNorm3d(_GridBatchNorm, nn.BatchNorm3d):
     """Batch norm of volumes and video. Shape: (B, C, T, H, W) -> same."""
 
 
