@@ -43,7 +43,7 @@ TEST_SIZES: dict[str, dict[str, Any]] = {
         heads=(2, 5), window=3, mlp_ratio=2.0,
     ),
     "crossformer": dict(
-        input_shape=(3, 16, 24), num_classes=5, patch_size=2, dims=(32, 48), depths=(2, 2),
+        input_shape=(3, 16, 24), num_classes=5, patch_size=2, dims=(64, 96), depths=(2, 2),
         heads=(2, 3), window=3, mlp_ratio=2.0, stem_kernels=(2, 4), merge_kernels=(2, 4),
         intervals=(4, 2),
     ),

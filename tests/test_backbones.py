@@ -682,9 +682,9 @@ def test_a_model_of_shapes_alone_runs(name: str) -> None:
         assert f"{sum(p.numel() for p in model.parameters()):,}" in model.summary()
 
 
-def test_gradients_of_single_samples() -> None:
-    # the other softmax has no rule for vmap on the CPU, and says so
-    model = vx.create_model("hybrid_vit_test", mixer="softmax_eager").double().eval()
+@pytest.mark.parametrize("mixer", ["softmax", "softmax_eager"])
+def test_gradients_of_single_samples(mixer: str) -> None:
+    model = vx.create_model("hybrid_vit_test", mixer=mixer).double().eval()
     parameters = dict(model.named_parameters())
     x = torch.randn(3, *model.config.input_shape, dtype=torch.float64)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import fnmatch
 import json
 import pickle
 import re
@@ -21,6 +20,7 @@ import reference
 import torch
 import torch.nn.functional as F
 import yaml
+from influence import assert_all_learn, shake, without_influence
 from matrix import MATRIX
 from torch import Tensor, nn
 
@@ -104,38 +104,6 @@ def assert_finite(*tensors: Tensor | None) -> None:
     for tensor in tensors:
         assert tensor is not None, "no gradient"
         assert tensor.isfinite().all(), "not finite"
-
-
-def without_influence(module: nn.Module) -> set[str]:
-    """The parameters that cannot change the logits, whatever their values."""
-    # a softmax over tokens does not see what is added to all of its logits
-    patterns = ["pool.attention.bias"]
-    config = getattr(module, "config", None)
-    if getattr(config, "mixer", "") == "mlp" and getattr(config, "layer_scale", 0) is None:
-        # It adds one number to all channels of a token, which the layer norms of ViT take away.
-        patterns.append("blocks.*.mixer.fc2.bias")
-    if getattr(config, "backbone", "") == "cvt":
-        if config.mixer in ("softmax", "softmax_eager", "nystrom"):
-            # nor that of the keys does, added to all of them: not to the class token, which passes
-            # the convolutions by
-            plain = range(len(config.dims) - config.class_token)
-            patterns += [f"stages.{i}.*.projection.convs.1.norm.bias" for i in plain]
-        if config.class_token and config.mixer != "nystrom":
-            # The class token alone is read. Its query passes the convolution by, and those of the
-            # last block's other tokens are nothing to it, but for landmarks, the means of all.
-            last = f"stages.{len(config.dims) - 1}.{config.depths[-1] - 1}"
-            patterns.append(f"{last}.mixer.projection.convs.0.*")
-    names = [name for name, _ in module.named_parameters()]
-    return {name for pattern in patterns for name in fnmatch.filter(names, pattern)}
-
-
-def assert_all_learn(module: nn.Module) -> None:
-    """Every parameter has a gradient that is finite, and not zero where it has a say."""
-    never = without_influence(module)
-    for name, parameter in module.named_parameters():
-        assert parameter.grad is not None, f"{name} has no gradient"
-        assert parameter.grad.isfinite().all(), f"the gradient of {name} is not finite"
-        assert name in never or parameter.grad.any(), f"the gradient of {name} is zero"
 
 
 @torch.no_grad()
@@ -532,8 +500,8 @@ def train_once(model: vx.VisionModel, batch: int = 3) -> Tensor:
 
 @each_test_model
 def test_logits_and_a_gradient_for_every_parameter(name: str) -> None:
-    model = vx.create_model(name)
-    fill_zeros(model)
+    model = vx.create_model(name).double()
+    shake(model)
     logits = train_once(model)
     assert logits.shape == (3, model.config.num_classes)
     assert_finite(logits)
@@ -546,8 +514,8 @@ def test_logits_and_a_gradient_for_every_parameter(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PAPER_MODELS)
 def test_paper_size_trains(name: str) -> None:
-    model = vx.create_model(name)
-    fill_zeros(model)
+    model = vx.create_model(name).double()
+    shake(model, std=0.05)
     logits = train_once(model, batch=2)
     assert logits.shape == (2, 10)
     assert_finite(logits)
@@ -625,11 +593,15 @@ def test_model_deep_copy_and_pickle(name: str) -> None:
         assert torch.equal(same(x), model(x))
 
 
+def one_block(name: str) -> dict[str, Any]:
+    """The fields for one block in each stage."""
+    stages = len(vars(on_meta(name).config).get("dims", ()))
+    return {"depths": (1,) * stages} if stages else {"depth": 1}
+
+
 def shallow(name: str) -> vx.VisionModel:
     """A model in float64 for evaluation, of one block in each stage."""
-    stages = len(vars(on_meta(name).config).get("dims", ()))
-    fields: dict[str, Any] = {"depths": (1,) * stages} if stages else {"depth": 1}
-    model = vx.create_model(name, **fields).double().eval()
+    model = vx.create_model(name, **one_block(name)).double().eval()
     fill_zeros(model)
     return model
 
@@ -657,7 +629,7 @@ def test_inductor_compiles(name: str) -> None:
     logits = torch.compile(model)(x)
     torch.testing.assert_close(logits, model(x), rtol=0, atol=1e-5)
     logits.square().mean().backward()
-    assert_all_learn(model)
+    assert_finite(*(p.grad for p in model.parameters()))
 
 
 def randomly_dropping(name: str) -> vx.VisionModel:
@@ -797,14 +769,40 @@ CHOICES = [
 )
 def test_variants_train_and_rebuild(mixer: str, fields: dict[str, Any]) -> None:
     options = {k: v for k, v in FEW.items() if k in vx.mixer_options(mixer)}
-    model = vx.create_model("vit_test", mixer=mixer, mixer_options=options, **fields)
+    model = vx.create_model("vit_test", mixer=mixer, mixer_options=options, **fields).double()
     assert train_once(model).shape == (3, 5)
     assert_all_learn(model)
-    rebuilt = vx.create_model(json.loads(json.dumps(model.config.to_dict()))).eval()
+    rebuilt = vx.create_model(json.loads(json.dumps(model.config.to_dict()))).double().eval()
     assert rebuilt.config == model.config
     rebuilt.load_state_dict(model.state_dict())
     x = images(model)
     assert torch.equal(rebuilt(x), model.eval()(x))
+
+
+@pytest.mark.parametrize("backbone", ["vit", "cvt", "pvt"])
+@pytest.mark.parametrize(
+    "mixer", [n for n in vx.KERNELS.names() if "qkv_bias" in vx.mixer_options(n)]
+)
+def test_biases_of_keys_are_listed_where_they_are_silent(backbone: str, mixer: str) -> None:
+    options = {"qkv_bias": True}
+    model = vx.create_model(f"{backbone}_test", mixer=mixer, mixer_options=options).double()
+    shake(model)
+    train_once(model)
+    assert_all_learn(model)
+
+
+def test_a_gradient_of_rounding_noise_is_no_gradient() -> None:
+    layer = nn.Linear(3, 5).double()
+    layer(torch.randn(7, 3).double()).softmax(1).square().sum().backward()
+    assert_all_learn(layer)
+    layer.zero_grad()
+    (layer(torch.randn(7, 3).double()).softmax(0).square().sum()).backward()
+    with pytest.raises(AssertionError, match="gradient of bias is zero up to rounding"):
+        assert_all_learn(layer)
+    single = nn.Linear(3, 5)
+    single(torch.randn(7, 3)).sum().backward()
+    with pytest.raises(AssertionError, match="only float64"):
+        assert_all_learn(single)
 
 
 def test_hidden_width_is_rounded() -> None:
@@ -816,7 +814,7 @@ def test_hidden_width_is_rounded() -> None:
 
 @pytest.mark.parametrize("pool", ["cls", "mean", "seq"])
 def test_biases_of_token_mlps_have_no_influence(pool: str) -> None:
-    """What without_influence says of them."""
+    """What influence.py says of them."""
     model = vx.create_model("vit_test", mixer="mlp", pool=pool).double().eval()
     x = images(model)
     before = model(x)
@@ -882,8 +880,8 @@ def test_layer_scale_starts_as_asked() -> None:
 @pytest.mark.parametrize("shape", [(3, 15, 9), (3, 7, 22), (2, 31), (1, 3, 5, 7)], ids=str)
 def test_fnet2d_takes_any_size(shape: tuple[int, ...]) -> None:
     built_for = (shape[0], *(s + 1 for s in shape[1:]))
-    model = vx.create_model("fnet2d_test", input_shape=built_for)
-    logits = model(torch.randn(3, *shape))
+    model = vx.create_model("fnet2d_test", input_shape=built_for).double()
+    logits = model(torch.randn(3, *shape, dtype=torch.float64))
     assert logits.shape == (3, 5)
     logits.square().mean().backward()
     assert_all_learn(model)

@@ -18,6 +18,8 @@ class _Offsets(FixedTable):
     counted from 0.
     """
 
+    follows_type = False
+
     def __init__(self, grid: TokenGrid, stride: int = 1, signed: bool = False) -> None:
         super().__init__()
         self.tokens, self.stride, self.signed = grid, stride, signed
@@ -78,7 +80,7 @@ class PositionBias(TokenTable, AttentionBias):
 
     def forward(self) -> Tensor:
         """The bias (H, N, M)."""
-        return _bias_map(self.grid.flatten(0, -2), self.offsets(), self.shape)
+        return _bias_map(self.grid.flatten(0, -2), self.offsets, self.shape)
 
 
 class RelativeBias(AttentionBias):
@@ -101,7 +103,7 @@ class RelativeBias(AttentionBias):
 
     def forward(self) -> Tensor:
         """The bias (H, N, N)."""
-        return _bias_map(self.table(), self.offsets(), (self.length, self.length))
+        return _bias_map(self.table(), self.offsets, (self.length, self.length))
 
 
 class DynamicBias(AttentionBias):
@@ -131,9 +133,9 @@ class DynamicBias(AttentionBias):
         like = next(self.parameters())
         axes = [torch.arange(1 - g, g, device=like.device, dtype=like.dtype) for g in self.shape]
         rows = self.layers(torch.cartesian_prod(*axes).view(-1, len(axes)))
-        return _bias_map(rows, self.offsets(), (self.length, self.length))
+        return _bias_map(rows, self.offsets, (self.length, self.length))
 
 
-def _bias_map(rows: Tensor, offsets: Tensor, shape: tuple[int, int]) -> Tensor:
+def _bias_map(rows: Tensor, offsets: _Offsets, shape: tuple[int, int]) -> Tensor:
     """Look up a row of H values for each offset: (P, H) -> (H, N, M)."""
-    return rows.mT.index_select(1, offsets).unflatten(1, shape)
+    return rows.mT.index_select(1, offsets(rows)).unflatten(1, shape)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
+from .derivatives import is_transformed
+
 # by number of axes
 CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-BATCH_NORM: dict[int, Any] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 Activation = Literal["gelu", "relu"]
 ACTIVATION: dict[Activation, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
 MAX_POOL: dict[int, Any] = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
@@ -41,6 +42,52 @@ class TokenBatchNorm(nn.BatchNorm1d):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize: (B, N, D) -> (B, N, D)."""
         return super().forward(x.flatten(0, 1)).view_as(x)
+
+
+class _InFormatOf(torch.autograd.Function):
+    """The identity of ``y``, whose gradient gets the memory format of ``x``, of equal shape."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return y.detach()  # a view would have other strides along axes of size 1
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return torch.empty_like(x).copy_(d), None
+
+
+class _GridBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm whose gradients are right for one sample, and so under ``vmap``.
+
+    On CPUs, PyTorch's are silently wrong for one sample on a grid of several axes whose gradient
+    has another memory format than the sample.
+
+    Shape: (B, C, *grid) -> same
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize: (B, C, *grid) -> same."""
+        if is_transformed(x):  # with one axis there is one format
+            return super().forward(x.flatten(2)).unflatten(2, x.shape[2:])
+        y = super().forward(x)
+        alone = x.shape[0] == 1 and x.device.type == "cpu" and y.requires_grad
+        return _InFormatOf.apply(y, x) if alone and not torch.jit.is_tracing() else y
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
+
+
+class GridBatchNorm2d(_GridBatchNorm, nn.BatchNorm2d):
+    """Batch norm of images. Shape: (B, C, H, W) -> same."""
+
+
+class GridBatchNorm3d(_GridBatchNorm, nn.BatchNorm3d):
+    """Batch norm of volumes and video. Shape: (B, C, T, H, W) -> same."""
+
+
+BATCH_NORM: dict[int, Any] = {1: nn.BatchNorm1d, 2: GridBatchNorm2d, 3: GridBatchNorm3d}
 
 
 class ConvNorm(nn.Module):

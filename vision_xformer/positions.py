@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .grid import TokenGrid
 from .options import unknown_name_error
+from .precision import autocasts
 
 PositionKind = Literal["learned", "sincos", "raster_sincos", "none"]
 RopeKind = Literal["axial", "raster"]
@@ -75,12 +76,18 @@ def resize_grid(table: Tensor, shape: tuple[int, ...]) -> Tensor:
 class LearnedPosition(TokenTable):
     """A learned vector for each token, including the prefix. Shape: () -> (N, D)."""
 
+    def forward(self, like: Tensor | None = None) -> Tensor:
+        """The table (N, D); parameters are where the module is, so ``like`` makes no difference."""
+        return super().forward()
+
 
 class FixedTable(nn.Module):
     """A computed, non-persistent table. Shape: () -> (N, C).
 
-    It is recomputed whenever the device or dtype of the module changes, so that it is valid after
-    ``to_empty``. It is computed in float32; with ``follows_type`` it is then cast to that dtype.
+    It is computed in float32; with ``follows_type`` it is then cast to the type of the module. It
+    is recomputed whenever the device or type of the module changes, and where a call shows that
+    the module came to its device in another way: built on the meta device, it is given weights by
+    ``load_state_dict(..., assign=True)`` or by tools that replace parameters.
     """
 
     table: Tensor
@@ -89,15 +96,26 @@ class FixedTable(nn.Module):
     def _make(self, device: torch.device) -> Tensor:
         raise NotImplementedError
 
+    def _remake(self, device: torch.device, dtype: torch.dtype) -> None:
+        with torch.inference_mode(False):  # where it is first used says nothing of later uses
+            table = self._make(device)
+        self.table = table.to(dtype) if self.follows_type else table
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FixedTable:
         super()._apply(fn, recurse)
         if self.table.device.type != "meta":
-            table = self._make(self.table.device)
-            self.table = table.to(self.table.dtype) if self.follows_type else table
+            self._remake(self.table.device, self.table.dtype)
         return self
 
-    def forward(self) -> Tensor:
-        """The table (N, C)."""
+    def forward(self, like: Tensor | None = None) -> Tensor:
+        """The table (N, C), on the device of ``like``, the tensor that it is used with."""
+        if like is None:
+            return self.table
+        # under autocast the type of a tensor is not that of the module
+        keeps = not self.follows_type or autocasts(like)
+        dtype = self.table.dtype if keeps else like.dtype
+        if self.table.device != like.device or self.table.dtype != dtype:
+            self._remake(like.device, dtype)
         return self.table
 
 
@@ -212,7 +230,9 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
     return apply_rotary_emb(angles[:, None], x)
 
 
-def make_position(kind: str, grid: TokenGrid, dim: int, std: float) -> nn.Module | None:
+def make_position(
+    kind: str, grid: TokenGrid, dim: int, std: float
+) -> LearnedPosition | SinCosPosition | None:
     """The table of a ``kind`` of POSITIONS that is added to the tokens, () -> (N, D), or None.
 
     ``std`` is the initial standard deviation of a learned table.

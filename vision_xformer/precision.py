@@ -15,6 +15,11 @@ def to_accumulate(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Disable autocast on the device of ``x``, a tensor of any shape."""
-    if x.device.type == "meta":  # which has no autocast
+    if x.is_meta:  # which has no autocast
         return nullcontext()
     return torch.autocast(x.device.type, enabled=False)
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is enabled on the device of ``x``, a tensor of any shape."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)

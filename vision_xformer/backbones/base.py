@@ -13,9 +13,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
+from ..derivatives import is_transformed
 from ..grid import TokenGrid
 from ..mixers import Mixer
-from ..positions import RopeKind, RotaryPosition
+from ..positions import FixedTable, RopeKind, RotaryPosition
 from ..registry import Registry
 from ..summary import summary
 from .config import Config
@@ -43,6 +44,7 @@ class VisionModel(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
+        self.register_load_state_dict_post_hook(_tables_follow)
 
     @property
     def num_classes(self) -> int:
@@ -112,6 +114,17 @@ class VisionModel(nn.Module):
             )
 
 
+def _tables_follow(model: nn.Module, _: Any) -> None:
+    """Recompute the tables of a model that was given weights on another device or of another type.
+
+    Their first call would do it, too, but it may be that of a compiler.
+    """
+    like = next((p for p in model.parameters() if p.is_floating_point()), None)
+    for module in model.modules():
+        if isinstance(module, FixedTable):
+            module(like)
+
+
 class Checkpointed(nn.Module):
     """A module that can store only the inputs of its blocks for the backward pass.
 
@@ -125,10 +138,14 @@ class Checkpointed(nn.Module):
         """Call ``block(*args)``; with ``grad_checkpointing``, recompute it in the backward pass.
 
         Raises:
-            ValueError: for blocks with batch norm under torch.compile.
+            ValueError: for blocks with batch norm under torch.compile, or within torch.func.
         """
         if not (self.grad_checkpointing and torch.is_grad_enabled()):
             return block(*args)
+        if is_transformed():
+            raise ValueError(
+                "torch.func cannot recompute blocks: call set_grad_checkpointing(False) first"
+            )
         more: dict[str, Any] = {}
         if any(isinstance(module, _BatchNorm) for module in block.modules()):
             if torch.compiler.is_compiling():
@@ -186,7 +203,7 @@ class Stage(Checkpointed):
         """Apply the stage to the tokens of the previous one: (B, M, C) -> (B, N, D)."""
         if self.downsample is not None:
             x = self.checkpointed(self.downsample, x)
-        rope = None if self.rope is None else self.rope()
+        rope = None if self.rope is None else self.rope(x)
         for block in self:
             x = self.checkpointed(block, x, self.grid, rope)
         return x

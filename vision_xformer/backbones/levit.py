@@ -230,7 +230,7 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Halve the grid: (B, N, D) -> (B, n, E)."""
-        return self.block(x, self.grid, None if self.rope is None else self.rope())
+        return self.block(x, self.grid, None if self.rope is None else self.rope(x))
 
 
 def _stage(config: LeViTConfig, index: int, grid: TokenGrid) -> Stage:

@@ -175,7 +175,7 @@ class Isotropic(VisionModel):
         prefix = [getattr(self, name).expand(x.shape[0], -1, -1) for name in self.prefix_names]
         x = torch.cat([*prefix, x], 1) if prefix else x
         if self.position is not None:
-            x = x + self.position()
+            x = x + self.position(x)
         return self.blocks(self.emb_drop(x))
 
 

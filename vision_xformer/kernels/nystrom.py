@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..derivatives import is_transformed
 from ..grid import TokenGrid, grid_parts, pool_grid
 from ..options import check_at_least
 from ..precision import to_accumulate, without_autocast
@@ -174,12 +175,15 @@ class Nystrom(Kernel):
         with without_autocast(q):  # entries of the inverse are large and cancel
             ql, kl, c = to_accumulate(q_marks, k_marks, context)
             core = (ql @ kl.mT * self.site.key_dim**-0.5).softmax(-1)
-            # Recomputed in the backward pass: the five matrices of each step dominate memory up
-            # to about 500 tokens with 64 landmarks.
-            inverse = checkpoint(
-                newton_schulz_pinv, core, self.iterations,
-                use_reentrant=False, preserve_rng_state=False,
-            )  # fmt: skip
+            if is_transformed(core):  # torch.func has no checkpoints
+                inverse = newton_schulz_pinv(core, self.iterations)
+            else:
+                # Recomputed in the backward pass: the five matrices of each step dominate memory
+                # up to about 500 tokens with 64 landmarks.
+                inverse = checkpoint(
+                    newton_schulz_pinv, core, self.iterations,
+                    use_reentrant=False, preserve_rng_state=False,
+                )  # fmt: skip
             context = inverse @ c
         out = attend(q, k_marks, context.to(q.dtype))
         if self.residual is None:

@@ -11,6 +11,7 @@ features are recomputed in the backward pass, so memory matches fused softmax.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -18,8 +19,8 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
+from ..derivatives import is_transformed, plain_second
 from ..grid import TokenGrid
 from ..options import check_at_least
 from ..precision import to_accumulate, without_autocast
@@ -214,18 +215,13 @@ def _gradients(ctx: Any, d_out: Tensor | None, *_: None) -> tuple[Tensor | None,
 _blocked.register_autograd(_gradients, setup_context=_save)
 
 
-def _has_tangents(*tensors: Tensor) -> bool:
-    """Whether this is forward-mode differentiation, which custom operators ignore silently."""
-    return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
-
-
 @KERNELS.register("performer")
 class Performer(Kernel):
     """Softmax attention approximated by positive random features (FAVOR+). It works on any grid.
 
     Features are drawn once and saved with the weights; :func:`~vision_xformer.redraw_features`
-    draws new ones. Double backward is not supported. Under torch.compile before PyTorch 2.12, which
-    treats compiling as an export, the features are stored for the backward pass.
+    draws new ones. The features are stored for the backward pass under torch.func, and under
+    torch.compile before PyTorch 2.12, which treats compiling as an export.
 
     Shape: (B, H, N, K), (B, H, M, K), (B, H, M, V) -> (B, H, N, V)
 
@@ -287,13 +283,14 @@ class Performer(Kernel):
         with without_autocast(q):
             q_, k_, v_ = to_accumulate(q, k, v)
             w = self.projection_matrix.to(q_) * self.site.key_dim**-0.25
-            in_one_piece = torch.compiler.is_exporting() or self.form == "v0.2"
-            if in_one_piece or _has_tangents(q_, k_, v_):
-                out = _attend(q_, k_, v_, w, self.form, self.eps)
+            plain = functools.partial(_attend, w=w, form=self.form, eps=self.eps)
+            exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
+            if exporting or self.form == "v0.2" or is_transformed(q_, k_, v_):
+                out = plain(q_, k_, v_)
             else:
                 operands = (t.flatten(0, 1) for t in (q_, k_, v_))
                 out, *_ = _blocked(*operands, w, self.form, self.eps)
-                out = out.unflatten(0, q.shape[:2])
+                out = plain_second(out.unflatten(0, q.shape[:2]), plain, q_, k_, v_)
         return out.to(v.dtype)
 
     def flops(

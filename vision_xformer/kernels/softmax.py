@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..derivatives import is_transformed, plain_second
 from ..grid import TokenGrid
 from ..options import check_probability
 from .base import KERNELS, Kernel, Site
@@ -19,14 +20,23 @@ def attend(
 
     PyTorch's CPU kernel is fused only without dropout and bias and for V == K; its fallback is
     slower than the explicit formula, which is used here instead. The fused backward pass is also
-    slower for small maps in half precision: 4 times at 64 x 64 tokens, twice at 256 x 256.
+    slower for small maps in half precision: 4 times at 64 x 64 tokens, twice at 256 x 256. The
+    explicit formula also serves torch.func and second derivatives, which the kernel does not have.
 
     Shape: (B, H, N, K), (B, H, M, K), (B, H, M, V), bias (H, N, M) -> (B, H, N, V)
     """
     fused = dropout == 0 and bias is None and v.shape[-1] == q.shape[-1]
     small = q.shape[-2] * k.shape[-2] <= _SMALL_MAP and q.element_size() == 2
-    if q.device.type != "cpu" or (fused and not (small and q.requires_grad)):
-        return F.scaled_dot_product_attention(q, k, v, bias, dropout)
+    slower = q.device.type == "cpu" and (not fused or (small and q.requires_grad))
+    if slower or is_transformed(q, k, v):
+        return _attend_explicitly(q, k, v, bias, dropout)
+    out = F.scaled_dot_product_attention(q, k, v, bias, dropout)
+    return out if dropout else plain_second(out, _attend_explicitly, q, k, v, bias)
+
+
+def _attend_explicitly(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float = 0.0
+) -> Tensor:
     logits = (q * q.shape[-1] ** -0.5) @ k.mT  # scaling q is cheaper than scaling the map
     if bias is not None:
         logits += bias

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..derivatives import is_transformed
 from ..grid import TokenGrid
 from ..precision import to_accumulate
 from .base import MIXERS, Mixer
@@ -96,7 +97,10 @@ class Fourier(Mixer):
         (y,) = to_accumulate(x)
         if self.axes == "grid":
             y = y.unflatten(1, grid.shape)
-        y = _RealFFT.apply(y, self.norm)
+        if is_transformed(y) or torch.jit.is_tracing():
+            y = real_fft(y, self.norm)
+        else:
+            y = _RealFFT.apply(y, self.norm)
         return y.reshape(x.shape).to(x.dtype)
 
     def flops(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> int:

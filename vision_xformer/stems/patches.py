@@ -121,5 +121,6 @@ class FourierStem(NormPatchStem):
         with without_autocast(x):
             waves = torch.fft.fftn(*to_accumulate(x), dim=tuple(range(2, x.ndim)), norm=norm)
             parts = torch.cat((waves.real, waves.imag), 1).to(x.dtype)
-        freq = self.freq(parts) + self.freq_position()
+        freq = self.freq(parts)
+        freq = freq + self.freq_position(freq)
         return torch.cat((freq, super().forward(x)), 1)
