@@ -1,30 +1,51 @@
 """Train and compare models: ``python -m train fit --config configs/cifar10/base.yaml ...``.
 
-``resume`` continues an interrupted run; ``evaluate``, ``predict`` and ``report`` use finished runs;
-``benchmark`` measures memory and time. ``python -m train --config FILE`` means ``fit``, and
-``python -m train --resume DIR`` means ``resume``.
+``resume`` continues an interrupted run, or a complete one with more epochs; ``evaluate``,
+``predict`` and ``report`` use finished runs; ``benchmark`` measures memory and time.
+``python -m train --config FILE`` means ``fit``, and ``python -m train --resume DIR`` means
+``resume``.
 """
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 
 from . import commands
-from .cli import Parser, parse_command, with_commands
+from .checkpoint import FREE
+from .classify import Classifier
+from .cli import Parser, command_text, parse_command, with_commands
+from .config import RunConfig, plain_type
 from .loop import Run
-from .recipes import fit_parser, parse
+from .recipes import fit_parser, options_parser, parse, with_options
 from .run_dir import discard
 from .signals import Interrupted
+
+_EVALUATION = ("data.root", "data.image_size", "data.batch_size", "data.in_memory", "data.workers",
+               "train.device", "train.precision")  # fmt: skip
+_PREDICTION = ("data.batch_size",)
 
 
 def command_line() -> Parser:
     """The parser of all commands."""
-    resume, evaluate, predict, report, benchmark = (Parser() for _ in range(5))
+    resume = options_parser(FREE, "a run resumes its own configuration, and only the options of "
+                            "resume --help may change")  # fmt: skip
+    evaluate, predict = options_parser(_EVALUATION), options_parser(_PREDICTION)
+    report, benchmark = Parser(), Parser()
     for parser, what in ((resume, "to resume"), (evaluate, "to evaluate"), (predict, "to use")):
         parser.add_argument("run", type=Path, help=f"folder of the run {what}")
     evaluate.add_argument("--split", choices=("test", "val"), default="test", help="which images")
-    predict.add_argument("images", nargs="+", help="image files")
+    predict.add_argument(
+        "images", nargs="+", type=Path, help="image files, and folders, which are searched for them"
+    )
+    predict.add_argument(
+        "--train.device", type=plain_type(RunConfig, "train.device"), default="auto",
+        help="where to compute",
+    )  # fmt: skip
+    predict.add_argument(
+        "--out", type=Path, help="a CSV file for path, class and the probabilities of all classes"
+    )
     report.add_argument("runs", nargs="+", type=Path, help="folders with runs in or below them")
     report.add_argument(
         "--out", type=Path, help="the page (default: report.html in the first folder)"
@@ -34,9 +55,9 @@ def command_line() -> Parser:
         "Train image classifiers, and use and compare the runs.",
         {
             "fit": ("train a model from a recipe; see fit --help for its options", fit_parser()),
-            "resume": ("continue an interrupted run", resume),
+            "resume": ("continue an interrupted run, or train a complete one longer", resume),
             "evaluate": ("accuracy of the best weights of a run", evaluate),
-            "predict": ("classes of image files", predict),
+            "predict": ("classes of image files and folders", predict),
             "report": ("compare runs on one page", report),
             "benchmark": ("memory and time; see python -m train.benchmark --help", benchmark),
         },
@@ -44,16 +65,13 @@ def command_line() -> Parser:
 
 
 def with_command(arguments: list[str]) -> list[str]:
-    """The arguments with their command first.
-
-    Raises:
-        ValueError: for ``--resume`` next to other options.
-    """
-    if any(word.split("=")[0] == "--resume" for word in arguments):
-        words = arguments[0].split("=", 1) if len(arguments) == 1 else arguments
-        if len(words) != 2 or words[0] != "--resume":
-            raise ValueError("--resume DIR stands alone: a run resumes its own configuration")
-        return ["resume", words[1]]
+    """The arguments with their command first; ``--resume DIR ...`` means ``resume DIR ...``."""
+    options = [word.split("=")[0] for word in arguments]
+    if "--resume" in options:
+        i = options.index("--resume")
+        folder = arguments[i].split("=", 1)[1:] or arguments[i + 1 : i + 2]
+        after = i + 1 if "=" in arguments[i] else i + 2
+        return ["resume", *folder, *arguments[:i], *arguments[after:]]
     if arguments and (not arguments[0].startswith("-") or arguments[0] in ("-h", "--help")):
         return arguments
     return ["fit", *arguments]
@@ -65,23 +83,28 @@ def start(arguments: list[str]) -> Run | None:
         return Run(parse(arguments[1:]))
     name, args = parse_command(command_line(), arguments)
     if name == "resume":
-        folder = commands.resumable(args.run)
-        return Run(parse(["--config", str(folder / "config.yaml")]), folder)
+        changed = any(args[option] is not None for option in FREE)
+        folder = commands.resumable(args.run, changed)
+        return Run(with_options(folder, FREE, args), folder)
     if name == "report":
         print(commands.report(args.runs, args.out))
         return None
     folder = commands.folder_of(args.run)
-    config = parse(["--config", str(folder / "config.yaml")])
     if name == "predict":
-        print("\n".join(commands.classify(folder, config, args.images)))
+        config = with_options(folder, _PREDICTION, args)
+        classifier = Classifier(folder, config.data, args["train.device"])
+        commands.classify(classifier, args.images, args.out)
     else:
-        print(commands.evaluate(folder, config, args.split))
+        print(commands.evaluate(folder, with_options(folder, _EVALUATION, args), args.split))
     return None
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The program; ``arguments`` are those of the command line by default."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):  # a console that lacks a character shows its code
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     if arguments and arguments[0] == "benchmark":
         from .benchmark.__main__ import main as benchmark
 
@@ -99,7 +122,7 @@ def main(arguments: list[str] | None = None) -> None:
         if run.main:
             print(
                 f"stopped after step {run.step} of {run.steps}; resume with: "
-                f"python -m train resume {run.folder}",
+                + command_text(["python", "-m", "train", "resume", str(run.folder)]),
                 file=sys.stderr,
             )
         raise SystemExit(128 + interrupted.number) from None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import io
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,16 +15,19 @@ import yaml
 
 from .atomic import read_state, write_state, write_whole
 from .config import RunConfig
+from .evaluation import Accuracy
+from .lock import hold
+from .log import log
+from .measure import known_peak
 from .model import Sizes, save_weights
 
 if TYPE_CHECKING:
     from .loop import Run
 
-# Options that change no number of a run: it may move to another folder or machine.
-_FREE = {
-    "train": ("device", "save_every"),
-    "data": ("root", "mirror", "in_memory", "workers", "skip_broken"),
-}
+# Options that may change when a run is resumed: it may move to another folder or machine, and take
+# more epochs or fewer; what is already trained stays as it is.
+FREE = ("train.epochs", "train.patience", "train.device", "train.save_every", "data.root",
+        "data.mirror", "data.in_memory", "data.workers", "data.skip_broken")  # fmt: skip
 
 
 def resolved(config: RunConfig) -> str:
@@ -47,7 +52,7 @@ def save_state(run: Run) -> None:
         "step": run.step,
         "rows": run.rows,
         "best": run.best,
-        "loss_sum": run.loss_sum.cpu(),
+        "loss_sum": run.loss_sum,
         "images_seen": run.images_seen,
         "seconds": run.seconds,
         "model": run.model.state_dict(),
@@ -69,6 +74,23 @@ def save_epoch(run: Run, is_best: bool) -> None:
     save_state(run)
 
 
+def save_result(run: Run, test: Accuracy) -> None:
+    """Write result.json: accuracy on validation and test, and what the run cost."""
+    peak = known_peak()
+    result = {
+        "val_top1": run.best,
+        "test_top1": test.top1,
+        "test_top5": test.top5,
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "peak_mib": None if peak is None else peak / 2**20,
+        "minutes": run.seconds / 60,
+    }
+    write_whole(run.folder / "result.json", json.dumps(result, indent=2) + "\n")
+    epochs, c = len(run.rows), run.config.train
+    early = f", stopped early by train.patience {c.patience}" if epochs < c.epochs else ""
+    log(run, f"test top-1 {test.top1:.2%}, top-5 {test.top5:.2%} after epoch {epochs}{early}")
+
+
 def write_metrics(folder: Path, rows: list[dict[str, float]]) -> None:
     """Write metrics.csv, with a line for each epoch."""
     text = io.StringIO()
@@ -78,20 +100,33 @@ def write_metrics(folder: Path, rows: list[dict[str, float]]) -> None:
     write_whole(folder / "metrics.csv", text.getvalue())
 
 
-def load_state(run: Run) -> None:
+def take_up(run: Run) -> contextlib.ExitStack:
     """Resume a run from the state in its folder, or start anew if there is none.
 
+    Returns:
+        The lock of the folder, to be closed when the run ends.
+
     Raises:
-        ValueError: for a state of another configuration, or of other images or classes.
+        ValueError: if another process has the run; for a state of another configuration, or of
+            other images or classes.
     """
+    with contextlib.ExitStack() as lock:
+        lock.enter_context(hold(run.folder, run.main))
+        _load_state(run)
+        return lock.pop_all()
+
+
+def _load_state(run: Run) -> None:
     path = run.folder / "state.pt"
     if not path.is_file():
+        if (run.folder / "result.json").is_file():
+            raise ValueError(f"{run.folder} has a result, but no state.pt to train further from")
         return
     state = read_state(path)
     try:
         _check(run, state)
         run.step, run.rows, run.best = state["step"], state["rows"], state["best"]
-        run.loss_sum.copy_(state["loss_sum"])
+        run.loss_sum = float(state["loss_sum"])
         run.images_seen, run.seconds = state["images_seen"], state["seconds"]
         run.model.load_state_dict(state["model"])
         if run.ema is not None:
@@ -101,6 +136,19 @@ def load_state(run: Run) -> None:
             run.accelerator.scaler.load_state_dict(state["scaler"])
     except (KeyError, TypeError, AttributeError, RuntimeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} is not a state of this run: {error}") from error
+    if len(run.rows) > run.config.train.epochs:
+        raise ValueError(
+            f"train.epochs {run.config.train.epochs} must be at least {len(run.rows)}, the epochs "
+            f"that {run.folder} already has"
+        )
+
+
+def complete(folder: Path) -> ValueError:
+    """The error for a run with nothing left to train."""
+    return ValueError(
+        f"resume {folder}: the run is complete, see its result.json; to train longer, add "
+        "--train.epochs with a higher number"
+    )
 
 
 def _check(run: Run, state: dict[str, Any]) -> None:
@@ -122,10 +170,10 @@ def _check(run: Run, state: dict[str, Any]) -> None:
 
 
 def _numbers(config: str) -> dict[str, Any]:
-    """A configuration without the options that change no number of a run."""
+    """A configuration without the options that may change when a run is resumed."""
     found: dict[str, Any] = yaml.safe_load(config)
     del found["run_dir"]
-    for part, names in _FREE.items():
-        for name in names:
-            del found[part][name]
+    for option in FREE:
+        part, name = option.split(".")
+        found[part].pop(name, None)  # states of earlier versions do not have all of them
     return found

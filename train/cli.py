@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
+import shlex
+import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
 
 _KEY = re.compile(r'Parser key "([\w.]+)"(?: element \d+)?: (?:Not of type \w+: )?(.*)')
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "dict": "names with values, such as {depth: 6}",
+    "NoneType": "null",
+}
 _BOUNDS = {"v>=": "at least ", "v>": "above ", "v<=": "at most ", "v<inf": "finite", "v<": "below "}
 
 
@@ -23,28 +34,82 @@ def restriction_sentence(name: str, message: str) -> str:
     value, restriction, bounds = message.partition(" does not conform to restriction ")
     if not restriction:
         return f"{name}: {message}"
+    return f"{name} {value} must be {bounds_text(bounds)}"
+
+
+def bounds_text(bounds: str) -> str:
+    """A restriction of jsonargparse in words: "v>=1" is "at least 1"."""
     for sign, words in _BOUNDS.items():
         bounds = bounds.replace(sign, words)
-    return f"{name} {value} must be {bounds}"
+    return bounds
+
+
+def type_sentence(name: str, message: str, bounds: str = "") -> str | None:
+    """A sentence for a value of the wrong type, from jsonargparse's message about it.
+
+    >>> type_sentence("train.epochs", "Expected a <class 'int'>. Got value: many", "at least 1")
+    'train.epochs many must be a whole number, at least 1'
+
+    Args:
+        name: of the option.
+        message: of jsonargparse.
+        bounds: of the numbers that the option may be, in words.
+
+    Returns:
+        The sentence, or None if the message is about something else.
+    """
+    found = re.fullmatch(
+        r"(?:Expected an? |Does not validate .*Subtypes: \[)"
+        r"(.*?)(?:\. Got value:|\] Errors: .* Given value:) ?(.*)", message,
+    )  # fmt: skip
+    if found is None:
+        return None
+    expected, value = found.groups()
+    kinds = [words for word, words in _KINDS.items() if f"'{word}'" in expected]
+    if listed := re.search(r"Literal\[(.*?)\]", expected):
+        kinds.insert(0, f"one of {listed[1]}")
+    if not kinds:
+        return None
+    if bounds and "number" in kinds[0]:
+        kinds[0] += f", {bounds}"
+    return f"{name} {value or 'without a value'} must be {', or '.join(kinds)}"
+
+
+def command_text(words: Iterable[str]) -> str:
+    """A command, quoted so that it can be pasted into a shell of this system."""
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 class Parser(ArgumentParser):
-    """A parser that says what is wrong in one sentence, with the nearest option, and no usage."""
+    """A parser that says what is wrong in one sentence, with the nearest option, and no usage.
 
-    def __init__(self, **options: Any) -> None:
+    Args:
+        bounds: what some options must be, in words, such as "at least 1".
+        others: why there are no other options, in words.
+        options: of :class:`jsonargparse.ArgumentParser`.
+    """
+
+    def __init__(
+        self, bounds: Mapping[str, str] | None = None, others: str = "", **options: Any
+    ) -> None:
         super().__init__(allow_abbrev=False, **options)
+        self.bounds, self.others = bounds or {}, others
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message and exit with status 2."""
         message = " ".join(message.split())
         if found := _KEY.fullmatch(message):
-            message = restriction_sentence(*found.groups())
+            name, problem = found.groups()
+            sentence = type_sentence(name, problem, self.bounds.get(name, ""))
+            message = sentence or restriction_sentence(name, problem)
         known = set(self.get_defaults(skip_validation=True).keys()) - {"config"}
         for word in re.findall(r"[\w.]+", message.split("Not of type")[0]):
             near = difflib.get_close_matches(word, known - {word}, n=1, cutoff=0.8)
             if near and word not in known:
                 message += f"; did you mean {near[0]}?"
                 break
+        if self.others and message.startswith("unrecognized arguments"):
+            message += f"; {self.others}"
         print(f"error: {message}", file=sys.stderr)
         raise SystemExit(2)
 

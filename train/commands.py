@@ -7,20 +7,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .atomic import read_json, read_yaml
-from .augment import plain
+from .checkpoint import complete
+from .classify import Classifier, find_files, write_csv
 from .config import RunConfig
-from .data import decode, load_data, reading_of
+from .data import load_data
 from .devices import make_accelerator
 from .evaluation import accuracy, predict
-from .model import load_model
+from .model import load_model, resized
 from .report import page, table
 
 
-def resumable(path: Path) -> Path:
+def resumable(path: Path, changed: bool) -> Path:
     """The folder of a run that can be resumed.
+
+    Args:
+        path: of the folder.
+        changed: whether options are to change, so that even a complete run may train longer.
 
     Raises:
         ValueError: if there is no run, or it is complete.
@@ -28,8 +31,8 @@ def resumable(path: Path) -> Path:
     folder = path.expanduser()
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"resume {folder}: there is no run (no config.yaml)")
-    if (folder / "result.json").is_file():
-        raise ValueError(f"resume {folder}: the run is complete, see its result.json")
+    if (folder / "result.json").is_file() and not changed:
+        raise complete(folder)
     return folder
 
 
@@ -47,23 +50,38 @@ def folder_of(path: Path) -> Path:
 
 
 def evaluate(folder: Path, config: RunConfig, split: str) -> str:
-    """Measure the accuracy of the best weights of a run on one of its sets.
+    """Measure the accuracy of the best weights of a run on images of its classes.
+
+    Args:
+        folder: of the run.
+        config: of the run; ``data.root`` and ``data.image_size`` may be others, to which tables of
+            positions are resized.
+        split: "test" or "val".
 
     Raises:
-        ValueError: if the data has other classes now.
+        ValueError: if the data has other classes than the run.
     """
     accelerator = make_accelerator(config.train)
+    path = folder / "best.safetensors"
+    model, sizes = load_model(path)
+    config.data.image_size = config.data.image_size or sizes.image_size
     data = load_data(config.data, accelerator.device)
     for note in data.notes:
         print(note, file=sys.stderr)
     if data.classes != read_json(folder / "classes.json", list):
         raise ValueError(f"{config.data.root} has other classes now than {folder}/classes.json")
-    model, _ = load_model(folder / "best.safetensors")
-    model.to(accelerator.device)
+    if data.channels != sizes.channels:
+        raise ValueError(
+            f"the images in {config.data.root} have {data.channels} channels, those of the run "
+            f"have {sizes.channels}"
+        )
+    if data.image_size != sizes.image_size:
+        model = resized(model, path, data.image_size)
     images = {"test": data.test, "val": data.val}[split]
     logits, labels = predict(
-        model, images, accelerator, config.data.batch_size, config.data.workers
-    )
+        model.to(accelerator.device), images, accelerator, config.data.batch_size,
+        config.data.workers,
+    )  # fmt: skip
     found = accuracy(logits, labels)
     return (
         f"{split} top-1 {found.top1:.2%}, top-5 {found.top5:.2%}, loss {found.loss:.4f} "
@@ -71,62 +89,71 @@ def evaluate(folder: Path, config: RunConfig, split: str) -> str:
     )
 
 
-@torch.no_grad()
-def classify(folder: Path, config: RunConfig, files: list[str]) -> list[str]:
-    """The five most likely classes of each image file, most likely first.
+def classify(classifier: Classifier, paths: list[Path], out: Path | None) -> None:
+    """Print the most likely classes of image files, or write all probabilities to a CSV file.
 
-    Files are read as those of the run were.
+    Args:
+        classifier: of a run.
+        paths: image files, and folders of them.
+        out: the CSV file.
 
     Raises:
-        ValueError: for a file that cannot be read, or classes that are not those of the model.
+        ValueError: for a path that is missing, or a folder without images.
     """
-    classes: list[str] = read_json(folder / "classes.json", list)
-    model, sizes = load_model(folder / "best.safetensors")
-    if len(classes) != sizes.classes:
-        raise ValueError(
-            f"{folder}/classes.json must have {sizes.classes} classes, as the model, "
-            f"not {len(classes)}"
-        )
-    reading = reading_of(config.data, sizes.channels)
-    lines = []
-    for file in files:
-        image = decode(Path(file), sizes.image_size, reading)
-        shares, best = model(plain(image[None])).softmax(1)[0].topk(min(5, len(classes)))
-        found = ", ".join(
-            f"{classes[i]} {share:.1%}" for i, share in zip(best.tolist(), shares, strict=True)
-        )
-        lines.append(f"{file}: {found}")
-    return lines
+    files = find_files(paths)
+    if out is not None:
+        unread = write_csv(classifier, files, out)
+        print(f"{len(files):,} predictions, in {out}")
+    else:
+        unread = 0
+        for found in classifier(files):
+            print(classifier.text(found))
+            unread += bool(found.problem)
+    if unread:
+        print(f"{unread:,} of {len(files):,} files cannot be read as images", file=sys.stderr)
 
 
 def read_runs(paths: list[Path]) -> list[dict[str, Any]]:
     """Read the configuration, result, sessions and metrics of all runs in or below the folders.
 
-    Raises:
-        ValueError: for a metrics.csv that is not of a run.
+    A folder whose files are not those of a run is passed over, and a line says so.
     """
     found = sorted({file.parent for path in paths for file in path.rglob("metrics.csv")})
     runs = []
     for folder in found:
-        names = "config.yaml", "result.json", "sessions.json"
-        config, result, sessions = (folder / name for name in names)
         try:
-            lines = (folder / "metrics.csv").read_text(encoding="utf-8").splitlines()
-            rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(lines)]
-            # at least one row, with the columns that the report shows
-            max(row["val_top1"] + row["images_per_second"] for row in rows)
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{folder / 'metrics.csv'} is not of a run: {error!r}") from error
-        runs.append(
-            {
-                "folder": folder,
-                "config": read_yaml(config) if config.is_file() else {},
-                "rows": rows,
-                "result": read_json(result, dict) if result.is_file() else {},
-                "sessions": read_json(sessions, list) if sessions.is_file() else [],
-            }
-        )
+            runs.append(read_run(folder))
+        except (ValueError, OSError) as error:
+            print(f"passed over: {error}", file=sys.stderr)
     return runs
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Read the configuration, result, sessions and metrics of a run.
+
+    Raises:
+        ValueError: for a file that is not of a run.
+    """
+    config, result, sessions, metrics = (
+        folder / name for name in ("config.yaml", "result.json", "sessions.json", "metrics.csv")
+    )
+    try:
+        lines = metrics.read_text(encoding="utf-8").splitlines()
+        rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(lines)]
+        # at least one row, with the columns that the report shows
+        max(row["val_top1"] + row["images_per_second"] + row["epoch"] for row in rows)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{metrics} is not of a run: {error!r}") from error
+    results = read_json(result, dict) if result.is_file() else {}
+    if odd := [k for k, v in results.items() if not isinstance(v, int | float | None)]:
+        raise ValueError(f"{result} is not of a run: {odd[0]} is not a number")
+    return {
+        "folder": folder,
+        "config": read_yaml(config) if config.is_file() else {},
+        "rows": rows,
+        "result": results,
+        "sessions": read_json(sessions, list) if sessions.is_file() else [],
+    }
 
 
 def report(paths: list[Path], out: Path | None) -> str:

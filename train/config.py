@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 from jsonargparse.typing import restricted_number_type
 
-from .cli import restriction_sentence
+from .cli import bounds_text, restriction_sentence
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -121,7 +121,7 @@ class TrainConfig:
         optimizer: "adamw", "sgd" with Nesterov momentum 0.9, or "muon" (timm's) for linear layers
             and convolutions, with AdamW for the rest.
         lr: peak learning rate, from which a cosine decays to 0.
-        warmup_epochs: epochs of linear warm-up.
+        warmup_epochs: epochs of linear warm-up; at most half of the training is warm-up.
         weight_decay: of linear layers and convolutions; never of biases, norms, positions and
             tokens.
         label_smoothing: fraction of the target that is spread over all classes.
@@ -132,10 +132,12 @@ class TrainConfig:
         teacher: a model file whose predictions are learned next to the labels (hard distillation).
         grad_checkpointing: recompute the blocks in the backward pass, for less memory.
         compile: use torch.compile.
-        device: "auto" is a GPU if there is one; CUDA_VISIBLE_DEVICES selects it.
-        precision: "auto" is bf16 on a GPU or CPU with native support, fp16 on other GPUs, else
-            fp32.
+        device: "auto" is a GPU if there is one: "cuda", where CUDA_VISIBLE_DEVICES selects it, or
+            "mps", that of a Mac.
+        precision: "auto" is bf16 on a CUDA GPU or CPU with native support, fp16 on other CUDA GPUs,
+            else fp32.
         save_every: steps between saves of the state, in addition to the end of each epoch.
+        patience: stop after this many epochs without better validation; 0 to train all epochs.
     """
 
     epochs: PositiveInt = 40
@@ -150,9 +152,10 @@ class TrainConfig:
     teacher: str | None = None
     grad_checkpointing: bool = False
     compile: bool = False
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     save_every: PositiveInt = 500
+    patience: NonNegativeInt = 0
 
 
 @dataclasses.dataclass
@@ -191,11 +194,37 @@ class RunConfig:
             _check_numbers(getattr(self, part), f"{part}.")
 
 
+def bounds_of(config: type, prefix: str = "") -> dict[str, str]:
+    """What the numbers of a configuration must be, in words, by their dotted names."""
+    found: dict[str, str] = {}
+    for name, hint in get_type_hints(config).items():
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            found |= bounds_of(hint, f"{prefix}{name}.")
+        elif kind := _restricted(hint):
+            found[prefix + name] = bounds_text(kind._expression)
+    return found
+
+
+def plain_type(config: type, name: str) -> Any:
+    """The type of a field with a dotted name, without bounds and without None."""
+    field, _, rest = name.partition(".")
+    hint = get_type_hints(config)[field]
+    if rest:
+        return plain_type(hint, rest)
+    if type(None) in get_args(hint):
+        (hint,) = (kind for kind in get_args(hint) if kind is not type(None))
+    return hint.__mro__[-2] if _restricted(hint) else hint
+
+
+def _restricted(hint: Any) -> Any:
+    """The type of numbers with bounds in a type hint, or None."""
+    return next((k for k in (hint, *get_args(hint)) if hasattr(k, "_restrictions")), None)
+
+
 def _check_numbers(config: Any, prefix: str) -> None:
     """Check the fields of restricted types, whose values may not come from the command line."""
     for name, hint in get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        kind = next((k for k in (hint, *get_args(hint)) if hasattr(k, "_restrictions")), None)
+        value, kind = getattr(config, name), _restricted(hint)
         if kind is None or value is None:
             continue
         try:

@@ -11,11 +11,34 @@ from accelerate import Accelerator, DistributedType
 from .config import RunConfig, TrainConfig
 
 
-def pick_precision(precision: str, cpu: bool) -> str:
-    """The name of a precision in accelerate; "auto" is the best with native support."""
+def pick_device(device: str) -> str:
+    """The kind of device that is meant: "cuda", "mps" or "cpu".
+
+    Raises:
+        ValueError: for a device that is missing.
+    """
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if device == "auto":
+        return next(name for name in there if there[name])
+    if not there[device]:
+        raise ValueError(f"train.device {device}: PyTorch finds no such device; use auto or cpu")
+    return device
+
+
+def pick_precision(precision: str, device: str) -> str:
+    """The name of a precision in accelerate; "auto" is the best with native support.
+
+    On a Mac's GPU that is fp32: lower precisions save memory there, not time.
+    """
     if precision != "auto":
         return {"fp32": "no"}.get(precision, precision)
-    if not cpu:
+    if device == "mps":
+        return "no"
+    if device == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     # a function of newer PyTorch only
     known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
@@ -29,14 +52,14 @@ def make_accelerator(config: TrainConfig, folder: Path | None = None) -> Acceler
         ValueError: for a device that is missing, a precision that it does not support, or a
             launcher that shards the model.
     """
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("train.device cuda: PyTorch finds no such device; use auto or cpu")
-    cpu = config.device == "cpu" or not torch.cuda.is_available()
-    precision = pick_precision(config.precision, cpu)
-    if precision == "fp16" and cpu:
+    device = pick_device(config.device)
+    precision = pick_precision(config.precision, device)
+    if precision == "fp16" and device == "cpu":
         raise ValueError("train.precision fp16 needs a GPU; use auto, bf16 or fp32")
+    if precision == "bf16" and device == "mps" and not torch.backends.mps.is_macos_or_newer(14, 0):
+        raise ValueError("train.precision bf16 needs macOS 14; use auto, fp16 or fp32")
     accelerator = Accelerator(
-        cpu=config.device == "cpu",
+        cpu=device == "cpu",
         mixed_precision=precision,
         log_with=None if folder is None else "tensorboard",
         project_dir=folder,

@@ -110,12 +110,13 @@ def write_page(path: Path, title: str, sections: Sequence[Section]) -> None:
         sections: sections, in order.
     """
     body = "".join(section.html() for section in sections)
-    write_whole(
-        path,
+    page = (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
-        f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1>{body}</html>\n",
+        f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1>{body}</html>\n"
     )
+    # file names that are not UTF-8 have characters that UTF-8 does not
+    write_whole(path, page.encode("utf-8", "backslashreplace").decode())
 
 
 def _inline(figure: Figure) -> str:

@@ -9,29 +9,30 @@ policies and mixing, which are drawn per process.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from vision_xformer.weights import read_weights
 
-from .atomic import write_whole
 from .augment import augment, draw, mixing
 from .balance import class_weights, cross_entropy, epoch_order
-from .checkpoint import load_state, save_epoch, save_state
+from .checkpoint import save_epoch, save_result, save_state, take_up
 from .config import RunConfig
 from .data import Images, load_data
 from .devices import make_accelerator, part_size
 from .evaluation import Accuracy, accuracy, predict
-from .measure import known_peak, peak_text
-from .model import Sizes, build_model, load_teacher, not_finite
+from .lock import hold
+from .log import epoch_text, log, status
+from .model import Sizes, build_model, check_part, load_teacher, not_finite
 from .optim import average, learning_rate, make_optimizer
 from .plots import draw_run
 from .run_dir import new_folder, open_folder
@@ -65,7 +66,8 @@ class Run:
         self.steps_per_epoch = len(self.data.train) // self.batch_size
         self.steps = c.epochs * self.steps_per_epoch
         torch.manual_seed(seed_of(config.seed))
-        self.model = build_model(config.model, sizes).to(self.device)
+        self.model = check_part(build_model(config.model, sizes), sizes, self.part_size)
+        self.model.to(self.device)
         if c.grad_checkpointing:
             self.model.set_grad_checkpointing()  # type: ignore[operator]
         self.ema = average(self.model, c.ema) if c.ema else None
@@ -77,9 +79,9 @@ class Run:
         self.signals = Signals(self.accelerator)
         self.step, self.best, self.images_seen, self.seconds = 0, -1.0, 0, 0.0
         self.rows: list[dict[str, float]] = []  # of metrics.csv, one per epoch
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)  # of this epoch
-        if resume is not None:
-            load_state(self)
+        self.loss_sum = 0.0  # of this epoch
+        self.no_bar = False  # whether lines for each epoch take the place of a progress bar
+        self.lock = take_up(self) if self.resumed else contextlib.ExitStack()  # of the folder
 
     # One step
     def loss(self, x: Tensor, labels: Tensor) -> Tensor:
@@ -102,7 +104,7 @@ class Run:
     def train_step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
         """Forward and backward for each part of the batch, and one optimizer step."""
         c, seed, process = self.config.train, self.config.seed, self.accelerator.process_index
-        warmup = round(c.warmup_epochs * self.steps_per_epoch)
+        warmup = min(round(c.warmup_epochs * self.steps_per_epoch), self.steps // 2)
         rate = learning_rate(self.step, self.steps, warmup, c.lr)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -129,7 +131,7 @@ class Run:
         self.optimizer.zero_grad()
         if self.ema is not None:
             self.ema.update_parameters(self.model)
-        self.loss_sum += total.double()
+        self.loss_sum += total.item()
         self.step += 1
 
     # One epoch
@@ -155,14 +157,7 @@ class Run:
             if self.step % self.config.train.save_every == 0:
                 save_state(self)
             if done % 10 == 1:
-                progress.set_postfix_str(self._status(epoch, done), refresh=False)
-
-    def _status(self, epoch: int, done: int) -> str:
-        """What the progress bar shows next to steps and remaining time."""
-        val = f", val {self.rows[-1]['val_top1']:.2%}" if self.rows else ""
-        rate, loss = self.optimizer.param_groups[0]["lr"], self.loss_sum.item() / done
-        speed = f"{self.images_per_second:.0f} images/s{peak_text()}"
-        return f"epoch {epoch + 1}, loss {loss:.3f}{val}, lr {rate:.1e}, {speed}"
+                progress.set_postfix_str(status(self, epoch, done), refresh=False)
 
     @property
     def images_per_second(self) -> float:
@@ -175,7 +170,7 @@ class Run:
         if not math.isfinite(val.loss):
             hint = "lower train.lr, or set train.precision to fp32"
             raise ValueError(f"the validation loss is {val.loss} after step {self.step}: {hint}")
-        loss = self.accelerator.reduce(self.loss_sum.clone(), "mean").item()
+        loss = sum(gather_object([self.loss_sum])) / self.accelerator.num_processes
         row = {
             "epoch": len(self.rows) + 1,
             "train_loss": loss / self.steps_per_epoch,
@@ -186,7 +181,8 @@ class Run:
         }
         self.rows.append(row)
         self.accelerator.log(row, step=row["epoch"])
-        self.loss_sum.zero_()
+        self.loss_sum = 0.0
+        log(self, epoch_text(row, self.config.train.epochs))
         save_epoch(self, is_best=val.top1 > self.best)
 
     @property
@@ -200,6 +196,14 @@ class Run:
         return predict(self.best_model, images, self.accelerator, self.batch_size, workers)
 
     # All epochs
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done, or ``train.patience`` of them brought nothing better."""
+        c, tops = self.config.train, [row["val_top1"] for row in self.rows]
+        waited = len(tops) - 1 - tops.index(max(tops)) if tops else 0
+        return len(tops) >= c.epochs or 0 < c.patience <= waited
+
     def fit(self, progress: tqdm[Any] | None = None) -> Accuracy:
         """Train all epochs, then test the weights that were best on validation, once.
 
@@ -208,43 +212,38 @@ class Run:
 
         Raises:
             Interrupted: after a signal.
-            ValueError: for a loss that is not finite.
+            ValueError: for a loss that is not finite, a run in use, or a state of another run.
         """
-        if self.main:
-            self.claimed = open_folder(self)
-        # epochs that an earlier session repeats are dropped
-        purge = {"tensorboard": {"purge_step": len(self.rows) + 1}}
-        self.accelerator.init_trackers("events", init_kwargs=purge)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(self.signals)
-            if progress is None:
-                quiet = None if self.main else True  # None: silent without a terminal
-                progress = tqdm(total=self.steps, initial=self.step, unit="step", disable=quiet)
-                stack.callback(progress.close)
-            while len(self.rows) < self.config.train.epochs:
-                if self.step < (len(self.rows) + 1) * self.steps_per_epoch:
-                    self.train_epoch(progress)
-                self.end_epoch()
-                if (number := self.signals.received()) is not None:
-                    raise Interrupted(number)
-        self.accelerator.wait_for_everyone()
-        return self.test()
+        with self.lock:
+            if not self.resumed:
+                self.lock.enter_context(hold(self.folder, self.main))
+            if self.main:
+                open_folder(self)
+            # epochs that an earlier session repeats are dropped
+            purge = {"tensorboard": {"purge_step": len(self.rows) + 1}}
+            self.accelerator.init_trackers("events", init_kwargs=purge)
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(self.signals)
+                if progress is None:
+                    self.no_bar = not (self.main and sys.stderr.isatty())
+                    bar = tqdm(total=self.steps, initial=self.step, disable=self.no_bar)
+                    progress = stack.enter_context(bar)
+                while not self.finished:
+                    if self.step < (len(self.rows) + 1) * self.steps_per_epoch:
+                        self.train_epoch(progress)
+                    self.end_epoch()
+                    if (number := self.signals.received()) is not None:
+                        raise Interrupted(number)
+            self.accelerator.wait_for_everyone()
+            return self.test()
 
     def test(self) -> Accuracy:
         """Test the best weights, and write the result and the figures of the run."""
         self.best_model.load_state_dict(read_weights(self.folder / "best.safetensors"))
         logits, labels = self.predict(self.data.test)
-        test, peak = accuracy(logits, labels), known_peak()
+        test = accuracy(logits, labels)
         if self.main:
-            result = {
-                "val_top1": self.best,
-                "test_top1": test.top1,
-                "test_top5": test.top5,
-                "parameters": sum(p.numel() for p in self.model.parameters()),
-                "peak_mib": None if peak is None else peak / 2**20,
-                "minutes": self.seconds / 60,
-            }
-            write_whole(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
-            draw_run(self.folder, self.config, self.rows, self.data, logits, labels)
+            save_result(self, test)
+            draw_run(self, logits, labels)
         self.accelerator.wait_for_everyone()
         return test

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -118,6 +119,48 @@ def load_model(path: Path) -> tuple[nn.Module, Sizes]:
     other = build_model(ModelConfig(**recipe["model"]), sizes)
     other.load_state_dict(read_weights(path))
     return other.eval(), sizes
+
+
+def resized(model: nn.Module, path: Path, image_size: int) -> nn.Module:
+    """A model for images of another size, with the weights of a file of :func:`save_weights`.
+
+    Tables of positions are resized; a convolutional network takes any size.
+
+    Raises:
+        ValueError: for a size that the model cannot have.
+    """
+    if isinstance(model, vx.VisionModel):
+        other = vx.create_model(model.config, image_size=image_size)
+        vx.load_weights(other, path, resize=True)
+        return other.eval()
+    if hasattr(model, "set_input_size"):  # of timm
+        try:
+            model.set_input_size(img_size=(image_size,) * 2)  # type: ignore[operator]
+        except (TypeError, ValueError, AssertionError) as error:
+            raise ValueError(f"data.image_size {image_size}: {error}") from error
+    return model
+
+
+def check_part(model: nn.Module, sizes: Sizes, count: int) -> nn.Module:
+    """The model, if it trains on ``count`` images at a time.
+
+    Raises:
+        ValueError: for a single image and a batch norm with one value per channel.
+    """
+    if count > 1:
+        return model
+    trial, shape = copy.deepcopy(model).train(), (sizes.channels, *[sizes.image_size] * 2)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=()):
+            trial(torch.zeros(count, *shape))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(
+            f"data.batch_size must be larger: it leaves {count} image for each process and "
+            "accumulation step, and a batch norm of the model needs at least 2"
+        ) from error
+    return model
 
 
 def load_teacher(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
@@ -11,9 +13,13 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from .atomic import replace
-from .config import RunConfig
-from .data import Images, Splits
+from .data import Images
 from .evaluation import accuracy
+from .fonts import plain_text, short
+from .log import log
+
+if TYPE_CHECKING:
+    from .loop import Run
 
 STYLE = {"font.size": 12, "axes.spines.top": False, "axes.spines.right": False}
 BLUE, GREY, RED = "#1f6feb", "#9aa5b1", "#cf222e"
@@ -26,38 +32,38 @@ def save(figure: Figure, path: Path, source: str = "") -> None:
     replace(path, lambda part: figure.savefig(part, dpi=130, format="png", metadata=metadata))
 
 
-def draw_run(
-    folder: Path,
-    config: RunConfig,
-    rows: Sequence[dict[str, float]],
-    data: Splits,
-    logits: Tensor,
-    labels: Tensor,
-) -> None:
+def draw_run(run: Run, logits: Tensor, labels: Tensor) -> None:
     """Write the figures of a run: curves.png, confusion.png and mistakes.png.
 
+    A figure that cannot be drawn costs a line in the log, and not the run.
+
     Args:
-        folder: of the run.
-        config: of the run.
-        rows: of metrics.csv.
-        data: whose test set was predicted.
-        logits: (N, classes) of the test images.
+        run: a run that is trained.
+        logits: (N, classes) of its test images.
         labels: their classes (N,).
     """
+    config, classes = run.config, run.data.classes
     mixer = f" with {config.model.mixer}" if config.model.mixer else ""
     name = f"{config.model.name}{mixer} on {config.data.name}"
     tested = f"{name}, test top-1 {accuracy(logits, labels).top1:.1%}"
-    save(curves(rows, name), folder / "curves.png")
-    save(confusion(logits, labels, data.classes, tested), folder / "confusion.png")
-    figure = mistakes(data.test, logits, labels, data.classes, tested)
-    save(figure, folder / "mistakes.png")
+    figures = {
+        "curves": partial(curves, run.rows, name),
+        "confusion": partial(confusion, logits, labels, classes, tested),
+        "mistakes": partial(mistakes, run.data.test, logits, labels, classes, tested),
+    }
+    for what, draw in figures.items():
+        try:
+            save(draw(), run.folder / f"{what}.png")
+        except Exception as error:  # of fonts, images, the disk: the result is there already
+            log(run, f"warning: {what}.png could not be drawn: {error!r}", show=True)
 
 
 def curves(rows: Sequence[dict[str, float]], title: str) -> Figure:
     """Plot loss and validation accuracy by epoch."""
     epochs = [row["epoch"] for row in rows]
     marker = "o" if len(rows) < 20 else None
-    with mpl.rc_context(STYLE):
+    text, (title,) = plain_text([title])
+    with mpl.rc_context({**STYLE, **text}):
         figure = Figure(figsize=(11, 4.2))
         left, right = figure.subplots(1, 2)
         for key, color in (("train", GREY), ("val", BLUE)):
@@ -96,13 +102,15 @@ def confusion(logits: Tensor, labels: Tensor, classes: Sequence[str], title: str
     shares = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
     named = count <= NAMED
     size = max(5.0, 0.45 * count + 2) if named else 9.0
-    with mpl.rc_context({**STYLE, "font.size": 11}):
+    text, (*names, title) = plain_text([*classes, title])
+    with mpl.rc_context({**STYLE, **text, "font.size": 11}):
         figure = Figure(figsize=(size + 0.8, size))
         axis = figure.subplots()
         image = axis.imshow((100 * shares).numpy(), cmap="Blues", vmin=0, vmax=100)
         if named:
-            axis.set_xticks(range(count), classes, rotation=60, ha="right", rotation_mode="anchor")
-            axis.set_yticks(range(count), classes)
+            names = [short(name, 24) for name in names]
+            axis.set_xticks(range(count), names, rotation=60, ha="right", rotation_mode="anchor")
+            axis.set_yticks(range(count), names)
             for true in range(count):
                 for predicted in range(count):
                     share = 100 * float(shares[true, predicted])
@@ -141,7 +149,8 @@ def mistakes(
     worst = wrong[sure[wrong].argsort(descending=True)][:24]
     columns = 8
     lines = max(1, -(-len(worst) // columns))
-    with mpl.rc_context({**STYLE, "font.size": 10}):
+    text, (*names, title) = plain_text([*classes, title])
+    with mpl.rc_context({**STYLE, **text, "font.size": 10}):
         figure = Figure(figsize=(13, 2.15 * lines + 0.7))
         axes = figure.subplots(lines, columns, squeeze=False)
         for axis in axes.flat:
@@ -149,13 +158,9 @@ def mistakes(
         for axis, i in zip(axes.flat, worst.tolist(), strict=False):
             pixels = images[i][0].permute(1, 2, 0).squeeze(-1)
             axis.imshow(pixels.numpy(), cmap="gray", vmin=0, vmax=255)
-            true, false = (_short(classes[int(which[i])]) for which in (labels, predicted))
+            true, false = (short(names[int(which[i])], 16) for which in (labels, predicted))
             axis.set_title(f"{true}, predicted\n{false}, {sure[i]:.0%}", fontsize=9, color=RED)
-        text = f"{title}: most confident mistakes" if len(worst) else f"{title}: no mistakes"
-        figure.suptitle(text, x=0.01, ha="left", weight="bold")
+        found = "most confident mistakes" if len(worst) else "no mistakes"
+        figure.suptitle(f"{title}: {found}", x=0.01, ha="left", weight="bold")
         figure.tight_layout()
     return figure
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 16 else f"{name[:15]}…"

@@ -33,7 +33,11 @@ def git_revision() -> dict[str, Any]:
     def git(*arguments: str) -> str:
         root = Path(__file__).parent
         return subprocess.run(
-            ["git", "-C", root, *arguments], capture_output=True, text=True, check=True
+            ["git", "-C", root, *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+            encoding="utf-8",
         ).stdout.strip()
 
     try:

@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
-from jsonargparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ActionConfigFile, Namespace
 
 from .cli import Parser
-from .config import RunConfig
+from .config import RunConfig, bounds_of, plain_type
+
+_BY_KEY = ("model.options", "model.mixer_options")  # later files add to these
+
+
+class _Recipe(ActionConfigFile):
+    """A YAML file over earlier ones; of options with names of their own, it replaces those it has.
+
+    jsonargparse takes such options for a single value and would drop what the file does not name.
+    """
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: Any = None) -> None:
+        before = {name: cfg.get(name) for name in _BY_KEY}
+        super().__call__(parser, cfg, values, option_string)
+        for name, old in before.items():
+            if isinstance(old, dict) and isinstance(new := cfg.get(name), dict):
+                cfg[name] = {**old, **new}
 
 
 def fit_parser() -> Parser:
     """The options of ``fit``: those of :class:`RunConfig`, and recipes that set them."""
-    parser = Parser(prog="python -m train fit")
-    parser.add_argument("--config", action="config", help="a YAML file of the options below")
+    parser = Parser(prog="python -m train fit", bounds=bounds_of(RunConfig))
+    parser.add_argument(
+        "--config",
+        action=_Recipe,
+        help="a YAML file of the options below; of several files, the later goes over the earlier, "
+        "key by key",
+    )
     parser.add_class_arguments(RunConfig, as_group=False)
     return parser
 
@@ -28,3 +53,32 @@ def parse(arguments: list[str]) -> RunConfig:
         if not isinstance(namespace[part], Namespace):
             parser.error(f"{part}: {namespace[part]} must be options with values")
     return RunConfig(**parser.instantiate(namespace).as_dict())
+
+
+def options_parser(names: Sequence[str], others: str = "") -> Parser:
+    """A parser of some options of ``fit``, for the commands that use a run.
+
+    Args:
+        names: of the options, such as "data.root".
+        others: why there are no other options, in words.
+    """
+    parser = Parser(bounds=bounds_of(RunConfig), others=others)
+    for name in names:
+        text = "instead of that of the run; see fit --help"
+        parser.add_argument(f"--{name}", type=plain_type(RunConfig, name), help=text)
+    return parser
+
+
+def with_options(folder: Path, names: Sequence[str], given: Namespace) -> RunConfig:
+    """The configuration of a run, with the options of :func:`options_parser` that were given.
+
+    Raises:
+        ValueError: for a value out of range; it names the option.
+    """
+    config = parse(["--config", str(folder / "config.yaml")])
+    for name in names:
+        if (value := given[name]) is not None:
+            part, field = name.split(".")
+            setattr(getattr(config, part), field, value)
+    config.check()
+    return config

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import shlex
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from .cli import command_text
+from .fonts import plain_text, short
 from .html import Section, Table, write_page
 from .plots import GREY, STYLE
 
@@ -70,19 +72,21 @@ def table(runs: Sequence[Run]) -> Table:
 
 def curves(runs: Sequence[Run]) -> Figure:
     """Plot the validation accuracy of all runs by epoch."""
-    colors = [f"C{i}" for i in range(10)]
-    with mpl.rc_context(STYLE):
+    text, names = plain_text([run["folder"].name for run in runs])
+    with mpl.rc_context({**STYLE, **text}):
         figure = Figure(figsize=(10, 5))
         axis = figure.subplots()
-        for run, color in zip(runs, itertools.cycle(colors), strict=False):
+        for run, i in zip(runs, itertools.cycle(range(10)), strict=False):
             rows = run["rows"]
             axis.plot(
-                [r["epoch"] for r in rows], [100 * r["val_top1"] for r in rows], color=color,
-                marker="o" if len(rows) < 20 else None, label=run["folder"].name,
+                [r["epoch"] for r in rows], [100 * r["val_top1"] for r in rows], color=f"C{i}",
+                marker="o" if len(rows) < 20 else None,
             )  # fmt: skip
         axis.set(title="Validation accuracy (%)", xlabel="epoch")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+        legend = {"frameon": False, "loc": "center left", "bbox_to_anchor": (1, 0.5)}
+        # by hand: as labels, names that begin with _ would be left out
+        axis.legend(axis.lines, [short(name, 40) for name in names], **legend)
         figure.tight_layout()
     return figure
 
@@ -133,7 +137,8 @@ def costs(runs: Sequence[Run]) -> Figure | None:
         return None
     tops = [[100 * f["test_top1"] for f in group] for group in groups]
     means = [sum(top) / len(top) for top in tops]
-    with mpl.rc_context(STYLE):
+    text, names = plain_text([group[0]["name"] for group in groups])
+    with mpl.rc_context({**STYLE, **text}):
         rows = -(-len(panels) // 2)
         figure = Figure(figsize=(11, 4.4 * rows))
         axes = figure.subplots(rows, 2, sharey=True, squeeze=False)
@@ -144,11 +149,11 @@ def costs(runs: Sequence[Run]) -> Figure | None:
             sign = -1 if key == "images_per_second" else 1  # higher is better
             best = front([(sign * x, y) for x, y in zip(cost, means, strict=True)])
             axis.plot([cost[i] for i in best], [means[i] for i in best], color=GREY, zorder=0)
-            for group, top, mean, x in zip(groups, tops, means, cost, strict=True):
+            for name, top, mean, x in zip(names, tops, means, cost, strict=True):
                 bars = [[mean - min(top)], [max(top) - mean]]
                 axis.errorbar(x, mean, bars, fmt="o", markersize=7, capsize=4)
                 axis.annotate(
-                    group[0]["name"], (x, mean), xytext=(6, 5), textcoords="offset points",
+                    short(name, 40), (x, mean), xytext=(6, 5), textcoords="offset points",
                     fontsize=9,
                 )  # fmt: skip
             axis.set(xlabel=heading)
@@ -160,10 +165,22 @@ def costs(runs: Sequence[Run]) -> Figure | None:
     return figure
 
 
+def _drawn(draw: Callable[[Sequence[Run]], Figure | None], runs: Sequence[Run]) -> Figure | None:
+    """The figure; one that cannot be drawn costs a line, and not the page."""
+    try:
+        figure = draw(runs)
+        if figure is not None:
+            figure.draw_without_rendering()
+    except Exception as error:  # of fonts or odd values
+        print(f"warning: {draw.__name__} could not be drawn: {error!r}", file=sys.stderr)
+        return None
+    return figure
+
+
 def commands(runs: Sequence[Run]) -> list[str]:
     """List the command that started each run."""
     return [
-        f"{run['folder'].name}: {shlex.join(run['sessions'][0]['command'])}"
+        f"{run['folder'].name}: {command_text(run['sessions'][0]['command'])}"
         for run in runs
         if run["sessions"]
     ]
@@ -182,7 +199,7 @@ def cost_sections(runs: Sequence[Run]) -> list[Section]:
             [*commands(some), LIMITS],
         )
         for name, some in sets.items()
-        if (figure := costs(some)) is not None
+        if (figure := _drawn(costs, some)) is not None
     ]
 
 
@@ -195,7 +212,7 @@ def page(runs: Sequence[Run], path: Path) -> None:
     """
     sections = [
         Section("All runs", None, [table(runs)], commands(runs)),
-        Section("Learning curves", curves(runs)),
+        Section("Learning curves", _drawn(curves, runs)),
         *cost_sections(runs),
     ]
     write_page(path, f"{len(runs)} runs", sections)

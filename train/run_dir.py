@@ -5,20 +5,24 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import re
 import shutil
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .atomic import write_whole
-from .checkpoint import resolved
+from .checkpoint import complete, resolved
+from .cli import command_text
 from .config import RunConfig
-from .provenance import note_session
+from .lock import LOCK
+from .log import log
+from .provenance import device_name, note_session
 
 if TYPE_CHECKING:
     from .loop import Run
 
-_WRITTEN_FIRST = ("config.yaml", "classes.json", "sessions.json")  # before the first step
+# before the first step, and what says how far it got
+_WRITTEN_FIRST = ("config.yaml", "classes.json", "sessions.json", "log.txt", LOCK)
 
 
 def new_folder(config: RunConfig) -> Path:
@@ -31,43 +35,46 @@ def new_folder(config: RunConfig) -> Path:
         folder = Path(config.run_dir).expanduser()
         if (folder / "config.yaml").exists():
             raise ValueError(
-                f"run_dir {folder} already holds a run: resume it with --resume {folder}, "
-                "choose another, or remove it"
+                f"run_dir {folder} already holds a run: resume it with "
+                f"{command_text(['--resume', str(folder)])}, choose another, or remove it"
             )
         return folder
     parts = [config.model.name, config.model.mixer or "", config.data.name, str(config.seed)]
-    name = Path("runs") / "-".join(p for p in parts if p).lower().replace(":", "-")
+    # not every system takes the colon of a name such as torchvision:MNIST
+    name = Path("runs") / re.sub(r"[^\w.-]", "-", "-".join(p for p in parts if p).lower())
     numbered = (name.with_name(f"{name.name}-{i}") for i in itertools.count(2))
     return next(f for f in itertools.chain([name], numbered) if not f.exists())
 
 
-def open_folder(run: Run) -> bool:
-    """Make the folder of a run with its first files, and print the notes about its data.
+def open_folder(run: Run) -> None:
+    """Note the configuration, the classes and this session in the folder of a run.
 
-    Returns:
-        Whether this is a new run, whose folder may be discarded.
+    A run that trains longer than before loses its result until it has a new one.
 
     Raises:
-        ValueError: if another run took the folder in the meantime.
+        ValueError: if another run took the folder in the meantime, or nothing is left to train.
     """
-    run.folder.mkdir(parents=True, exist_ok=True)
-    if not run.resumed:
-        try:
-            (run.folder / "config.yaml").touch(exist_ok=False)
-        except FileExistsError as error:
-            raise ValueError(f"run_dir {run.folder} already holds a run") from error
+    if run.resumed:
+        if run.finished and (run.folder / "result.json").is_file():
+            raise complete(run.folder)
+        (run.folder / "result.json").unlink(missing_ok=True)
+    elif (run.folder / "config.yaml").exists():
+        raise ValueError(f"run_dir {run.folder} already holds a run")
+    run.claimed = not run.resumed  # what is written from here on may be discarded
     write_whole(run.folder / "config.yaml", resolved(run.config))
     write_whole(run.folder / "classes.json", json.dumps(run.data.classes) + "\n")
     note_session(run.folder / "sessions.json", run.accelerator, run.step)
+    log(run, f"step {run.step} of {run.steps}, on {device_name(run.device)}")
     for note in run.data.notes:
-        print(note, file=sys.stderr)
-    return not run.resumed
+        log(run, note, show=True)
 
 
 def discard(run: Run) -> None:
     """Remove what a new run wrote, unless there is a state to resume from."""
     if not run.claimed or (run.folder / "state.pt").is_file():
         return
+    for tracker in run.accelerator.trackers:  # not every system removes open files
+        tracker.finish()
     for name in _WRITTEN_FIRST:
         (run.folder / name).unlink(missing_ok=True)
     shutil.rmtree(run.folder / "events", ignore_errors=True)

@@ -55,10 +55,15 @@ def grid_parts(shape: tuple[int, ...], count: int) -> tuple[int, ...]:
     return tuple(parts)
 
 
-def segment_means(size: int, parts: int, device: torch.device | None = None) -> Tensor:
+def segment_means(
+    size: int,
+    parts: int,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str | None = None,
+) -> Tensor:
     """Matrix (parts, size) whose rows average ``parts`` nearly equal runs of ``size`` cells."""
     segment = torch.arange(size, device=device) * parts // size
-    member = (segment == torch.arange(parts, device=device)[:, None]).double()
+    member = (segment == torch.arange(parts, device=device)[:, None]).to(dtype)
     return member / member.sum(1, keepdim=True)
 
 
@@ -75,7 +80,8 @@ def pool_grid(x: Tensor, grid: TokenGrid, parts: tuple[int, ...]) -> Tensor:
             if size > count:
                 x = x.unflatten(axis, (count, size // count)).mean(axis + 1)
         else:
-            means = segment_means(size, count, x.device).to(x.dtype)
+            exact = torch.promote_types(x.dtype, torch.float32)  # not all devices have float64
+            means = segment_means(size, count, exact, x.device).to(x.dtype)
             x = (means @ x.movedim(axis, -2)).movedim(-2, axis)
     return x.flatten(1, len(parts))
 

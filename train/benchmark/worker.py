@@ -53,7 +53,7 @@ def _limit_memory() -> None:
 
 
 def _kilobytes(path: str, field: str) -> int:
-    lines = Path(path).read_text().splitlines()
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 

@@ -160,7 +160,9 @@ class Images(Dataset[tuple[Tensor, int]]):
         )
         try:
             for images, labels in loader:
-                yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+                # other copies than those from pinned memory are not safe
+                soon = device.type == "cuda"
+                yield images.to(device, non_blocking=soon), labels.to(device, non_blocking=soon)
         except ValueError as error:  # that of a worker process contains its traceback
             sentence = str(error).split("ValueError: ")[-1].strip()
             # the frames of the error would keep the workers alive

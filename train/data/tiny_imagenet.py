@@ -26,7 +26,7 @@ def read_tiny_imagenet(config: DataConfig) -> Source:
     for name in ("wnids.txt", "val/val_annotations.txt"):
         if not (root / name).is_file():
             raise ValueError(f"no Tiny ImageNet in {root}: {name} is missing")
-    wnids = (root / "wnids.txt").read_text().split()
+    wnids = (root / "wnids.txt").read_text(encoding="utf-8").split()
     labels = {wnid: i for i, wnid in enumerate(wnids)}
     if len(labels) != len(wnids) or len(wnids) < 2:
         raise ValueError(f"{root / 'wnids.txt'} must list 2 or more classes, each once")
@@ -55,7 +55,7 @@ def _find_folder(root: Path) -> Path:
 
 def _test_images(root: Path, labels: dict[str, int]) -> list[Sample]:
     test: list[Sample] = []
-    for line in (root / "val" / "val_annotations.txt").read_text().splitlines():
+    for line in (root / "val" / "val_annotations.txt").read_text(encoding="utf-8").splitlines():
         file, wnid, *_ = [*line.split("\t"), ""]
         path = root / "val" / "images" / file
         if wnid not in labels:
@@ -71,7 +71,7 @@ def _test_images(root: Path, labels: dict[str, int]) -> list[Sample]:
 def _class_names(root: Path, wnids: list[str]) -> list[str]:
     """Return each class's first name in words.txt; if two share it, the id is added."""
     words = root / "words.txt"  # each line: id, tab, names
-    lines = words.read_text().splitlines() if words.is_file() else []
+    lines = words.read_text(encoding="utf-8").splitlines() if words.is_file() else []
     names = {wnid: name.split(",")[0] for wnid, _, name in (line.partition("\t") for line in lines)}
     classes = [names.get(wnid, wnid) for wnid in wnids]
     return [f"{c} {w}" if classes.count(c) > 1 else c for c, w in zip(classes, wnids, strict=True)]

@@ -107,7 +107,7 @@ def _is_computed(module: nn.Module, name: str, source: list[Part]) -> bool:
     rounding = max(torch.finfo(t.dtype).eps for t in (theirs, ours))
     atol = rounding + len(theirs) * torch.finfo(torch.float32).eps
     return theirs.shape == ours.shape and torch.allclose(
-        theirs.to(ours.device, torch.float64), ours.double(), rtol=0, atol=atol
+        theirs.cpu().double(), ours.cpu().double(), rtol=0, atol=atol
     )
 
 

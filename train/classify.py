@@ -1,0 +1,142 @@
+"""Classes of image files with the best weights of a run: ``python -m train predict``."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .atomic import read_json, replace
+from .augment import plain
+from .config import DataConfig
+from .data import decode, reading_of
+from .data.files import list_images
+from .devices import pick_device
+from .model import load_model
+
+
+class Prediction(NamedTuple):
+    """What a model says about one file.
+
+    Attributes:
+        path: of the file.
+        probabilities: of each class, none for a file that cannot be read.
+        problem: why the file cannot be read, or "".
+    """
+
+    path: Path
+    probabilities: Sequence[float] = ()
+    problem: str = ""
+
+
+class Classifier:
+    """The best weights of a run, for files.
+
+    Args:
+        folder: of the run.
+        config: how files are read, and how many at a time: as those of the run.
+        device: "auto", "cpu", "cuda" or "mps".
+
+    Raises:
+        ValueError: for a missing device, or classes that are not those of the model.
+    """
+
+    def __init__(self, folder: Path, config: DataConfig, device: str) -> None:
+        self.device, self.batch_size = torch.device(pick_device(device)), config.batch_size
+        model, self.sizes = load_model(folder / "best.safetensors")
+        self.model = model.to(self.device)
+        self.classes: list[str] = read_json(folder / "classes.json", list)
+        if len(self.classes) != self.sizes.classes:
+            raise ValueError(
+                f"{folder}/classes.json must have {self.sizes.classes} classes, as the model, "
+                f"not {len(self.classes)}"
+            )
+        self.reading = reading_of(config, self.sizes.channels)
+
+    @torch.no_grad()
+    def __call__(self, files: Sequence[Path]) -> Iterator[Prediction]:
+        """The predictions for files, in their order."""
+        with ThreadPoolExecutor() as pool:
+            for start in range(0, len(files), self.batch_size):
+                batch = files[start : start + self.batch_size]
+                read = list(pool.map(self._read, batch))
+                images = [image for image in read if isinstance(image, Tensor)]
+                shares: Iterator[list[float]] = iter(())
+                if images:
+                    x = plain(torch.stack(images).to(self.device))
+                    shares = iter(self.model(x).float().softmax(1).tolist())
+                for path, image in zip(batch, read, strict=True):
+                    if isinstance(image, Tensor):
+                        yield Prediction(path, next(shares))
+                    else:
+                        yield Prediction(path, problem=image)
+
+    def _read(self, path: Path) -> Tensor | str:
+        """The image of a file (C, H, W), or why it cannot be read."""
+        try:
+            return decode(path, self.sizes.image_size, self.reading)
+        except (ValueError, OSError) as error:
+            return " ".join(str(error).split())
+
+    def text(self, found: Prediction) -> str:
+        """A prediction as a line: the five most likely classes, most likely first."""
+        if found.problem:
+            return found.problem
+        order = sorted(range(len(self.classes)), key=lambda i: -found.probabilities[i])[:5]
+        best = ", ".join(f"{self.classes[i]} {found.probabilities[i]:.1%}" for i in order)
+        return f"{found.path}: {best}"
+
+    def row(self, found: Prediction) -> list[str | float]:
+        """A prediction as a row: path, class, why there is none, and all probabilities."""
+        if found.problem:
+            return [str(found.path), "", found.problem, *[""] * len(self.classes)]
+        best = max(range(len(self.classes)), key=found.probabilities.__getitem__)
+        return [str(found.path), self.classes[best], "", *found.probabilities]
+
+
+def find_files(paths: Sequence[Path]) -> list[Path]:
+    """The files, and the images in the folders and in all folders below them, sorted.
+
+    Raises:
+        ValueError: for a path that is missing, or a folder without images.
+    """
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = list_images(path)
+            if not inside:
+                raise ValueError(f"there are no images in {path} or in folders below it")
+            files += inside
+        elif path.exists():
+            files.append(path)
+        else:
+            raise ValueError(f"there is no file or folder {path}")
+    return files
+
+
+def write_csv(classifier: Classifier, files: Sequence[Path], out: Path) -> int:
+    """Write the predictions for files to a CSV file, atomically.
+
+    Returns:
+        The number of files that could not be read.
+    """
+    unread = 0
+
+    def write(part: Path) -> None:
+        nonlocal unread
+        # file names that are not UTF-8 have characters that UTF-8 does not
+        with part.open("w", encoding="utf-8", newline="", errors="backslashreplace") as file:
+            rows = csv.writer(file)
+            rows.writerow(["path", "class", "error", *classifier.classes])
+            for found in tqdm(classifier(files), total=len(files), unit="image", disable=None):
+                rows.writerow(classifier.row(found))
+                unread += bool(found.problem)
+
+    replace(out, write)
+    return unread
