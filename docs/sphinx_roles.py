@@ -16,7 +16,7 @@ _ROLE = re.compile(r":(?:func|class|meth|mod|attr|data):`(~?)([\w.]+)`")
 _ENTRIES = set(
     re.findall(
         r"^::: vision_xformer\.(\w+)$",
-        Path(__file__).with_name("api.md").read_text(),
+        Path(__file__).with_name("api.md").read_text(encoding="utf-8"),
         re.M,
     )
 )

@@ -100,7 +100,7 @@ def blocks() -> dict[str, dict[str, str]]:
             "savings": savings(layers(), "softmax", "softmax_eager", 1024).markdown(),
             "models": savings(vix, "vit", "vit, softmax_eager", 32).markdown(),
             "sizes": column_table(measured("models-vit-tiny"), "peak_mib", "").markdown(),
-            "plan": f"```text\n{plan.read_text()}```",
+            "plan": f"```text\n{plan.read_text(encoding='utf-8')}```",
             "errors": error_table().markdown(),
         },
     }
@@ -118,12 +118,12 @@ def write() -> None:
     """Put every block in its place."""
     for file, named in blocks().items():
         path = ROOT / file
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         for name, block in named.items():
             marks = f"<!-- {name} -->", f"<!-- /{name} -->"
             start, end = (text.index(mark) for mark in marks)
             text = f"{text[: start + len(marks[0])]}\n\n{block}\n\n{text[end:]}"
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

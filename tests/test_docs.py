@@ -17,7 +17,7 @@ DOCS = ROOT / "docs"
 
 def documented() -> list[str]:
     """Names with an entry in the pages of the API."""
-    text = "\n".join(path.read_text() for path in sorted(DOCS.glob("api*.md")))
+    text = "\n".join(path.read_text(encoding="utf-8") for path in sorted(DOCS.glob("api*.md")))
     return re.findall(r"^::: vision_xformer\.(\w+)$", text, re.MULTILINE)
 
 
@@ -36,7 +36,7 @@ def test_every_public_class_begins_with_a_sentence(name: str) -> None:
 
 
 def test_families_are_those_of_the_registry() -> None:
-    text = between((DOCS / "models.md").read_text(), "families")
+    text = between((DOCS / "models.md").read_text(encoding="utf-8"), "families")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
     shown = {row[1].strip("`"): set(re.findall(r"`(\w+)`", row[2])) for row in rows}
     known = {
@@ -47,9 +47,11 @@ def test_families_are_those_of_the_registry() -> None:
 
 
 def test_names_in_tables_are_names_of_models() -> None:
-    models = (DOCS / "models.md").read_text()
+    models = (DOCS / "models.md").read_text(encoding="utf-8")
     letters = re.findall(r"^\| [TLPNFE] \|(.*)$", models, re.MULTILINE)
-    readme = (ROOT / "README.md").read_text().split("## Families")[1].split("\n\n")[1]
+    readme = (
+        (ROOT / "README.md").read_text(encoding="utf-8").split("## Families")[1].split("\n\n")[1]
+    )
     examples = [line.split("|")[2] for line in readme.splitlines()[2:]]
     assert len(letters) == 6
     assert len(examples) == 10
@@ -59,7 +61,7 @@ def test_names_in_tables_are_names_of_models() -> None:
 
 
 def test_every_mixer_is_described() -> None:
-    text = (DOCS / "mixers.md").read_text()
+    text = (DOCS / "mixers.md").read_text(encoding="utf-8")
     assert [name for name in vx.list_mixers() if f"`{name}`" not in text] == []
     for name in vx.list_mixers():
         for option in vx.mixer_options(name):
@@ -68,7 +70,7 @@ def test_every_mixer_is_described() -> None:
 
 def site() -> dict[str, object]:
     """The settings of the site."""
-    settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     assert isinstance(settings, dict)
     return settings
 
@@ -84,7 +86,7 @@ def test_site_is_strict_and_needs_no_network() -> None:
     assert settings["theme"]["font"] is False  # type: ignore[index]
     assert settings["validation"]["links"]["anchors"] == "warn"  # type: ignore[index]
     for path in settings["extra_css"]:  # type: ignore[attr-defined]
-        text = (DOCS / path).read_text()
+        text = (DOCS / path).read_text(encoding="utf-8")
         assert "http" not in text
         assert "@import" not in text
 
@@ -98,6 +100,9 @@ def test_spelling_is_american_and_terms_are_those_of_the_field() -> None:
     for path in [*ROOT.glob("*.md"), *DOCS.glob("*.md")]:
         # tables of results have headings of their own
         text = re.sub(
-            r"<!-- (?!/)([\w ]+) -->.*?<!-- /\1 -->", "", path.read_text(), flags=re.DOTALL
+            r"<!-- (?!/)([\w ]+) -->.*?<!-- /\1 -->",
+            "",
+            path.read_text(encoding="utf-8"),
+            flags=re.DOTALL,
         )
         assert [match[0] for match in wrong.finditer(text)] == [], path.name

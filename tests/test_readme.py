@@ -20,9 +20,9 @@ from train.benchmark.rows import label
 from train.commands import read_runs
 from train.provenance import fingerprint
 
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {
-    path.relative_to(ROOT).as_posix(): path.read_text()
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
     for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 }
 MEASURED = ("fourier", "linformer", "nystrom", "performer")
@@ -309,7 +309,7 @@ def commands(start: str) -> list[list[str]]:
 
 
 def test_make_targets_are_there() -> None:
-    makefile = (ROOT / "Makefile").read_text()
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     found = {
         target
         for file in PAGES

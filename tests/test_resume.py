@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,10 +20,11 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from train.__main__ import main
+from train.__main__ import main, parse
 from train.atomic import read_state
 from train.checkpoint import save_state
 from train.config import AugmentConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
+from train.lock import OWNER, hold
 from train.loop import Run
 from train.signals import Interrupted
 
@@ -47,9 +51,12 @@ def config_for(folder: Path, **train: object) -> RunConfig:
 
 def left(folder: Path) -> dict[str, object]:
     """What a run left, but for times."""
-    metrics = [line.split(",")[:5] for line in (folder / "metrics.csv").read_text().splitlines()]
+    metrics = [
+        line.split(",")[:5]
+        for line in (folder / "metrics.csv").read_text(encoding="utf-8").splitlines()
+    ]
     state = read_state(folder / "state.pt")
-    result = json.loads((folder / "result.json").read_text())
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     return {
         "metrics": metrics,
         "result": {k: v for k, v in result.items() if k.startswith(("val", "test"))},
@@ -114,7 +121,7 @@ def test_a_cut_run_ends_as_an_uncut_one(step: int, whole: Path, tmp_path: Path) 
     assert_equal(left(folder), left(whole))
     events = EventAccumulator(str(folder / "events")).Reload()
     assert [event.step for event in events.Scalars("train_loss")] == [1, 2, 3, 4]
-    sessions = json.loads((folder / "sessions.json").read_text())
+    sessions = json.loads((folder / "sessions.json").read_text(encoding="utf-8"))
     assert [s["from_step"] for s in sessions] == [0, saved]
 
 
@@ -134,8 +141,10 @@ def test_a_streamed_run_is_that_in_memory(workers: int, whole: Path, tmp_path: P
     run.train_step = cut
     with pytest.raises(CutError):
         run.fit()
-    text = (tmp_path / "config.yaml").read_text()
-    (tmp_path / "config.yaml").write_text(text.replace("root: data", "root: elsewhere"))
+    text = (tmp_path / "config.yaml").read_text(encoding="utf-8")
+    (tmp_path / "config.yaml").write_text(
+        text.replace("root: data", "root: elsewhere"), encoding="utf-8"
+    )
     main(["--resume", str(tmp_path)])
     assert_equal(left(tmp_path), left(whole))
 
@@ -180,11 +189,13 @@ def test_what_cannot_be_resumed_is_refused(
 
     assert "there is no run (no config.yaml)" in refused("--resume", str(tmp_path))
     assert "the run is complete" in refused("--resume", str(whole))
-    assert "stands alone" in refused("--resume", str(whole), "--train.epochs", "9")
+    own = "a run resumes its own configuration"
+    assert own in refused("--resume", str(whole), "--train.lr", "9")
+    assert own in refused("--data.name", "digits", f"--resume={whole}")
     folder = tmp_path / "edited"
     folder.mkdir()
-    edited = (whole / "config.yaml").read_text().replace("ema: 0.9", "ema: 0.8")
-    (folder / "config.yaml").write_text(edited)
+    edited = (whole / "config.yaml").read_text(encoding="utf-8").replace("ema: 0.9", "ema: 0.8")
+    (folder / "config.yaml").write_text(edited, encoding="utf-8")
     (folder / "state.pt").write_bytes((whole / "state.pt").read_bytes())
     assert "another configuration than its config.yaml now" in refused("--resume", str(folder))
     for field, sentence in (("data", "with other images or classes"), ("rows", "not a state of")):
@@ -204,6 +215,74 @@ def test_what_cannot_be_resumed_is_refused(
     (folder / "config.yaml").write_bytes((whole / "config.yaml").read_bytes())
     (folder / "state.pt").write_bytes((whole / "state.pt").read_bytes()[:4000])
     assert "state.pt cannot be read as a run's state" in refused("--resume", str(folder))
+
+
+def test_a_run_has_one_process_at_a_time(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    run = Run(config_for(folder))
+    train_step, second = run.train_step, []
+
+    def meanwhile(batches: object) -> None:
+        train_step(batches)
+        if run.step == 13:  # one state is saved
+            before = {p: p.read_bytes() for p in folder.glob("*") if p.is_file()}
+            config = parse(["--config", str(folder / "config.yaml")])
+            with pytest.raises(ValueError, match="in use by process") as refused:
+                Run(config, folder)
+            second.append(str(refused.value))
+            assert {p: p.read_bytes() for p in folder.glob("*") if p.is_file()} == before
+
+    run.train_step = meanwhile
+    run.fit()
+    (sentence,) = second
+    assert f"{folder} is in use by process {os.getpid()} on {socket.gethostname()}" in sentence
+    assert_equal(left(folder), left(whole))
+    assert not (folder / OWNER).exists()
+    # what a process left that was killed: on this host it is dead, on another it may be alive
+    owner = {"host": socket.gethostname(), "process": os.getpid(), "since": "yesterday"}
+    (folder / OWNER).write_text(json.dumps(owner), encoding="utf-8")
+    with hold(folder):
+        assert json.loads((folder / OWNER).read_text(encoding="utf-8"))["since"] != "yesterday"
+    owner["host"], text = "elsewhere", json.dumps(owner | {"host": "elsewhere"})
+    (folder / OWNER).write_text(text, encoding="utf-8")
+    with pytest.raises(SystemExit) as stop:
+        main(["resume", str(folder), "--train.epochs", "5"])
+    assert stop.value.code == 2
+    sentence = capsys.readouterr().err
+    assert f"process {os.getpid()} on elsewhere, since yesterday" in sentence
+    assert f"remove {folder / OWNER}" in sentence
+    assert (folder / OWNER).read_text(encoding="utf-8") == text
+    assert_equal(left(folder), left(whole))
+
+
+def test_the_lock_ends_with_its_process(tmp_path: Path) -> None:
+    """Even if it is killed, and even if a child of it lives on."""
+    code = (
+        "import multiprocessing, pathlib, sys, time\n"
+        "from train.lock import hold\n"
+        "with hold(pathlib.Path(sys.argv[1])):\n"
+        "    child = multiprocessing.get_context('fork').Process(target=time.sleep, args=(20,))\n"
+        "    child.start()\n"
+        "    print(child.pid, flush=True)\n"
+        "    time.sleep(20)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    holder = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, encoding="utf-8"
+    )
+    with holder:
+        child = int(holder.stdout.readline())
+        with pytest.raises(ValueError, match=f"process {holder.pid} on"), hold(tmp_path):
+            pass
+        holder.kill()
+        holder.wait()
+        try:
+            with hold(tmp_path):
+                pass
+        finally:
+            os.kill(child, signal.SIGKILL)
 
 
 def test_a_full_disk_leaves_the_last_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,12 +323,19 @@ def test_killed_at_random_instants(whole: Path, tmp_path: Path) -> None:
     for _ in range(8):
         words = ["--resume", str(folder)] if (folder / "config.yaml").exists() else started
         process = subprocess.Popen(
-            [*command, *words], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+            [*command, *words],
+            cwd=ROOT,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
         )
         deadline = time.monotonic() + 60  # until it works, and a random while more
         mark = folder / "sessions.json"
-        before = mark.read_text() if mark.exists() else ""
-        while process.poll() is None and (not mark.exists() or mark.read_text() == before):
+        before = mark.read_text(encoding="utf-8") if mark.exists() else ""
+        while process.poll() is None and (
+            not mark.exists() or mark.read_text(encoding="utf-8") == before
+        ):
             assert time.monotonic() < deadline
             time.sleep(0.01)
         time.sleep(draws.random() * 0.8)
@@ -266,6 +352,61 @@ def test_killed_at_random_instants(whole: Path, tmp_path: Path) -> None:
         words = [*command, "--resume", str(folder)]
         subprocess.run(words, cwd=ROOT, env=environment, check=True)
     assert_equal(left(folder), left(whole))
+
+
+@pytest.mark.slow
+def test_two_resumes_compete_and_are_killed(whole: Path, tmp_path: Path) -> None:
+    """50 times kill -9 at a random instant, while two processes want a run: nothing is lost."""
+    draws, kills, refused = random.Random(7), 0, 0
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def started(folder: Path) -> subprocess.Popen[str]:
+        there = (folder / "config.yaml").exists()
+        words = ["resume", str(folder)] if there else arguments_of(config_for(folder))
+        return subprocess.Popen(
+            [sys.executable, "-m", "train", *words], cwd=ROOT, env=environment,
+            stderr=subprocess.PIPE, text=True, encoding="utf-8",
+        )  # fmt: skip
+
+    def holds(folder: Path, running: list[subprocess.Popen[str]]) -> int | None:
+        """The process that has the run; None if that one is dead."""
+        with contextlib.suppress(FileNotFoundError):
+            owner = json.loads((folder / OWNER).read_text(encoding="utf-8"))["process"]
+            return owner if owner in [process.pid for process in running] else None
+        return None
+
+    for folder in (tmp_path / str(number) for number in itertools.count()):
+        running: list[subprocess.Popen[str]] = []
+        saved = 0
+        while not (folder / "result.json").exists():
+            running += [started(folder) for _ in range(2 - len(running))]
+            while not holds(folder, running) and not (folder / "result.json").exists():
+                if any(process.poll() is not None for process in running):
+                    break  # refused, or done
+                time.sleep(0.01)
+            time.sleep(draws.random() * 1.5)
+            for process in [process for process in running if process.poll() is not None]:
+                errors = process.communicate()[1]
+                assert process.returncode in (0, 2), errors
+                refused += "is in use by process" in errors
+                running.remove(process)
+            if running and kills < 50:
+                running.sort(key=lambda process: process.pid != holds(folder, running))
+                process = running.pop(0 if draws.random() < 0.8 else -1)  # mostly the one at work
+                process.kill()
+                process.communicate()
+                kills += 1
+            state = folder / "state.pt"
+            now = read_state(state)["step"] if state.exists() else 0
+            assert now >= saved, "steps that were saved are lost"
+            saved = now
+        for process in running:
+            process.kill()
+            process.communicate()
+        assert_equal(left(folder), left(whole))
+        if kills == 50:
+            break
+    assert refused > 0
 
 
 @pytest.mark.slow

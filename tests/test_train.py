@@ -148,10 +148,12 @@ def test_a_run_leaves_a_folder_that_explains_itself(tmp_path: Path) -> None:
     run = Run(config)
     test = run.fit()
     assert parse(["--config", str(tmp_path / "run" / "config.yaml")]) == config
-    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines()))
+    rows = list(
+        csv.DictReader((tmp_path / "run" / "metrics.csv").read_text(encoding="utf-8").splitlines())
+    )
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert float(rows[1]["train_loss"]) < float(rows[0]["train_loss"]) < 3
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    result = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))
     assert result["test_top1"] == test.top1
     assert result["val_top1"] == max(float(row["val_top1"]) for row in rows)
     assert 0 < result["val_top1"] <= result["test_top5"] <= 1
@@ -161,7 +163,7 @@ def test_a_run_leaves_a_folder_that_explains_itself(tmp_path: Path) -> None:
     for picture in ("curves", "confusion", "mistakes"):
         with Image.open(tmp_path / "run" / f"{picture}.png") as image:
             assert min(image.size) > 200
-    (session,) = json.loads((tmp_path / "run" / "sessions.json").read_text())
+    (session,) = json.loads((tmp_path / "run" / "sessions.json").read_text(encoding="utf-8"))
     assert session["versions"]["torch"] == torch.__version__.split("+")[0]
     assert session["from_step"] == 0
     assert not list((tmp_path / "run").glob(".*.part"))
@@ -186,7 +188,7 @@ def test_a_run_is_not_written_over(
     assert Run(config).folder == Path("runs/vit-digits-0")
     Path("runs/vit-digits-0").mkdir(parents=True)
     assert Run(config).folder == Path("runs/vit-digits-0-2")
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(SystemExit) as stop:
         main(["--model.name", "vit", "--model.options", json.dumps(TINY), "--run_dir", "file",
               "--train.precision", "fp32"])  # fmt: skip
@@ -200,14 +202,14 @@ def test_a_file_is_written_whole_or_not_at_all(
     write_whole(tmp_path / "a.txt", "first")
 
     def torn(self: Path, text: str, encoding: str) -> None:
-        with self.open("w") as file:
+        with self.open("w", encoding="utf-8") as file:
             file.write(text[:3])
         raise OSError("no space left")
 
     monkeypatch.setattr(Path, "write_text", torn)
     with pytest.raises(OSError, match="no space left"):
         write_whole(tmp_path / "a.txt", "second")
-    assert (tmp_path / "a.txt").read_text() == "first"
+    assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "first"
 
 
 def test_the_same_seed_gives_the_same_weights(tmp_path: Path) -> None:
@@ -270,16 +272,17 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
 
 
 def test_precision_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    for cpu in (True, False):
-        assert pick_precision("fp32", cpu) == "no"
-        assert pick_precision("fp16", cpu) == "fp16"
+    for device in ("cpu", "cuda", "mps"):
+        assert pick_precision("fp32", device) == "no"
+        assert pick_precision("fp16", device) == "fp16"
     for known, precision in (({}, "no"), ({"avx512_bf16": True}, "bf16"), ({"avx2": True}, "no")):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known, raising=False)
-        assert pick_precision("auto", cpu=True) == precision
+        assert pick_precision("auto", "cpu") == precision
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
-    assert pick_precision("auto", cpu=False) == "bf16"
+    assert pick_precision("auto", "cuda") == "bf16"
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
-    assert pick_precision("auto", cpu=False) == "fp16"
+    assert pick_precision("auto", "cuda") == "fp16"
+    assert pick_precision("auto", "mps") == "no"
 
 
 def test_a_launcher_that_cuts_the_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,7 +367,7 @@ def test_a_mistake_on_the_command_line_is_one_sentence_and_exit_code_2(
 def test_a_file_that_is_no_configuration_is_one_sentence(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "odd.yaml").write_text(text)
+    (tmp_path / "odd.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(SystemExit) as stop:
         main(["--config", str(tmp_path / "odd.yaml"), "--run_dir", str(tmp_path / "run")])
     assert stop.value.code == 2
@@ -377,9 +380,11 @@ def test_the_program_runs_as_a_module(tmp_path: Path) -> None:
         "--model.mixer", "nystrom", "--train.epochs", "1", "--data.workers", "0",
         "--run_dir", str(tmp_path / "run"),
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=True, encoding="utf-8"
+    )
     assert done.stdout.startswith("test top-1 ")
-    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text(encoding="utf-8"))
     assert saved["model"]["mixer"] == "nystrom"
 
 
@@ -442,7 +447,7 @@ def test_evaluate_and_predict(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     main(["evaluate", str(tmp_path / "run")])
     assert capsys.readouterr().out.startswith(f"test top-1 {test.top1:.2%}, top-5 {test.top5:.2%}")
     main(["evaluate", str(tmp_path / "run"), "--split", "val"])
-    best = json.loads((tmp_path / "run" / "result.json").read_text())["val_top1"]
+    best = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))["val_top1"]
     assert capsys.readouterr().out.startswith(f"val top-1 {best:.2%}")
     files = [str(root / "test" / name / "3.png") for name in ("cat", "emu")]
     main(["predict", str(tmp_path / "run"), *files])
@@ -454,12 +459,12 @@ def test_evaluate_and_predict(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert line.startswith(f"{file}: {['cat', 'dog', 'emu'][best]} ")
     for name, text, word in (("classes.json", '["a"]', "must have 3 classes, as the model, not 1"),
                              ("classes.json", "[", "classes.json cannot be read")):  # fmt: skip
-        before = (tmp_path / "run" / name).read_text()
-        (tmp_path / "run" / name).write_text(text)
+        before = (tmp_path / "run" / name).read_text(encoding="utf-8")
+        (tmp_path / "run" / name).write_text(text, encoding="utf-8")
         with pytest.raises(SystemExit):
             main(["predict", str(tmp_path / "run"), files[0]])
         assert word in capsys.readouterr().err
-        (tmp_path / "run" / name).write_text(before)
+        (tmp_path / "run" / name).write_text(before, encoding="utf-8")
     main(["report", str(tmp_path), "--out", str(tmp_path / "page.html")])
     assert "run" in capsys.readouterr().out
     assert (tmp_path / "page.html").stat().st_size > 10_000
@@ -562,7 +567,11 @@ def test_a_teacher_is_learned_beside_the_labels(tmp_path: Path) -> None:
             + F.cross_entropy(taught, run.teacher(x).argmax(1))) / 2  # fmt: skip
     torch.testing.assert_close(loss, want)
     run.fit()
-    rows = list(csv.DictReader((tmp_path / "student" / "metrics.csv").read_text().splitlines()))
+    rows = list(
+        csv.DictReader(
+            (tmp_path / "student" / "metrics.csv").read_text(encoding="utf-8").splitlines()
+        )
+    )
     assert float(rows[1]["train_loss"]) < float(rows[0]["train_loss"])
     config.run_dir, config.data.image_size = str(tmp_path / "other"), 12
     with pytest.raises(ValueError, match=r"has image_size 8; the data has 12"):
