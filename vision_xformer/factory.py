@@ -43,8 +43,9 @@ def create_model(
         mixer_options: added to those of the name; an option that the mixer does not have raises an
             error. ``stem_options`` likewise.
         weights: a state dict or the path of one, with any keys that
-            :func:`~vision_xformer.load_weights` understands. Tensors that fit are loaded; a warning
-            lists the others. To require all of them, or to resize tables, call ``load_weights``.
+            :func:`~vision_xformer.load_weights` understands. Tensors that fit are loaded, carried
+            over to another image size and number of channels; a warning lists the others. To
+            require all of them, call ``load_weights``.
         overrides: any other field of the configuration, such as ``num_classes``, or
             ``input_shape=(1, 4096)`` for signals and ``(1, 28, 28, 28)`` for volumes.
 
@@ -81,7 +82,7 @@ def create_model(
             changes[option] = {**fields[option], **changes[option]}
     model = BACKBONES[config.backbone](type(config)(**{**fields, **changes}))
     if weights is not None:
-        report = load_weights(model, weights, strict=False)
+        report = load_weights(model, weights, resize=True, strict=False)
         if report.unused or report.missing:
             warnings.warn(f"weights of {what}: {report}", stacklevel=2)
     return model
