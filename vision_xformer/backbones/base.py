@@ -70,8 +70,20 @@ class VisionModel(nn.Module):
         """Classify a batch: (B, C, *shape) -> (B, num_classes)."""
         return self.forward_head(self.forward_features(x))
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replace the head with a new one for ``num_classes``; 0 returns the pooled features."""
+    def get_classifier(self) -> nn.Module:
+        """The head."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the head with a new one for ``num_classes``; 0 returns the pooled features.
+
+        Raises:
+            ValueError: for another ``global_pool``, unless the model has several.
+        """
+        if global_pool is not None:
+            raise ValueError(
+                f"{type(self).__name__} pools in one way: global_pool {global_pool!r} must be None"
+            )
         self.config = dataclasses.replace(self.config, num_classes=num_classes)
         reference = next(self.parameters())
         self.head = self.make_head(num_classes).to(reference).train(self.training)
@@ -83,6 +95,30 @@ class VisionModel(nn.Module):
         head = nn.Linear(self.num_features, num_classes)
         init_linears(head)
         return head
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters with several axes that do not decay: positions, tokens, tables."""
+        return {n for n, p in self.named_parameters() if p.ndim > 1 and not n.endswith("weight")}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns of parameter names by depth, as timm's layer-wise learning rates need them.
+
+        Stem, tokens and positions are the lowest layer, each block (if ``coarse``, stage) is one,
+        and the head is above all. ``(99999,)`` joins the layer below.
+        """
+        block = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
+        first = None if coarse else (0,)
+        stages = [
+            (r"^stages\.(\d+)\.(?:downsample|branches|exchanges)", first),
+            (r"^stages\.(\d+)\.norm", None if coarse else (99999,)),
+            (block, None),
+        ]
+        stem = r"^(?:stem|position|cls_token|reg_token|branches|class_stage\.cls_token)"
+        return {
+            "stem": rf"{stem}|^stages\.0\.downsample",
+            "blocks": [(r"^blocks\.(\d+)", None), *stages],
+            "class_blocks": [(r"^class_stage\.blocks\.(\d+)", None), (r"^norms?\.", (99999,))],
+        }
 
     def weight_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of every saved tensor by name."""

@@ -235,6 +235,29 @@ class ViT(Isotropic):
         self.pool = SequencePool(c.dim) if c.pool == "seq" else None
         self.head = self.make_head(c.num_classes)
 
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the head with a new one for ``num_classes``; 0 returns the pooled features.
+
+        Args:
+            num_classes: width of the logits.
+            global_pool: "token" for the class token, "avg" for the mean, as in timm; None keeps
+                the pool. The norm stays where it is.
+
+        Raises:
+            ValueError: for another pool, or "token" without a class token.
+        """
+        if global_pool is not None:
+            pools: dict[str, Pool] = {"token": "cls", "avg": "mean"}
+            if global_pool not in pools:
+                raise ValueError(f"global_pool {global_pool!r} must be 'token', 'avg' or None")
+            c, pool = self.config, pools[global_pool]
+            self.config = dataclasses.replace(
+                c, pool=pool, class_token=c.has_class_token, fc_norm=c.has_fc_norm,
+                pool_include_prefix=c.pool_include_prefix and pool != "cls",
+            )  # fmt: skip
+            self.pool = None
+        super().reset_classifier(num_classes)
+
     def forward_features(self, x: Tensor) -> Tensor:
         """Compute the final tokens, prefix first: (B, C, *shape) -> (B, N, D)."""
         return self.norm(self.forward_tokens(x))
