@@ -26,7 +26,7 @@ from train.loop import Run
 from train.model import Sizes, build_model
 from vision_xformer.names import parse_name
 
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+CONFIGS = sorted((ROOT / "configs").glob("*/*.yaml"))  # finetune.yaml is in test_finetune
 PAPER = [f"{kind}vi{letter}" for kind in ("", "hybrid_") for letter in "tlpnf"]
 PAPER += [f"{name}_rope" for name in PAPER if not name.endswith("f")]
 PAPER += [backbone + letter for backbone in ("levi", "cv", "cc") for letter in "tlpn"]

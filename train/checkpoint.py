@@ -14,6 +14,7 @@ import yaml
 from .atomic import read_state, write_state, write_whole
 from .config import RunConfig
 from .model import Sizes, save_weights
+from .pixels import pixels_of
 
 if TYPE_CHECKING:
     from .loop import Run
@@ -50,6 +51,7 @@ def save_state(run: Run) -> None:
         "loss_sum": run.loss_sum.cpu(),
         "images_seen": run.images_seen,
         "seconds": run.seconds,
+        "pixels": tuple(pixels_of(run.model)),
         "model": run.model.state_dict(),
         "ema": None if run.ema is None else run.ema.state_dict(),
         "optimizer": run.optimizer.state_dict(),

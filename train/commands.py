@@ -16,6 +16,7 @@ from .data import decode, load_data, reading_of
 from .devices import make_accelerator
 from .evaluation import accuracy, predict
 from .model import load_model
+from .pixels import pixels_of
 from .report import page, table
 
 
@@ -91,7 +92,8 @@ def classify(folder: Path, config: RunConfig, files: list[str]) -> list[str]:
     lines = []
     for file in files:
         image = decode(Path(file), sizes.image_size, reading)
-        shares, best = model(plain(image[None])).softmax(1)[0].topk(min(5, len(classes)))
+        x = plain(image[None], pixels_of(model))
+        shares, best = model(x).softmax(1)[0].topk(min(5, len(classes)))
         found = ", ".join(
             f"{classes[i]} {share:.1%}" for i, share in zip(best.tolist(), shares, strict=True)
         )

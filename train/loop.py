@@ -30,9 +30,11 @@ from .config import RunConfig
 from .data import Images, load_data
 from .devices import make_accelerator, part_size
 from .evaluation import Accuracy, accuracy, predict
+from .finetune import start_model, train_mode
 from .measure import known_peak, peak_text
-from .model import Sizes, build_model, load_teacher, not_finite
-from .optim import average, learning_rate, make_optimizer
+from .model import Sizes, load_teacher, not_finite
+from .optim import average, learning_rate, make_optimizer, set_rate
+from .pixels import pixels_of
 from .plots import draw_run
 from .run_dir import new_folder, open_folder
 from .seeds import seed_of
@@ -65,16 +67,14 @@ class Run:
         self.steps_per_epoch = len(self.data.train) // self.batch_size
         self.steps = c.epochs * self.steps_per_epoch
         torch.manual_seed(seed_of(config.seed))
-        self.model = build_model(config.model, sizes).to(self.device)
-        if c.grad_checkpointing:
-            self.model.set_grad_checkpointing()  # type: ignore[operator]
+        self.model = start_model(self, sizes).to(self.device)
         self.ema = average(self.model, c.ema) if c.ema else None
         self.teacher = load_teacher(c.teacher, self.model, sizes, self.device)
         self.mix = mixing(config.augment, len(self.data.classes))
         self.class_weights = class_weights(self.data, config.data.balance, self.device)
         net = torch.compile(self.model) if c.compile else self.model
         self.net, self.optimizer = self.accelerator.prepare(net, make_optimizer(self.model, c))
-        self.signals = Signals(self.accelerator)
+        self.signals, self.pixels = Signals(self.accelerator), pixels_of(self.model)
         self.step, self.best, self.images_seen, self.seconds = 0, -1.0, 0, 0.0
         self.rows: list[dict[str, float]] = []  # of metrics.csv, one per epoch
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)  # of this epoch
@@ -104,8 +104,7 @@ class Run:
         c, seed, process = self.config.train, self.config.seed, self.accelerator.process_index
         warmup = round(c.warmup_epochs * self.steps_per_epoch)
         rate = learning_rate(self.step, self.steps, warmup, c.lr)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(self.optimizer, rate)
         generator = torch.Generator().manual_seed(seed_of(seed, 1, self.step))
         parts = draw(self.batch_size, generator).split(self.part_size)
         draws = parts[process :: self.accelerator.num_processes]
@@ -113,7 +112,7 @@ class Run:
         total = torch.zeros((), device=self.device)
         for i, part_draws in enumerate(draws):
             images, labels = next(batches)
-            x = augment(images, part_draws, self.config.augment, self.data.mirror)
+            x = augment(images, part_draws, self.config.augment, self.data.mirror, self.pixels)
             last = i == len(draws) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.net):
                 loss = self.loss(x, labels) / len(draws)
@@ -142,7 +141,7 @@ class Run:
         todo = order.split(self.batch_size)[first : self.steps_per_epoch]
         parts = [part for x in todo for part in x.split(self.part_size)[here::processes]]
         batches = self.data.train.batches(parts, self.device, self.config.data.workers)
-        self.net.train()
+        train_mode(self.net)
         start = time.perf_counter() - self.seconds
         for done in range(first + 1, self.steps_per_epoch + 1):
             self.train_step(batches)
@@ -160,7 +159,7 @@ class Run:
     def _status(self, epoch: int, done: int) -> str:
         """What the progress bar shows next to steps and remaining time."""
         val = f", val {self.rows[-1]['val_top1']:.2%}" if self.rows else ""
-        rate, loss = self.optimizer.param_groups[0]["lr"], self.loss_sum.item() / done
+        rate, loss = self.optimizer.param_groups[-1]["lr"], self.loss_sum.item() / done
         speed = f"{self.images_per_second:.0f} images/s{peak_text()}"
         return f"epoch {epoch + 1}, loss {loss:.3f}{val}, lr {rate:.1e}, {speed}"
 

@@ -33,6 +33,7 @@ class VisionModel(nn.Module):
 
     Attributes:
         num_features: width of the pooled features.
+        pretrained_cfg: "mean" and "std" of the pixels (0 to 1) that the weights expect, if known.
     """
 
     config_class: ClassVar[type[Config]]
@@ -44,6 +45,7 @@ class VisionModel(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
+        self.pretrained_cfg: dict[str, Any] = {}
         self.register_load_state_dict_post_hook(_tables_follow)
 
     @property
@@ -81,9 +83,8 @@ class VisionModel(nn.Module):
             ValueError: for another ``global_pool``, unless the model has several.
         """
         if global_pool is not None:
-            raise ValueError(
-                f"{type(self).__name__} pools in one way: global_pool {global_pool!r} must be None"
-            )
+            name = type(self).__name__
+            raise ValueError(f"{name} pools in one way: global_pool {global_pool!r} must be None")
         self.config = dataclasses.replace(self.config, num_classes=num_classes)
         reference = next(self.parameters())
         self.head = self.make_head(num_classes).to(reference).train(self.training)
@@ -106,12 +107,11 @@ class VisionModel(nn.Module):
         Stem, tokens and positions are the lowest layer, each block (if ``coarse``, stage) is one,
         and the head is above all. ``(99999,)`` joins the layer below.
         """
-        block = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
         first = None if coarse else (0,)
         stages = [
             (r"^stages\.(\d+)\.(?:downsample|branches|exchanges)", first),
             (r"^stages\.(\d+)\.norm", None if coarse else (99999,)),
-            (block, None),
+            (r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)", None),
         ]
         stem = r"^(?:stem|position|cls_token|reg_token|branches|class_stage\.cls_token)"
         return {

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -45,6 +45,18 @@ def checked_state(weights: object) -> Mapping[str, Tensor]:
         if value.is_meta or value.layout != torch.strided or value.is_complex():
             raise ValueError(f"weights must be dense, real and in memory; {key!r} is not")
     return weights
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The metadata of a safetensors file; empty for any other file."""
+    path = Path(path)
+    if path.suffix != ".safetensors" or not path.is_file():
+        return {}
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read as weights: {error}") from error
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
