@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import nn
 
 import vision_xformer as vx
+from vision_xformer.names import parse_name
 
 TEST_MODELS = vx.list_models("*_test")
 LOWEST = ("stem", "position", "cls_token", "reg_token", "branches", "stages.0.downsample",
@@ -30,7 +32,14 @@ def on_meta(name: str) -> vx.VisionModel:
         return vx.create_model(name)
 
 
-@pytest.mark.parametrize("name", vx.list_models())
+def may_be_slow(name: str) -> Any:
+    """Published sizes of other mixers, whose names of layers are those of the small ones."""
+    parsed = parse_name(name)
+    small = parsed.size in ("", "test") or parsed.letter in (None, "t")
+    return name if small else pytest.param(name, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", [may_be_slow(name) for name in vx.list_models()])
 def test_layers_rise_from_the_stem_to_the_head(name: str) -> None:
     """Each parameter is in one layer, and no layer is left out on the way up."""
     model = on_meta(name)
