@@ -314,8 +314,10 @@ def test_frozen_parts_stay_and_are_not_in_the_optimizer(tmp_path: Path) -> None:
     """Neither steps nor decay change them, with any optimizer."""
     for optimizer in ("adamw", "sgd", "muon"):
         AcceleratorState._reset_state(reset_partial_state=True)
-        config = config_for(tmp_path / optimizer, None, optimizer=optimizer, weight_decay=0.5,
-                            freeze="stem cls_token blocks.0-1 blocks.2.norm1")  # fmt: skip
+        config = config_for(
+            tmp_path / optimizer, None, optimizer=optimizer, weight_decay=0.5, lr=0.02,
+            warmup_epochs=0, freeze="stem cls_token blocks.0-1 blocks.2.norm1",
+        )  # fmt: skip
         run = Run(config)
         before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
         fixed = {n for n in before if n.startswith(("stem.", "cls_token", "blocks.0.", "blocks.1.",
