@@ -428,10 +428,13 @@ def test_where_statistics_come_from(tmp_path: Path) -> None:
     hub = tmp_path / "hub"
     hub.mkdir()
     stats = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
-    (hub / "config.json").write_text(json.dumps({"pretrained_cfg": stats}))
     weights_in(hub, "model.safetensors")
     want = Pixels((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    assert pixels_of_weights(hub / "model.safetensors", f"timm:{deit}") == want
+    other = NAMED["imagenet"]  # a config.json of something else says nothing
+    for config, found in (({"pretrained_cfg": stats}, want), (stats, want),
+                          ({"pretrained_cfg": None, "x": 1}, other)):  # fmt: skip
+        (hub / "config.json").write_text(json.dumps(config))
+        assert pixels_of_weights(hub / "model.safetensors", f"timm:{deit}") == found
     model = vx.create_model("vit_tiny")
     model.pretrained_cfg = {"mean": (0.7,), "std": (0.8,)}
     vx.save_model(model, hub / f"{augreg}.safetensors")

@@ -79,14 +79,15 @@ def pixels_of_weights(path: Path, name: str) -> Pixels | None:
         return Pixels(*(tuple(json.loads(found[key])) for key in Pixels._fields))
     beside = path.with_name("config.json")
     if beside.is_file():
-        found = read_json(beside, dict).get("pretrained_cfg", {})
+        config = read_json(beside, dict)
+        found = config.get("pretrained_cfg") or config  # older ones have no part for it
         if "mean" in found:
             return Pixels(tuple(found["mean"]), tuple(found["std"]))
     for known in (path.stem, name.removeprefix("timm:") if name.startswith("timm:") else ""):
         try:
-            config = timm.get_pretrained_cfg(known)
+            timms = timm.get_pretrained_cfg(known)
         except RuntimeError:  # a tag that timm does not know
             continue
-        if config is not None:
-            return Pixels(tuple(config.mean), tuple(config.std))
+        if timms is not None:
+            return Pixels(tuple(timms.mean), tuple(timms.std))
     return None

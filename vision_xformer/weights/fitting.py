@@ -110,8 +110,8 @@ def guess_grid(cells: int, like: tuple[int, ...]) -> tuple[int, ...] | None:
 def adapt(module: nn.Module, name: str, source: list[Part], target: list[Part]) -> Tensor | None:
     """Weights of a first layer for another number of channels, as timm does; None for others.
 
-    A single channel gets the sum over the channels; more channels repeat them, scaled so that the
-    sum over a constant image stays.
+    A single channel gets the sum over the channels; more channels repeat them, multiplied by the
+    old number over the new one.
     """
     config = getattr(module, "config", None)
     if config is None or not _FIRST_LAYER.fullmatch(name) or len(source) != 1:
