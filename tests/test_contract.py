@@ -728,6 +728,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pool seq": dict(pool="seq"),
     "pool mean, class token": dict(pool="mean", class_token=True),
     "pool seq, class token, registers": dict(pool="seq", class_token=True, registers=2),
+    "pool with class token": dict(pool="mean", class_token=True, pool_include_prefix=True),
+    "no positions of tokens": dict(registers=2, no_embed_class=True),
     "registers": dict(registers=3),
     "registers, pool mean": dict(registers=2, pool="mean"),
     "layer scale": dict(layer_scale=1e-3),
@@ -825,21 +827,39 @@ def test_biases_of_token_mlps_have_no_influence(pool: str) -> None:
     torch.testing.assert_close(model(x), before, rtol=0, atol=1e-10)
 
 
-def test_pools_are_what_they_say() -> None:
+@pytest.mark.parametrize("include", [False, True])
+def test_pools_are_what_they_say(include: bool) -> None:
     base = dict(class_token=True, registers=2)
-    cls, mean, seq = (
-        vx.create_model("vit_test", pool=p, **base).double() for p in ("cls", "mean", "seq")
+    more = dict(pool_include_prefix=include)
+    cls = vx.create_model("vit_test", pool="cls", **base).double()
+    mean, seq = (
+        vx.create_model("vit_test", pool=p, **base, **more).double() for p in ("mean", "seq")
     )
     x = torch.randn(3, 3 + 35, 24, dtype=torch.float64)
-    without_registers = torch.cat((x[:, :1], x[:, 3:]), 1)
+    pooled = x if include else x[:, 3:]
     assert torch.equal(cls.forward_head(x, pre_logits=True), x[:, 0])
-    want = F.layer_norm(without_registers.mean(1), (24,))
+    want = F.layer_norm(pooled.mean(1), (24,))
     torch.testing.assert_close(mean.forward_head(x, pre_logits=True), want)
     pool = seq.get_submodule("pool.attention")
     assert isinstance(pool, nn.Linear)
-    weight = (without_registers @ pool.weight[0]).softmax(1)
-    want = torch.einsum("bn,bnd->bd", weight, without_registers)
+    weight = (pooled @ pool.weight[0]).softmax(1)
+    want = torch.einsum("bn,bnd->bd", weight, pooled)
     torch.testing.assert_close(seq.forward_head(x, pre_logits=True), want)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (dict(pool_include_prefix=True), "pool='cls'"),
+        (dict(pool_include_prefix=True, pool="mean"), "class_token=False, registers=0"),
+        (dict(no_embed_class=True, pool="mean"), "class_token=False, registers=0"),
+        (dict(no_embed_class=True, position="none"), "position='none'"),
+    ],
+    ids=str,
+)
+def test_options_of_tokens_that_are_not_there(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        vx.create_model("vit_test", **fields)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,9 @@ Their weights are far from fresh ones, so that no tensor may stay behind unseen.
 
 from __future__ import annotations
 
+import ast
 import copy
+import functools
 import math
 import re
 import warnings
@@ -22,6 +24,7 @@ import torch
 from reference import relative_error
 from safetensors.torch import save_file
 from timm.layers import GatedMlp
+from timm.models import adapt_input_conv
 from timm.models.cait import Cait
 from timm.models.convmixer import ConvMixer
 from timm.models.crossvit import CrossVit
@@ -125,6 +128,44 @@ MIXER: dict[str, Any] = dict(
 OUR_MIXER: dict[str, Any] = dict(channels=2, num_classes=7, patch_size=(2, 3), norm_eps=1e-6)
 # Both round a table of sines to float32, each on its own way.
 SINE = dict(oracle=dict(positional_embedding="sine"), ours=dict(position="raster_sincos"))
+
+
+# timm's arguments, and ours: 6 x 6 tokens for 12 x 18 pixels, 7 x 5 for 14 x 15
+TOKENS_AND_POOLS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "vit, mean beside a class token": (
+        dict(global_pool="avg"), dict(pool="mean", class_token=True),
+    ),
+    "vit, mean beside registers": (
+        dict(global_pool="avg", class_token=False, reg_tokens=4), dict(pool="mean", registers=4),
+    ),
+    "vit, mean beside both": (
+        dict(global_pool="avg", reg_tokens=4, no_embed_class=True),
+        dict(pool="mean", class_token=True, registers=4, no_embed_class=True),
+    ),
+    "vit, mean with both": (
+        dict(global_pool="avg", reg_tokens=2, pool_include_prefix=True),
+        dict(pool="mean", class_token=True, registers=2, pool_include_prefix=True),
+    ),
+    "vit, norm before the mean": (
+        dict(global_pool="avg", fc_norm=False),
+        dict(pool="mean", class_token=True, fc_norm=False),
+    ),
+    "vit, no positions of the class token": (
+        dict(no_embed_class=True), dict(no_embed_class=True),
+    ),
+    "vit, no positions of registers": (
+        dict(global_pool="avg", class_token=False, reg_tokens=4, no_embed_class=True),
+        dict(pool="mean", registers=4, no_embed_class=True),
+    ),
+    "vit, as DINOv2 with registers": (
+        dict(reg_tokens=4, no_embed_class=True, init_values=0.1),
+        dict(registers=4, no_embed_class=True, layer_scale=0.1),
+    ),
+}  # fmt: skip
+
+
+def timm_vit(size: Size, **options: Any) -> nn.Module:
+    return VisionTransformer(img_size=size, **{**VIT, **options})
 
 
 def small_cct(size: Size, layers: int = 2, **rest: Any) -> nn.Module:
@@ -236,6 +277,15 @@ SMALL = {
         ),
         ((14, 15), (10, 24)),
     ),
+    **{
+        name: Case(
+            "vit_test",
+            {**OUR_VIT, **ours},
+            functools.partial(timm_vit, **theirs),
+            ((14, 15), (12, 18)),
+        )
+        for name, (theirs, ours) in TOKENS_AND_POOLS.items()
+    },
     "cait": Case(
         "cait_test",
         {**OUR_VIT, "class_heads": 3, "class_depth": 2, "layer_scale": 0.1,
@@ -724,6 +774,116 @@ def test_sines_in_half_precision_are_the_same_sines(dtype: torch.dtype) -> None:
     assert_refused(case.ours(size).to(dtype), moved, "positional_emb")
 
 
+PLAIN_VIT = ("vit", *(n for n in TOKENS_AND_POOLS if "DINO" not in n and "both" not in n))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("source", PLAIN_VIT)
+@pytest.mark.parametrize("target", PLAIN_VIT)
+def test_a_refused_vit_says_what_to_build(source: str, target: str) -> None:
+    """A strict load gives timm's logits, or names the fields with which it does.
+
+    But for one thing, that keys do not say: which tokens are pooled after the norm.
+    """
+    old = (14, 15) if len(source) % 2 else (12, 18)
+    theirs = SMALL[source].theirs(old).double()
+    x = SMALL[source].images(old).double()
+    case = SMALL[target]
+    model = case.ours(old).double().eval()
+    pools = {source, target}
+    if source != target and pools != {"vit", "vit, norm before the mean"}:
+        message = assert_refused(model, theirs.state_dict(), "; build the model with ")
+        fields = message.rpartition("build the model with ")[2].split(", ")
+        found = {k: ast.literal_eval(v) for k, v in (field.split("=") for field in fields)}
+        model = case.ours(old, **found).double().eval()
+        # more is in the way where the grid is unlike
+        assert assert_refused(case.ours(old), theirs.state_dict(), resize=True).endswith(
+            message.rpartition("; ")[2]
+        )
+    vx.load_weights(model, theirs.state_dict())
+    if "vit, norm before the mean" not in pools or source == target:
+        assert relative_error(model(x), logits(theirs, x)) <= 1e-10
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["vit", *TOKENS_AND_POOLS])
+@pytest.mark.parametrize("new", [(24, 36), (10, 15), (28, 30)], ids=str)
+def test_positions_are_resized_as_by_timm(name: str, new: Size) -> None:
+    """Bicubic with antialiasing; rows of tokens stay. timm's own set_input_size is the oracle."""
+    case = SMALL[name]
+    old = (14, 15) if new == (28, 30) else (12, 18)
+    theirs = case.theirs(old)
+    state = {k: v.clone() for k, v in theirs.state_dict().items()}
+    model = case.ours(new).eval()
+    if new == (10, 15):  # 5 x 5 tokens, from 6 x 6
+        assert_refused(model, state, "pos_embed", "resize=True interpolates it")
+    assert vx.load_weights(model, state, resize=True).resized == ["pos_embed"]
+    theirs.set_input_size(new)
+    x = case.images(new)
+    assert relative_error(model(x), logits(theirs, x)) <= 1e-5
+    # without resize it is left out
+    report = vx.load_weights(case.ours(new), state, strict=False)
+    assert report.unused == ["pos_embed"]
+
+
+# Other numbers of channels
+
+
+CHANNELS = ["levit", "levit, patch 8", "vit", "vit, registers and scales", "crossvit", "swin",
+            "pvt", "convmixer", "mixer", "cvt", "cct", "cvt_lite"]  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CHANNELS)
+@pytest.mark.parametrize("channels", [1, 3, 4, 5, 7])
+def test_the_first_layer_is_adapted_as_by_timm(name: str, channels: int) -> None:
+    """From two channels; the oracle has timm's adapt_input_conv on its own first convolutions."""
+    case = SMALL[name]
+    size = case.sizes[0]
+    theirs = case.theirs(size)
+    state = theirs.state_dict()
+    model = case.ours(size, channels=channels).double().eval()
+    firsts = [
+        (key, module)
+        for key, module in theirs.named_modules()
+        if isinstance(module, nn.Conv2d) and module.in_channels == 2 and module.groups == 1
+    ]
+    keys = sorted(f"{key}.weight" for key, _ in firsts)
+    message = assert_refused(model, state, *keys, "resize=True adapts it to other channels")
+    assert "resize=True interpolates" not in message
+    report = vx.load_weights(model, state, resize=True)
+    assert report == LoadReport(sorted(state.keys() - set(keys)), [], [], [], tuple(keys))
+    for _, conv in firsts:
+        conv.weight = nn.Parameter(adapt_input_conv(channels, conv.weight, base_chans=2))
+        conv.in_channels = channels
+    x = torch.randn(2, channels, *size, dtype=torch.float64)
+    assert relative_error(model(x), logits(theirs.double(), x)) <= 1e-10
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("name", [n for n in vx.list_models("*t_test") if "crossformer" not in n])
+def test_our_own_first_layers_are_adapted(name: str, channels: int) -> None:
+    """Of an image whose channels are equal, the sum over a channel's weights is that of one."""
+    source, target = vx.create_model(name).eval(), vx.create_model(name, channels=channels).eval()
+    report = vx.load_weights(target, source.state_dict(), resize=True)
+    assert report.adapted
+    assert not report.missing
+    if channels == 1:
+        x = torch.randn(2, 1, *source.config.input_shape[1:])
+        torch.testing.assert_close(target(x), source(x.expand(-1, 3, -1, -1)))
+    before, after = source.state_dict(), target.state_dict()
+    assert_same({k: after[k] for k in report.used}, {k: before[k] for k in report.used})
+    assert set(report.used) | set(report.adapted) == before.keys()
+
+
+def test_a_deeper_convolution_is_not_adapted() -> None:
+    """Another width of the stem is another model."""
+    source, target = (
+        vx.create_model("hybrid_vit_test", stem_options={"channels": c}) for c in ((5, 7), (6, 7))
+    )
+    assert_refused(target, source.state_dict(), "stem.convs.1.weight", resize=True)
+
+
 # In part: into a model with another mixer
 
 
@@ -1015,6 +1175,26 @@ def test_two_heads_do_not_make_a_levit() -> None:
     assert report.unused == ["dist_token", "head_dist.bias", "head_dist.weight", "pos_embed"]
     patches = theirs.patch_embed.proj.weight.permute(0, 2, 3, 1).flatten(1)
     assert torch.equal(model.stem.proj.weight, patches)
+
+
+@pytest.mark.parametrize("without", ["attention_biases", "proj.ln.linear.weight"])
+def test_what_cannot_be_converted_says_why(without: str) -> None:
+    """timm's LeViT sorts rows by head, and how many heads there are is in another tensor."""
+    case = SMALL["levit"]
+    size = case.sizes[0]
+    state = case.theirs(size).state_dict()
+    key = "stages.0.blocks.0.attn."
+    del state[key + without]
+    model = case.ours(size)
+    why = f"{key}qkv.bn.bias cannot be converted from timm LeViT without {key}{without}"
+    message = assert_refused(model, state, why)
+    assert "not in the module" not in message
+    assert "; and 2 more" in message  # the weights of the norm and of the map
+    report = vx.load_weights(model, state, strict=False)
+    assert key + "qkv.linear.weight" in report.unused
+    state = case.theirs(size).state_dict() | {f"{key}attention_biases": torch.ones(7, 15)}
+    words = f"{key}qkv.bn.bias of shape (60,) cannot be converted from timm LeViT"
+    assert_refused(model, state, words)
 
 
 # Into their models

@@ -5,9 +5,11 @@ What does not fit is a ValueError that says what, and not one weight has changed
 
 from __future__ import annotations
 
+import argparse
 import json
 import pickle
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -265,7 +267,7 @@ def test_pickles_are_not_run(save: Callable[[Any, Path], Any], tmp_path: Path) -
     [
         [torch.ones(3)],
         torch.ones(3),
-        {"model": {"head.bias": torch.ones(5)}, "epoch": 3},
+        {"layers": {"head.bias": torch.ones(5)}, "epoch": 3},
         {"head.bias": [1.0, 2.0]},
         None,
     ],
@@ -494,6 +496,71 @@ def test_a_table_without_its_grid_is_refused() -> None:
     for resize in (False, True):
         with pytest.raises(ValueError, match=r"position.prefix"):
             vx.load_weights(model, state, resize=resize)
+
+
+PREFIXES = ["module.", "_orig_mod.", "module._orig_mod.", "model.", "backbone.", "encoder.",
+            "model.encoder.", "module.backbone._orig_mod."]  # fmt: skip
+WRAPPERS = ["model", "state_dict", "state_dict_ema", "model_ema"]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("name", ["cvt_test", "levit_test", "pvt_test", "cait_test"])
+def test_prefixes_of_modules_around_a_model(name: str, prefix: str) -> None:
+    """Also where the head lies elsewhere, next to the backbone."""
+    source = create(name)
+    for state in (
+        {prefix + k: v for k, v in source.state_dict().items()},
+        {k if k.startswith("head.") else prefix + k: v for k, v in source.state_dict().items()},
+    ):
+        target = create(name)
+        vx.load_weights(target, state)
+        assert_same(target.state_dict(), source.state_dict())
+
+
+@pytest.mark.parametrize("prefix", ["student.", "mode.", "head.model."])
+def test_other_prefixes_are_not_ignored(prefix: str) -> None:
+    state = {prefix + k: v for k, v in create().state_dict().items()}
+    assert_not_loaded(create(), state, "missing", "not in the module", prefix)
+
+
+@each_format
+@pytest.mark.parametrize("key", WRAPPERS)
+def test_state_dicts_in_checkpoints(key: str, suffix: str, tmp_path: Path) -> None:
+    source, path = create(), tmp_path / f"weights{suffix}"
+    checkpoint = {"epoch": 3, key: {f"module.{k}": v for k, v in source.state_dict().items()}}
+    given: list[Any] = [checkpoint, {"state_dict": checkpoint}]
+    if suffix != ".safetensors":
+        torch.save({**checkpoint, "args": argparse.Namespace(lr=0.1)}, path)
+        given.append(path)
+    for weights in given:
+        target = create()
+        vx.load_weights(target, weights)
+        assert_same(target.state_dict(), source.state_dict())
+    assert_not_loaded(create(), {key: {"epoch": 3}}, "tensors by name", "'epoch'")
+
+
+def test_averaged_weights_come_first() -> None:
+    """As in timm."""
+    models = {key: create() for key in WRAPPERS}
+    checkpoint: dict[str, Any] = {key: model.state_dict() for key, model in models.items()}
+    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
+        target = create()
+        vx.load_weights(target, checkpoint)
+        assert_same(target.state_dict(), models[key].state_dict())
+        del checkpoint[key]
+
+
+def test_create_model_carries_weights_over_to_another_input() -> None:
+    """Another size, number of channels and of classes; the report says so, as a warning."""
+    source = create(num_classes=5)
+    message = r"2 resized: position\.grid.*1 adapted to other channels: stem\.proj\.weight; 2 left"
+    with pytest.warns(UserWarning, match=message):
+        model = create(image_size=22, channels=1, num_classes=7, weights=source.state_dict())
+    stem = source.get_parameter("stem.proj.weight").unflatten(1, (4, 3)).sum(2)
+    torch.testing.assert_close(model.get_parameter("stem.proj.weight"), stem)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        create(image_size=22, channels=4, weights=source.state_dict())
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])

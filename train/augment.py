@@ -16,20 +16,22 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from .config import AugmentConfig
+from .pixels import NAMED, Pixels
 
 _SHARING = 4  # images that share the draws of a policy, for fewer and larger calls
 
 
-def plain(x: Tensor) -> Tensor:
+def plain(x: Tensor, pixels: Pixels = NAMED["half"]) -> Tensor:
     """Normalize images without augmentation.
 
     Args:
         x: images (B, C, H, W), uint8 or float, from 0 to 255.
+        pixels: their statistics.
 
     Returns:
-        Images (B, C, H, W), float32 in [-1, 1].
+        Images (B, C, H, W), float32; by default in [-1, 1].
     """
-    return x.float() / 127.5 - 1
+    return pixels.normalize(x)
 
 
 def draw(count: int, generator: torch.Generator) -> Tensor:
@@ -43,7 +45,9 @@ def draw(count: int, generator: torch.Generator) -> Tensor:
     return torch.rand(count, 10, generator=generator)
 
 
-def augment(x: Tensor, draws: Tensor, config: AugmentConfig, mirror: bool) -> Tensor:
+def augment(
+    x: Tensor, draws: Tensor, config: AugmentConfig, mirror: bool, pixels: Pixels = NAMED["half"]
+) -> Tensor:
     """Augment and normalize a batch of images.
 
     Applies random crops and horizontal flips, a policy of torchvision, jitter of brightness and
@@ -54,9 +58,10 @@ def augment(x: Tensor, draws: Tensor, config: AugmentConfig, mirror: bool) -> Te
         draws: random numbers (B, 10) from :func:`draw`.
         config: augmentations to apply.
         mirror: whether the dataset allows horizontal flips.
+        pixels: statistics of the images.
 
     Returns:
-        Images (B, C, H, W), float32 in [-1, 1].
+        Images (B, C, H, W), float32; by default in [-1, 1].
     """
     draws = draws.to(x.device)
     if config.crop or (config.flip and mirror):
@@ -67,7 +72,7 @@ def augment(x: Tensor, draws: Tensor, config: AugmentConfig, mirror: bool) -> Te
     y = x.float()
     if config.color:
         y = _color(y, 1 + config.color * (2 * draws[:, 3:5] - 1))
-    y = plain(y)
+    y = plain(y, pixels)
     return _erase(y, draws[:, 5:], config.erasing) if config.erasing else y
 
 

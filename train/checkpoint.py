@@ -20,6 +20,7 @@ from .lock import hold
 from .log import log
 from .measure import known_peak
 from .model import Sizes, save_weights
+from .pixels import pixels_of
 
 if TYPE_CHECKING:
     from .loop import Run
@@ -55,6 +56,7 @@ def save_state(run: Run) -> None:
         "loss_sum": run.loss_sum,
         "images_seen": run.images_seen,
         "seconds": run.seconds,
+        "pixels": tuple(pixels_of(run.model)),
         "model": run.model.state_dict(),
         "ema": None if run.ema is None else run.ema.state_dict(),
         "optimizer": run.optimizer.state_dict(),

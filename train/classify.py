@@ -19,6 +19,7 @@ from .data import decode, reading_of
 from .data.files import list_images
 from .devices import pick_device
 from .model import load_model
+from .pixels import pixels_of
 
 
 class Prediction(NamedTuple):
@@ -69,7 +70,7 @@ class Classifier:
                 images = [image for image in read if isinstance(image, Tensor)]
                 shares: Iterator[list[float]] = iter(())
                 if images:
-                    x = plain(torch.stack(images).to(self.device))
+                    x = plain(torch.stack(images).to(self.device), pixels_of(self.model))
                     shares = iter(self.model(x).float().softmax(1).tolist())
                 for path, image in zip(batch, read, strict=True):
                     if isinstance(image, Tensor):

@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     NonNegative: TypeAlias = float
     Fraction: TypeAlias = float
     OpenUnitInterval: TypeAlias = float
+    Decay: TypeAlias = float
 else:  # the check, the message and --help of each field come from its type
     from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveInt
 
     Positive = restricted_number_type("Positive", float, [(">", 0), ("<", math.inf)])
     NonNegative = restricted_number_type("NonNegative", float, [(">=", 0), ("<", math.inf)])
     Fraction = restricted_number_type("Fraction", float, [(">=", 0), ("<", 1)])
+    Decay = restricted_number_type("Decay", float, [(">", 0), ("<=", 1)])
 
 
 @dataclasses.dataclass
@@ -37,12 +39,16 @@ class ModelConfig:
         mixer_options: options of the mixer: --model.mixer_options.landmarks 32
         options: any other field of the configuration of the model, or argument of timm's class:
             --model.options.drop_path 0.1
+        weights: pretrained weights to start from, a safetensors or PyTorch file with the keys of
+            any library that load_weights knows. Another number of classes gets a new head, another
+            image size or number of channels adapts them. A resumed run does not need the file.
     """
 
     name: str = "HybridViN-RoPE"
     mixer: str | None = None
     mixer_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    weights: str | None = None
 
 
 @dataclasses.dataclass
@@ -59,6 +65,9 @@ class DataConfig:
         mirror: URL to download CIFAR's archive from, instead of its authors' page.
         image_size: height and width in pixels. Images are scaled until they cover it and cropped
             at the center; by default it is that of the dataset.
+        normalize: statistics of pixels: "imagenet" (its mean and standard deviation), "half" (from
+            -1 to 1) or "none" (from 0 to 1). "auto" is what model.weights expect if their file or
+            name says so, else half. They are saved with the weights of the run.
         batch_size: images per step, over all processes; at most the size of the training set.
         val_fraction: fraction of the training set that is held out for validation, stratified.
         in_memory: whether images are decoded once and kept on the device; by default if they use
@@ -78,6 +87,7 @@ class DataConfig:
     root: str = "data"
     mirror: str | None = None
     image_size: PositiveInt | None = None
+    normalize: Literal["auto", "imagenet", "half", "none"] = "auto"
     batch_size: PositiveInt = 128
     val_fraction: OpenUnitInterval = 0.1
     in_memory: bool | None = None
@@ -122,6 +132,10 @@ class TrainConfig:
             and convolutions, with AdamW for the rest.
         lr: peak learning rate, from which a cosine decays to 0.
         warmup_epochs: epochs of linear warm-up; at most half of the training is warm-up.
+        layer_decay: factor of the learning rate from each layer to the one below, for fine-tuning;
+            1 for the same rate in all.
+        freeze: parts that are not trained, names of modules separated by spaces: "stem blocks.0-5".
+            Their batch norms keep their statistics.
         weight_decay: of linear layers and convolutions; never of biases, norms, positions and
             tokens.
         label_smoothing: fraction of the target that is spread over all classes.
@@ -144,6 +158,8 @@ class TrainConfig:
     optimizer: Literal["adamw", "sgd", "muon"] = "adamw"
     lr: Positive = 1e-3
     warmup_epochs: NonNegative = 2.0
+    layer_decay: Decay = 1.0
+    freeze: str = ""
     weight_decay: NonNegative = 0.05
     label_smoothing: Fraction = 0.0
     clip_norm: NonNegative = 1.0

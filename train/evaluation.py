@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .augment import plain
 from .data import Images
+from .pixels import pixels_of
 
 
 class Accuracy(NamedTuple):
@@ -56,7 +57,7 @@ def predict(
     with accelerator.autocast():
         loaded = images.batches(mine, accelerator.device, workers)
         for indices, (x, _) in zip(mine, loaded, strict=True):
-            logits[indices] = model(plain(x)).float()
+            logits[indices] = model(plain(x, pixels_of(model))).float()
     model.train(was_training)
     # every process filled only its own rows; the rest are zero
     return accelerator.reduce(logits).cpu(), images.labels.cpu()

@@ -49,6 +49,6 @@ def status(run: Run, epoch: int, done: int) -> str:
         done: steps of it that are done.
     """
     val = f", val {run.rows[-1]['val_top1']:.2%}" if run.rows else ""
-    rate, loss = run.optimizer.param_groups[0]["lr"], run.loss_sum / done
+    rate, loss = run.optimizer.param_groups[-1]["lr"], run.loss_sum / done
     speed = f"{run.images_per_second:.0f} images/s{peak_text()}"
     return f"epoch {epoch + 1}, loss {loss:.3f}{val}, lr {rate:.1e}, {speed}"

@@ -30,10 +30,12 @@ from .config import RunConfig
 from .data import Images, load_data
 from .devices import make_accelerator, part_size
 from .evaluation import Accuracy, accuracy, predict
+from .finetune import start_model, train_mode
 from .lock import hold
 from .log import epoch_text, log, status
-from .model import Sizes, build_model, check_part, load_teacher, not_finite
-from .optim import average, learning_rate, make_optimizer
+from .model import Sizes, check_part, load_teacher, not_finite
+from .optim import average, learning_rate, make_optimizer, set_rate
+from .pixels import pixels_of
 from .plots import draw_run
 from .run_dir import new_folder, open_folder
 from .seeds import seed_of
@@ -66,17 +68,15 @@ class Run:
         self.steps_per_epoch = len(self.data.train) // self.batch_size
         self.steps = c.epochs * self.steps_per_epoch
         torch.manual_seed(seed_of(config.seed))
-        self.model = check_part(build_model(config.model, sizes), sizes, self.part_size)
+        self.model = check_part(start_model(self, sizes), sizes, self.part_size)
         self.model.to(self.device)
-        if c.grad_checkpointing:
-            self.model.set_grad_checkpointing()  # type: ignore[operator]
         self.ema = average(self.model, c.ema) if c.ema else None
         self.teacher = load_teacher(c.teacher, self.model, sizes, self.device)
         self.mix = mixing(config.augment, len(self.data.classes))
         self.class_weights = class_weights(self.data, config.data.balance, self.device)
         net = torch.compile(self.model) if c.compile else self.model
         self.net, self.optimizer = self.accelerator.prepare(net, make_optimizer(self.model, c))
-        self.signals = Signals(self.accelerator)
+        self.signals, self.pixels = Signals(self.accelerator), pixels_of(self.model)
         self.step, self.best, self.images_seen, self.seconds = 0, -1.0, 0, 0.0
         self.rows: list[dict[str, float]] = []  # of metrics.csv, one per epoch
         self.loss_sum = 0.0  # of this epoch
@@ -106,8 +106,7 @@ class Run:
         c, seed, process = self.config.train, self.config.seed, self.accelerator.process_index
         warmup = min(round(c.warmup_epochs * self.steps_per_epoch), self.steps // 2)
         rate = learning_rate(self.step, self.steps, warmup, c.lr)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(self.optimizer, rate)
         generator = torch.Generator().manual_seed(seed_of(seed, 1, self.step))
         parts = draw(self.batch_size, generator).split(self.part_size)
         draws = parts[process :: self.accelerator.num_processes]
@@ -115,7 +114,7 @@ class Run:
         total = torch.zeros((), device=self.device)
         for i, part_draws in enumerate(draws):
             images, labels = next(batches)
-            x = augment(images, part_draws, self.config.augment, self.data.mirror)
+            x = augment(images, part_draws, self.config.augment, self.data.mirror, self.pixels)
             last = i == len(draws) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.net):
                 loss = self.loss(x, labels) / len(draws)
@@ -144,7 +143,7 @@ class Run:
         todo = order.split(self.batch_size)[first : self.steps_per_epoch]
         parts = [part for x in todo for part in x.split(self.part_size)[here::processes]]
         batches = self.data.train.batches(parts, self.device, self.config.data.workers)
-        self.net.train()
+        train_mode(self.net)
         start = time.perf_counter() - self.seconds
         for done in range(first + 1, self.steps_per_epoch + 1):
             self.train_step(batches)

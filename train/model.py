@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 import vision_xformer as vx
 from vision_xformer.factory import write_weights
 from vision_xformer.options import unknown_name_error
-from vision_xformer.weights import read_weights
+from vision_xformer.weights import read_metadata, read_weights
 
 from .config import ModelConfig
 from .data import Splits
+from .pixels import NAMED, pixels_of, pixels_of_weights, set_pixels
 
 
 class Sizes(NamedTuple):
@@ -40,14 +40,19 @@ class Sizes(NamedTuple):
         return cls(data.image_size, data.channels, len(data.classes))
 
 
-def build_model(config: ModelConfig, sizes: Sizes) -> nn.Module:
+def build_model(config: ModelConfig, sizes: Sizes, **timms: Any) -> nn.Module:
     """Build the model of a configuration: (B, channels, H, W) -> (B, classes).
+
+    Args:
+        config: name and options.
+        sizes: what the data determines.
+        timms: more arguments of ``timm.create_model``, for a model of timm.
 
     Raises:
         ValueError: for an unknown name or option, or one that the data determines.
     """
     if config.name.startswith("timm:"):
-        return _build_timm(config, sizes)
+        return _build_timm(config, sizes, timms)
     taken = {"image_size", "channels", "input_shape", "num_classes", "mixer", "mixer_options"}
     if clash := taken & config.options.keys():
         raise ValueError(
@@ -65,7 +70,7 @@ def build_model(config: ModelConfig, sizes: Sizes) -> nn.Module:
     )
 
 
-def _build_timm(config: ModelConfig, sizes: Sizes) -> nn.Module:
+def _build_timm(config: ModelConfig, sizes: Sizes, more: dict[str, Any]) -> nn.Module:
     """Build a model of timm, whose options are the keyword arguments of its class."""
     import timm
 
@@ -74,7 +79,7 @@ def _build_timm(config: ModelConfig, sizes: Sizes) -> nn.Module:
         raise unknown_name_error("model of timm", name, timm.list_models())
     if config.mixer or config.mixer_options:
         raise ValueError(f"model.mixer {config.mixer}: {config.name} has an attention of its own")
-    arguments = {"in_chans": sizes.channels, "num_classes": sizes.classes, **config.options}
+    arguments = {"in_chans": sizes.channels, "num_classes": sizes.classes, **config.options, **more}
     try:
         try:
             return timm.create_model(name, img_size=sizes.image_size, **arguments)
@@ -94,7 +99,8 @@ def save_weights(model: nn.Module, path: Path, config: ModelConfig, sizes: Sizes
         vx.save_model(model, path)
         return
     recipe = {"model": dataclasses.asdict(config), "sizes": sizes}
-    write_weights(model.state_dict(), path, {"recipe": json.dumps(recipe)})
+    pixels = {k: json.dumps(v) for k, v in pixels_of(model)._asdict().items()}
+    write_weights(model.state_dict(), path, {"recipe": json.dumps(recipe), **pixels})
 
 
 def load_model(path: Path) -> tuple[nn.Module, Sizes]:
@@ -106,11 +112,8 @@ def load_model(path: Path) -> tuple[nn.Module, Sizes]:
     Raises:
         ValueError: for a file of another origin.
     """
-    metadata = None
-    if path.suffix == ".safetensors" and path.is_file():
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-    if not metadata or "recipe" not in metadata:
+    metadata = read_metadata(path)
+    if "recipe" not in metadata:
         model = vx.load_model(path)
         channels, *shape = model.config.input_shape
         return model, Sizes(shape[0], channels, model.config.num_classes)
@@ -118,6 +121,7 @@ def load_model(path: Path) -> tuple[nn.Module, Sizes]:
     sizes = Sizes(*recipe["sizes"])
     other = build_model(ModelConfig(**recipe["model"]), sizes)
     other.load_state_dict(read_weights(path))
+    set_pixels(other, pixels_of_weights(path, "") or NAMED["half"])
     return other.eval(), sizes
 
 
@@ -177,6 +181,12 @@ def load_teacher(
     for field, its, ours in zip(Sizes._fields, theirs, sizes, strict=True):
         if its != ours:
             raise ValueError(f"train.teacher {path} has {field} {its}; the data has {ours}")
+    expected, given = (pixels_of(m).for_channels(sizes.channels) for m in (teacher, model))
+    if expected != given:
+        raise ValueError(
+            f"train.teacher {path} expects pixels of {expected}; those of the run have {given}: "
+            "set data.normalize"
+        )
     teacher = teacher.to(device)
     if isinstance(model, vx.LeViT) and model.config.distilled:
         model.set_distilled_training()

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from timm.models import group_parameters
 from timm.optim import Muon
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -30,16 +31,39 @@ def learning_rate(step: int, steps: int, warmup: int, highest: float) -> float:
     return highest * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split parameters so that only weights of linear layers and convolutions decay."""
-    decayed: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
+def parameter_groups(
+    model: nn.Module, weight_decay: float, layer_decay: float = 1.0
+) -> list[dict[str, Any]]:
+    """Split parameters so that only weights of linear layers and convolutions decay.
+
+    With a ``layer_decay`` below 1 each layer of the model's ``group_matcher`` has its own groups,
+    whose learning rate is scaled by that power of the number of layers above. Frozen parameters are
+    left out. The keys ``lr_scale`` and ``use_fallback`` (for Muon) are timm's.
+
+    Raises:
+        ValueError: for a ``layer_decay`` of a model without layers.
+    """
+    layers: dict[str, int] = {}
+    if layer_decay < 1:
+        matcher: Any = getattr(model, "group_matcher", None)
+        if matcher is None:
+            name = type(model).__name__
+            raise ValueError(f"train.layer_decay {layer_decay}: {name} has no group_matcher")
+        layers = group_parameters(model, matcher(coarse=False), reverse=True)
+    top = max(layers.values(), default=0)
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():  # weights of norms are one-dimensional
-        is_map = name.endswith("weight") and parameter.ndim > 1
-        (decayed if is_map else rest).append(parameter)
+        if parameter.requires_grad:
+            is_map = name.endswith("weight") and parameter.ndim > 1
+            groups.setdefault((layers.get(name, top), not is_map), []).append(parameter)
     return [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": rest, "weight_decay": 0.0},
+        {
+            "params": groups[layer, is_rest],
+            "weight_decay": 0.0 if is_rest else weight_decay,
+            "lr_scale": layer_decay ** (top - layer),
+            "use_fallback": is_rest,
+        }
+        for layer, is_rest in sorted(groups)
     ]
 
 
@@ -49,13 +73,18 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     Muon orthogonalizes the updates of linear layers and convolutions, at the size of AdamW's, and
     leaves all other parameters to AdamW.
     """
-    groups = parameter_groups(model, config.weight_decay)
+    groups = parameter_groups(model, config.weight_decay, config.layer_decay)
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True)
     if config.optimizer == "muon":
-        groups[1]["use_fallback"] = True
         return Muon(groups, lr=config.lr, nesterov=True)
     return torch.optim.AdamW(groups, lr=config.lr, fused=True)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of the highest layer; that of each group is scaled from it."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_scale"]
 
 
 def average(model: nn.Module, decay: float) -> AveragedModel:

@@ -28,6 +28,7 @@ def _config(
         input_shape=input_shape_of((channels, 0, 0), image_size, channels),
         pool=pool,
         class_token=True,
+        pool_include_prefix=pool == "mean",
         stem=stem,
         position="learned" if rope is None else "none",
         position_std=1.0,

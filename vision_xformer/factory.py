@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -18,7 +18,9 @@ from .backbones import BACKBONES, Config, VisionModel
 from .mixers import mixer_options as options_of_mixer
 from .names import name_to_config, with_mixer
 from .options import check_options, check_types
-from .weights import load_weights, read_weights
+from .weights import load_weights, read_metadata, read_weights
+
+_PIXELS = ("mean", "std")  # of pretrained_cfg, in the metadata of files
 
 
 def create_model(
@@ -43,8 +45,9 @@ def create_model(
         mixer_options: added to those of the name; an option that the mixer does not have raises an
             error. ``stem_options`` likewise.
         weights: a state dict or the path of one, with any keys that
-            :func:`~vision_xformer.load_weights` understands. Tensors that fit are loaded; a warning
-            lists the others. To require all of them, or to resize tables, call ``load_weights``.
+            :func:`~vision_xformer.load_weights` understands. Tensors that fit are loaded, carried
+            over to another image size and number of channels; a warning lists the others. To
+            require all of them, call ``load_weights``.
         overrides: any other field of the configuration, such as ``num_classes``, or
             ``input_shape=(1, 4096)`` for signals and ``(1, 28, 28, 28)`` for volumes.
 
@@ -81,7 +84,7 @@ def create_model(
             changes[option] = {**fields[option], **changes[option]}
     model = BACKBONES[config.backbone](type(config)(**{**fields, **changes}))
     if weights is not None:
-        report = load_weights(model, weights, strict=False)
+        report = load_weights(model, weights, resize=True, strict=False)
         if report.unused or report.missing:
             warnings.warn(f"weights of {what}: {report}", stacklevel=2)
     return model
@@ -117,7 +120,7 @@ def input_shape_of(
 
 
 def save_model(model: VisionModel, path: str | os.PathLike[str]) -> None:
-    """Write weights and configuration to one safetensors file, atomically.
+    """Write weights, configuration and pixel statistics to one safetensors file, atomically.
 
     Raises:
         ValueError: for a module that is not a VisionModel, or an invalid path.
@@ -127,7 +130,9 @@ def save_model(model: VisionModel, path: str | os.PathLike[str]) -> None:
         raise ValueError(f"save_model takes a model of create_model, not a {type(model).__name__}")
     if any(hasattr(module, "recipe") for module in model.modules()):
         raise ValueError("save_model does not know what was converted: use vx.save_converted")
-    write_weights(model.state_dict(), path, {"config": json.dumps(model.config.to_dict())})
+    pixels = {k: json.dumps(model.pretrained_cfg[k]) for k in _PIXELS if k in model.pretrained_cfg}
+    metadata = {"config": json.dumps(model.config.to_dict()), **pixels}
+    write_weights(model.state_dict(), path, metadata)
 
 
 def write_weights(
@@ -160,18 +165,15 @@ def load_model(path: str | os.PathLike[str]) -> VisionModel:
     Raises:
         ValueError: for a file without a configuration, or one that does not fit its weights.
     """
-    state = read_weights(path)
-    metadata = None
-    if Path(path).suffix == ".safetensors":
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-    if not metadata or "config" not in metadata:
+    state, metadata = read_weights(path), read_metadata(path)
+    if "config" not in metadata:
         raise ValueError(f"{path} has no model configuration: was it written by save_model?")
     try:
         model = create_model(json.loads(metadata["config"]))
         # in the type it was saved in
         model.to(next(t.dtype for t in state.values() if t.is_floating_point()))
         load_weights(model, state)
+        model.pretrained_cfg = {k: tuple(json.loads(metadata[k])) for k in _PIXELS if k in metadata}
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return model.eval()

@@ -24,6 +24,7 @@ from ..augment import plain
 from ..config import RunConfig
 from ..data import load_data
 from ..html import Section, Table
+from ..pixels import pixels_of
 from ..plots import STYLE
 from .rows import Row
 
@@ -107,7 +108,7 @@ def trained(folder: Path, config: RunConfig) -> Iterator[tuple[str, Operands]]:
     images = load_data(config.data, torch.device("cpu")).test
     batch = torch.stack([images[i][0] for i in range(min(_IMAGES, len(images)))])
     with torch.no_grad():
-        model(plain(batch).double())
+        model(plain(batch, pixels_of(model)).double())
     if not found:
         raise ValueError(
             f"--run {folder}: {config.model.name} has no softmax attention without position bias "

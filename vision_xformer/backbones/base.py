@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
-from ..derivatives import is_transformed
 from ..grid import TokenGrid
 from ..mixers import Mixer
 from ..positions import FixedTable, RopeKind, RotaryPosition
 from ..registry import Registry
 from ..summary import summary
+from .checkpointing import Checkpointed
 from .config import Config
 
 
@@ -33,6 +30,7 @@ class VisionModel(nn.Module):
 
     Attributes:
         num_features: width of the pooled features.
+        pretrained_cfg: "mean" and "std" of the pixels (0 to 1) that the weights expect, if known.
     """
 
     config_class: ClassVar[type[Config]]
@@ -44,6 +42,7 @@ class VisionModel(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
+        self.pretrained_cfg: dict[str, Any] = {}
         self.register_load_state_dict_post_hook(_tables_follow)
 
     @property
@@ -70,8 +69,19 @@ class VisionModel(nn.Module):
         """Classify a batch: (B, C, *shape) -> (B, num_classes)."""
         return self.forward_head(self.forward_features(x))
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replace the head with a new one for ``num_classes``; 0 returns the pooled features."""
+    def get_classifier(self) -> nn.Module:
+        """The head."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the head with a new one for ``num_classes``; 0 returns the pooled features.
+
+        Raises:
+            ValueError: for another ``global_pool``, unless the model has several.
+        """
+        if global_pool is not None:
+            name = type(self).__name__
+            raise ValueError(f"{name} pools in one way: global_pool {global_pool!r} must be None")
         self.config = dataclasses.replace(self.config, num_classes=num_classes)
         reference = next(self.parameters())
         self.head = self.make_head(num_classes).to(reference).train(self.training)
@@ -83,6 +93,29 @@ class VisionModel(nn.Module):
         head = nn.Linear(self.num_features, num_classes)
         init_linears(head)
         return head
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters with several axes that do not decay: positions, tokens, tables."""
+        return {n for n, p in self.named_parameters() if p.ndim > 1 and not n.endswith("weight")}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns of parameter names by depth, as timm's layer-wise learning rates need them.
+
+        Stem, tokens and positions are the lowest layer, each block (if ``coarse``, stage) is one,
+        and the head is above all. ``(99999,)`` joins the layer below.
+        """
+        first = None if coarse else (0,)
+        stages = [
+            (r"^stages\.(\d+)\.(?:downsample|branches|exchanges)", first),
+            (r"^stages\.(\d+)\.norm", None if coarse else (99999,)),
+            (r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)", None),
+        ]
+        stem = r"^(?:stem|position|cls_token|reg_token|branches|class_stage\.cls_token)"
+        return {
+            "stem": rf"{stem}|^stages\.0\.downsample",
+            "blocks": [(r"^blocks\.(\d+)", None), *stages],
+            "class_blocks": [(r"^class_stage\.blocks\.(\d+)", None), (r"^norms?\.", (99999,))],
+        }
 
     def weight_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of every saved tensor by name."""
@@ -123,49 +156,6 @@ def _tables_follow(model: nn.Module, _: Any) -> None:
     for module in model.modules():
         if isinstance(module, FixedTable):
             module(like)
-
-
-class Checkpointed(nn.Module):
-    """A module that can store only the inputs of its blocks for the backward pass.
-
-    Attributes:
-        grad_checkpointing: whether it does.
-    """
-
-    grad_checkpointing: bool = False
-
-    def checkpointed(self, block: nn.Module, *args: Any) -> Any:
-        """Call ``block(*args)``; with ``grad_checkpointing``, recompute it in the backward pass.
-
-        Raises:
-            ValueError: for blocks with batch norm under torch.compile, or within torch.func.
-        """
-        if not (self.grad_checkpointing and torch.is_grad_enabled()):
-            return block(*args)
-        if is_transformed():
-            raise ValueError(
-                "torch.func cannot recompute blocks: call set_grad_checkpointing(False) first"
-            )
-        more: dict[str, Any] = {}
-        if any(isinstance(module, _BatchNorm) for module in block.modules()):
-            if torch.compiler.is_compiling():
-                raise ValueError("gradient checkpointing of batch norms cannot be compiled")
-            more["context_fn"] = lambda: (contextlib.nullcontext(), _statistics_kept(block))
-        return checkpoint(block, *args, use_reentrant=False, **more)
-
-
-@contextlib.contextmanager
-def _statistics_kept(block: nn.Module) -> Iterator[None]:
-    """Keep running statistics unchanged during recomputation."""
-    norms = [m for m in block.modules() if isinstance(m, _BatchNorm)]
-    before = [(m.momentum, m.num_batches_tracked) for m in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        for norm, (momentum, batches) in zip(norms, before, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, batches
 
 
 class Stage(Checkpointed):

@@ -91,16 +91,22 @@ class ViTConfig(IsotropicConfig):
 
     Args:
         pool: "cls" (class token), "mean", or "seq" (attention-weighted mean).
-        class_token: whether there is one; by default with pool "cls" only. With pool "mean" or
-            "seq" a class token is pooled, too, as in vision_xformer 0.2.0; registers never are.
+        class_token: whether there is one; by default with pool "cls" only.
         registers: number of register tokens (Darcet et al. 2023).
+        pool_include_prefix: whether pool "mean" or "seq" includes class and register tokens, as in
+            vision_xformer 0.2.0; otherwise it is over the patches alone, as in timm.
+        no_embed_class: whether class and register tokens have no positions.
         fc_norm: whether the norm follows the pool; by default with pool "mean" only.
+
+    The names of the last three are those of timm.
     """
 
     backbone: ClassVar[str] = "vit"
     pool: Pool = "cls"
     class_token: bool | None = None
     registers: int = 0
+    pool_include_prefix: bool = False
+    no_embed_class: bool = False
     fc_norm: bool | None = None
 
     def __post_init__(self) -> None:
@@ -108,6 +114,19 @@ class ViTConfig(IsotropicConfig):
         if self.pool == "cls" and self.class_token is False:
             raise ValueError("pool='cls' needs a class token: class_token must not be False")
         check_at_least("registers", self.registers, 0)
+        tokens = self.has_class_token or self.registers > 0
+        if self.pool_include_prefix and (self.pool == "cls" or not tokens):
+            raise ValueError(
+                "pool_include_prefix=True needs pool 'mean' or 'seq' and class_token=True or "
+                f"registers, not pool={self.pool!r}, class_token={self.has_class_token}, "
+                f"registers={self.registers}"
+            )
+        if self.no_embed_class and (self.position == "none" or not tokens):
+            raise ValueError(
+                "no_embed_class=True needs positions and class_token=True or registers, not "
+                f"position={self.position!r}, class_token={self.has_class_token}, "
+                f"registers={self.registers}"
+            )
 
     @property
     def has_class_token(self) -> bool:
@@ -126,12 +145,15 @@ class Isotropic(VisionModel):
     Args:
         config: see :class:`IsotropicConfig`.
         prefix: names and counts of learned prefix tokens.
+        embed_prefix: whether they have positions.
     """
 
     block_class: ClassVar[type[Block]] = Block
     config: IsotropicConfig
 
-    def __init__(self, config: IsotropicConfig, prefix: dict[str, int]) -> None:
+    def __init__(
+        self, config: IsotropicConfig, prefix: dict[str, int], embed_prefix: bool = True
+    ) -> None:
         super().__init__(config)
         c = config
         self.num_features = c.dim
@@ -141,7 +163,9 @@ class Isotropic(VisionModel):
         for name, count in prefix.items():
             token = nn.Parameter(torch.randn(1, count, c.dim) * 0.02) if count else None
             self.register_parameter(name, token)
-        self.position = make_position(c.position, self.grid, c.dim, c.position_std)
+        self.embed_prefix = embed_prefix
+        embedded = self.grid if embed_prefix else self.stem.grid
+        self.position = make_position(c.position, embedded, c.dim, c.position_std)
         self.emb_drop = nn.Dropout(c.emb_dropout)
         blocks = self._blocks()
         init_linears(nn.ModuleList(blocks))
@@ -172,9 +196,11 @@ class Isotropic(VisionModel):
         """Compute tokens before the final norm: (B, C, *shape) -> (B, N, D)."""
         self.check_input(x)
         x = self.stem(x)
+        if self.position is not None and not self.embed_prefix:
+            x = x + self.position(x)
         prefix = [getattr(self, name).expand(x.shape[0], -1, -1) for name in self.prefix_names]
         x = torch.cat([*prefix, x], 1) if prefix else x
-        if self.position is not None:
+        if self.position is not None and self.embed_prefix:
             x = x + self.position(x)
         return self.blocks(self.emb_drop(x))
 
@@ -201,12 +227,36 @@ class ViT(Isotropic):
 
     def __init__(self, config: ViTConfig) -> None:
         c = config
-        super().__init__(c, {"cls_token": int(c.has_class_token), "reg_token": c.registers})
+        prefix = {"cls_token": int(c.has_class_token), "reg_token": c.registers}
+        super().__init__(c, prefix, not c.no_embed_class)
         norm = nn.LayerNorm(c.dim, c.norm_eps)
         self.norm = nn.Identity() if c.has_fc_norm else norm
         self.fc_norm = norm if c.has_fc_norm else nn.Identity()
         self.pool = SequencePool(c.dim) if c.pool == "seq" else None
         self.head = self.make_head(c.num_classes)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the head with a new one for ``num_classes``; 0 returns the pooled features.
+
+        Args:
+            num_classes: width of the logits.
+            global_pool: "token" for the class token, "avg" for the mean, as in timm; None keeps
+                the pool. The norm stays where it is.
+
+        Raises:
+            ValueError: for another pool, or "token" without a class token.
+        """
+        if global_pool is not None:
+            pools: dict[str, Pool] = {"token": "cls", "avg": "mean"}
+            if global_pool not in pools:
+                raise ValueError(f"global_pool {global_pool!r} must be 'token', 'avg' or None")
+            c, pool = self.config, pools[global_pool]
+            self.config = dataclasses.replace(
+                c, pool=pool, class_token=c.has_class_token, fc_norm=c.has_fc_norm,
+                pool_include_prefix=c.pool_include_prefix and pool != "cls",
+            )  # fmt: skip
+            self.pool = None
+        super().reset_classifier(num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Compute the final tokens, prefix first: (B, C, *shape) -> (B, N, D)."""
@@ -217,9 +267,7 @@ class ViT(Isotropic):
         if self.config.pool == "cls":
             x = x[:, 0]
         else:
-            classes = int(self.config.has_class_token)
-            if self.grid.prefix > classes:
-                x = torch.cat((x[:, :classes], x[:, self.grid.prefix :]), 1)
+            x = x if self.config.pool_include_prefix else x[:, self.grid.prefix :]
             x = x.mean(1) if self.pool is None else self.pool(x)
         x = self.fc_norm(x)
         return x if pre_logits else self.head(x)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors import safe_open
 from torch import nn
 
 from ..factory import write_weights
-from ..weights import read_weights
+from ..weights import read_metadata, read_weights
 from .replace import convert, converted_layers, revert
 
 M = TypeVar("M", bound=nn.Module)
@@ -46,11 +44,7 @@ def load_converted(path: str | os.PathLike[str], model: M) -> M:
         ValueError: for another file, or a model that the weights do not fit. The model is then
             unchanged.
     """
-    state = read_weights(path)
-    metadata: dict[str, str] = {}
-    if Path(path).suffix == ".safetensors":
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
+    state, metadata = read_weights(path), read_metadata(path)
     if _KEY not in metadata:
         raise ValueError(f"{path} has no conversion: was it written by save_converted?")
     recipes: dict[str, dict[str, Any]] = json.loads(metadata[_KEY])

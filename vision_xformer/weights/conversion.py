@@ -3,7 +3,7 @@
 Every known key of a parameter is renamed to ours. Keys that split one of our parameters in parts
 (to_q, to_k, to_v) name the part. The keys of the attention packages and of vision_xformer 0.2.0 are
 understood in both directions. A :class:`Library` is a model family of another library, whose
-tensors may have to be reordered as well.
+tensors may have to be reordered as well. :mod:`.grouping` applies the tables.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from torch import Tensor
 
 KeyPatterns = list[tuple[str, str | Callable[[re.Match[str]], str]]]
 
+FC_NORM = r"^fc_norm\."  # the norm after the pool is the norm
+_CVT_STAGE = r"\.stages\.\d+\.(?:embedding|layers|cls_token)"  # of transformers
 # (pattern, replacement), applied in this order
-_WRAPPERS: KeyPatterns = [  # of data parallel and torch.compile
-    (r"^((module|_orig_mod)\.)+", ""),
+WRAPPERS: KeyPatterns = [  # of data parallel, torch.compile and modules around a model
+    (rf"^((module|_orig_mod|model|backbone|encoder(?!{_CVT_STAGE}))\.)+", ""),
     (r"\._orig_mod\.", "."),
 ]
-_PACKAGES: KeyPatterns = [
+PACKAGES: KeyPatterns = [
     # vision_xformer 0.1.8 to 0.2.0: ViN, ViP, ViL, FNet
     (r"^pos_embedding$", "position"),
     (r"^to_patch_embedding\.1\.", "stem.norm_in."),
@@ -41,8 +43,7 @@ _PACKAGES: KeyPatterns = [
     (r"^layers\.(\d+)\.ff\.1\.net\.0\.", r"blocks.\1.mlp.fc1."),
     (r"^layers\.(\d+)\.ff\.1\.net\.3\.", r"blocks.\1.mlp.fc2."),
     (r"^pool\.2\.", "head."),
-    # the norm after pooling is the norm
-    (r"^fc_norm\.", "norm."),
+    (FC_NORM, "norm."),
     # performer-pytorch, nystrom-attention, linformer: alone, in a mixer, in a model of 0.2.0
     (r"(^|\.)module\.", r"\1"),
     (r"(^|\.)to_qkv\.", r"\1projection.qkv."),
@@ -53,7 +54,7 @@ _PACKAGES: KeyPatterns = [
 ]
 _TABLE = r"(?:.*\.)?(?:position|kernel\.proj_[kv]|position_bias(?:\.table)?)"
 # (pattern, replacement, which part of that parameter this is)
-_PARTS = [
+PARTS = [
     (r"(^|\.)to_q\.", r"\1projection.qkv.", 0),
     (r"(^|\.)to_k\.", r"\1projection.qkv.", 1),
     (r"(^|\.)to_v\.", r"\1projection.qkv.", 2),
@@ -74,7 +75,7 @@ class Library(NamedTuple):
     Args:
         name: its name.
         signature_key: pattern of a key that identifies this family; the first library in
-            ``_LIBRARIES`` that matches is used.
+            ``LIBRARIES`` that matches is used.
         key_patterns: renaming of its keys, as above.
         convert: puts a tensor into our order: (key, tensor, the whole state) -> tensor.
     """
@@ -162,7 +163,7 @@ _COMPACT: KeyPatterns = [
 ]
 _CVT = r"^(?:cvt\.)?encoder\.stages\.(\d+)\."
 _CVT_CONV = r"\.convolution_projection\."
-_LIBRARIES = [
+LIBRARIES = [
     Library(
         "timm LeViT with two heads",
         r"^head_dist\.(bn|linear)\.",
@@ -266,7 +267,7 @@ _LIBRARIES = [
     Library(
         "timm ViT",
         r"^patch_embed\.proj\.weight$",
-        [(r"\.ls([12])\.", r".scale\1."), (r"^fc_norm\.", "norm."), *_VIT],
+        [(r"\.ls([12])\.", r".scale\1."), (FC_NORM, "norm."), *_VIT],
         _timm_vit,
     ),
     Library(
@@ -302,49 +303,3 @@ _LIBRARIES = [
     ),
     Library("Compact-Transformers", r"^tokenizer\.conv_layers\.", _COMPACT, _unchanged),
 ]
-
-
-class Part(NamedTuple):
-    """A tensor under its own key, and its order among the parts of one of our parameters."""
-
-    order: int
-    key: str
-    tensor: Tensor
-
-
-def rename(key: str, patterns: KeyPatterns) -> str:
-    """Apply the patterns to a key, in order."""
-    for pattern, replacement in patterns:
-        key = re.sub(pattern, replacement, key)
-    return key
-
-
-def library_of(state: Mapping[str, Tensor]) -> Library | None:
-    """The library whose model has these keys; None for ours and for the attention packages."""
-    keys = [rename(key, _WRAPPERS) for key in state]
-    for library in _LIBRARIES:
-        if any(re.search(library.signature_key, key) for key in keys):
-            return library
-    return None
-
-
-def group_by_name(state: Mapping[str, Tensor]) -> dict[str, list[Part]]:
-    """Group tensors by our names of them; parts in order, with rows in our order."""
-    library = library_of(state)
-    unwrapped = {rename(key, _WRAPPERS): tensor for key, tensor in state.items()}
-    groups: dict[str, list[Part]] = {}
-    for key, tensor in state.items():
-        name, order = rename(key, _WRAPPERS), 0
-        if library is None:
-            name = rename(name, _PACKAGES)
-        else:
-            try:
-                tensor = library.convert(name, tensor, unwrapped)
-                name = rename(name, library.key_patterns)
-            except (KeyError, IndexError, RuntimeError, ZeroDivisionError):
-                pass  # an incomplete state: the tensor keeps its key and is reported as unknown
-        for pattern, replacement, part in _PARTS:
-            name, found = re.subn(pattern, replacement, name)
-            order = part if found else order
-        groups.setdefault(name, []).append(Part(order, key, tensor))
-    return {name: sorted(parts, key=lambda p: p.order) for name, parts in groups.items()}

@@ -1,0 +1,141 @@
+"""The start of a run: a model with new or pretrained weights, some of them frozen."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import vision_xformer as vx
+from vision_xformer.weights import read_weights
+
+from .atomic import read_state
+from .config import ModelConfig
+from .model import Sizes, build_model
+from .pixels import NAMED, Pixels, pixels_of_weights, set_pixels
+
+if TYPE_CHECKING:
+    from .loop import Run
+
+
+def start_model(run: Run, sizes: Sizes) -> nn.Module:
+    """Build the model of a run, with its start weights unless there is a state to resume from.
+
+    Raises:
+        ValueError: for a model that cannot be built, weights that are not its own, or a part to
+            freeze that it does not have.
+    """
+    config, state = run.config, run.folder / "state.pt"
+    model = build_model(config.model, sizes)
+    if run.resumed and state.is_file():
+        pixels = Pixels(*read_state(state).get("pixels", NAMED["half"]))
+    else:
+        pixels, origin = _pixels(config.model, config.data.normalize)
+        pixels = pixels.for_channels(sizes.channels)
+        if config.model.weights is not None:
+            told = _load(model, config.model, config.model.weights, sizes)
+            run.accelerator.print(
+                f"model.weights {config.model.weights}: {told}; pixels have {pixels} ({origin})"
+            )
+    set_pixels(model, pixels)
+    freeze(model, config.train.freeze)
+    if config.train.grad_checkpointing:
+        model.set_grad_checkpointing()  # type: ignore[operator]
+    return model
+
+
+def _pixels(config: ModelConfig, normalize: str) -> tuple[Pixels, str]:
+    """The statistics of ``data.normalize``, and where they come from."""
+    if normalize != "auto":
+        return NAMED[normalize], f"data.normalize {normalize}"
+    if config.weights is not None:
+        found = pixels_of_weights(Path(config.weights).expanduser(), config.name)
+        if found is not None:
+            return found, "as the weights expect"
+    return NAMED["half"], "a guess, data.normalize sets it"
+
+
+def _load(model: nn.Module, config: ModelConfig, file: str, sizes: Sizes) -> str:
+    """Load start weights, and return what was done with them."""
+    path = Path(file).expanduser()
+    try:
+        if not isinstance(model, vx.VisionModel):
+            return _load_timm(model, config, path, sizes)
+        report = vx.load_weights(model, path, resize=True, strict=False)
+    except ValueError as error:
+        raise ValueError(f"model.weights: {error}") from error
+    total = len(model.state_dict())
+    if len(report.missing) > total / 2:
+        raise ValueError(
+            f"model.weights {file} fits {total - len(report.missing)} of the {total} tensors of "
+            f"{config.name}, it is of another model: {report}"
+        )
+    return str(report)
+
+
+def _load_timm(model: nn.Module, config: ModelConfig, path: Path, sizes: Sizes) -> str:
+    """Load start weights into a model of timm, which does the same with its pretrained ones."""
+    known: Any = model.pretrained_cfg
+    classifiers = known["classifier"]
+    first = classifiers if isinstance(classifiers, str) else classifiers[0]
+    weight = read_weights(path).get(f"{first}.weight")
+    classes = sizes.classes if weight is None else len(weight)
+    file = {"file": str(path), "num_classes": classes}
+    loaded = build_model(config, sizes, pretrained=True, pretrained_cfg_overlay=file)
+    model.load_state_dict(loaded.state_dict())
+    head = "" if classes == sizes.classes else f", except {first} of {classes} classes"
+    return f"loaded by timm{head}"
+
+
+def freeze(model: nn.Module, names: str) -> None:
+    """Exclude parts of a model from training.
+
+    Args:
+        model: the model.
+        names: modules or parameters, separated by spaces; ``blocks.0-5`` are six of them.
+
+    Raises:
+        ValueError: for a name that the model does not have, or if nothing is left to train.
+    """
+    parameters = dict(model.named_parameters())
+    parts = {".".join(n.split(".")[: i + 1]) for n in parameters for i in range(n.count(".") + 1)}
+    for name in _expand(names.split()):
+        if name not in parts:
+            near = difflib.get_close_matches(name, sorted(parts), n=1, cutoff=0)
+            raise ValueError(
+                f"train.freeze {name!r} is no part of the model with parameters; "
+                f"did you mean {near[0]!r}?"
+            )
+        for own, parameter in parameters.items():
+            if f"{own}.".startswith(f"{name}."):
+                parameter.requires_grad_(False)
+    if not any(p.requires_grad for p in parameters.values()):
+        raise ValueError(f"train.freeze {names!r} leaves nothing to train")
+
+
+def _expand(words: Iterable[str]) -> Iterable[str]:
+    """Names with ranges written out."""
+    for word in words:
+        found = re.fullmatch(r"(.*?)(\d+)-(\d+)(.*)", word)
+        if found is None:
+            yield word
+            continue
+        first, last = int(found[2]), int(found[3])
+        if last < first:
+            raise ValueError(
+                f"train.freeze {word!r} is an empty range: did you mean {last}-{first}?"
+            )
+        yield from (f"{found[1]}{i}{found[4]}" for i in range(first, last + 1))
+
+
+def train_mode(model: nn.Module) -> None:
+    """Set training mode, except for frozen batch norms, which keep their statistics."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and not any(p.requires_grad for p in module.parameters()):
+            module.eval()

@@ -1,0 +1,57 @@
+"""Gradient checkpointing: blocks that are recomputed in the backward pass."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from ..derivatives import is_transformed
+
+
+class Checkpointed(nn.Module):
+    """A module that can store only the inputs of its blocks for the backward pass.
+
+    Attributes:
+        grad_checkpointing: whether it does.
+    """
+
+    grad_checkpointing: bool = False
+
+    def checkpointed(self, block: nn.Module, *args: Any) -> Any:
+        """Call ``block(*args)``; with ``grad_checkpointing``, recompute it in the backward pass.
+
+        Raises:
+            ValueError: for blocks with batch norm under torch.compile, or within torch.func.
+        """
+        if not (self.grad_checkpointing and torch.is_grad_enabled()):
+            return block(*args)
+        if is_transformed():
+            raise ValueError(
+                "torch.func cannot recompute blocks: call set_grad_checkpointing(False) first"
+            )
+        more: dict[str, Any] = {}
+        if any(isinstance(module, _BatchNorm) for module in block.modules()):
+            if torch.compiler.is_compiling():
+                raise ValueError("gradient checkpointing of batch norms cannot be compiled")
+            more["context_fn"] = lambda: (contextlib.nullcontext(), _statistics_kept(block))
+        return checkpoint(block, *args, use_reentrant=False, **more)
+
+
+@contextlib.contextmanager
+def _statistics_kept(block: nn.Module) -> Iterator[None]:
+    """Keep running statistics unchanged during recomputation."""
+    norms = [m for m in block.modules() if isinstance(m, _BatchNorm)]
+    before = [(m.momentum, m.num_batches_tracked) for m in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, batches) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, batches

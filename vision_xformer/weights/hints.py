@@ -1,0 +1,78 @@
+"""Which fields a ViT needs so that the weights of another one mean the same in it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from .conversion import FC_NORM
+from .fitting import guess_grid, is_table
+from .grouping import Part, unwrap
+
+Groups = Mapping[str, list[Part]]
+
+
+def norm_is_elsewhere(source: list[Part], target: list[Part]) -> bool:
+    """Whether one of the norms comes before the pool and the other one after it."""
+    keys = unwrap(source[0].key), unwrap(target[0].key)
+    is_norm = all(key.startswith(("norm.", "fc_norm.")) for key in keys)
+    return is_norm and len({bool(re.match(FC_NORM, key)) for key in keys}) == 2
+
+
+def other_fields(module: nn.Module, source: Groups, target: Groups) -> dict[str, Any]:
+    """The fields of a ViT that would have to differ for these weights; empty for other models.
+
+    Their values come from the tokens, the number of positions and the place of the norm.
+    """
+    config: Any = getattr(module, "config", None)
+    if not hasattr(config, "no_embed_class") or "blocks.0.norm1.weight" not in source:
+        return {}
+    found: dict[str, Any] = {}
+    class_token = "cls_token" in source
+    registers = source["reg_token"][0].tensor.shape[1] if "reg_token" in source else 0
+    pool, norm = config.pool, "norm.weight"
+    if norm in source and norm in target and norm_is_elsewhere(source[norm], target[norm]):
+        wanted = not config.has_fc_norm  # a norm after the pool is the mark of a mean
+        pool = "mean" if wanted else "cls" if class_token else pool
+        if pool != config.pool:
+            found["pool"] = pool
+        if config.fc_norm is not None or wanted != (pool == "mean"):
+            found["fc_norm"] = wanted
+    if class_token != config.has_class_token or (class_token and pool == "mean" != config.pool):
+        found["class_token"] = class_token
+    if registers != config.registers:
+        found["registers"] = registers
+    no_embed = _no_embed_class(class_token + registers, source, target, config.no_embed_class)
+    if no_embed != config.no_embed_class:
+        found["no_embed_class"] = no_embed
+    return found
+
+
+def _no_embed_class(tokens: int, source: Groups, target: Groups, ours: bool) -> bool:
+    """Whether positions of the source have no rows for its class and register tokens.
+
+    A table of another library tells by its number of rows: that of the module's grid, with the
+    tokens or without, and otherwise that of a grid of the same proportions, or a square one.
+    """
+    if not tokens or "position" not in source or "position" not in target:
+        return ours
+    parts, like = source["position"], tuple(target["position"][-1].tensor.shape[:-1])
+    if is_table(parts):
+        return ours if len(parts) == len(target["position"]) else not ours
+    rows = parts[0].tensor.shape[-2]
+    for matches in (lambda cells: cells == math.prod(like), lambda cells: guess_grid(cells, like)):
+        possible = {no: bool(matches(rows - (0 if no else tokens))) for no in (ours, not ours)}
+        if any(possible.values()):
+            return next(no for no, fits in possible.items() if fits)
+    return ours
+
+
+def as_sentence(fields: Mapping[str, Any]) -> str:
+    """What to build instead, or "" for no fields."""
+    if not fields:
+        return ""
+    return "build the model with " + ", ".join(f"{k}={v!r}" for k, v in fields.items())
