@@ -461,6 +461,20 @@ def test_alignment_brings_a_model_nearer(name: str, given: bool) -> None:
             assert a.requires_grad == b.requires_grad
 
 
+def test_matching_follows_the_grid_of_the_teacher() -> None:
+    teacher = build("hf dinov3")
+    model, images = copy.deepcopy(teacher), images_of(WIDE)
+    vx.convert(model, "nystrom", landmarks=4)
+    square = vx.compare(model, teacher, images_of(SQUARE))  # before any pass of its own
+    assert max(square.errors.values()) < 1
+    for kernel in kernels_of(model):
+        kernel.tracker.shape = (1, 1)
+    loss = AttentionMatching(model, teacher)(images)
+    assert kernels_of(model)[0].tracker.shape == (4, 6)
+    run(model, images)
+    torch.testing.assert_close(AttentionMatching(model, teacher)(images), loss, rtol=0, atol=0)
+
+
 def test_the_first_stage_moves_projections_and_kernels_only() -> None:
     model = build("timm").float()
     vx.convert(model, "linear", feature_map="t2r")
@@ -489,6 +503,8 @@ def test_a_shared_teacher_holds_only_what_moves() -> None:
         ({"images": []}, "images is empty"),
         ({"lr": (1e20, 0.0)}, r"lower lr 1e\+20, or set precision"),
         ({"steps": (-1, 2)}, "steps -1 must be at least 0"),
+        ({"images": iter([torch.randn(2, 3, 16, 16)] * 2)}, "has come to an end"),
+        ({"images": torch.randn(4, 3, 16, 20)}, r"does not take images of shape \(4, 3, 16, 20\)"),
     ],
 )
 def test_alignment_refuses_what_cannot_work(given: dict[str, Any], sentence: str) -> None:

@@ -1,7 +1,8 @@
 """Train and compare models: ``python -m train fit --config configs/cifar10/base.yaml ...``.
 
 ``resume`` continues an interrupted run, or a complete one with more epochs; ``evaluate``,
-``predict`` and ``report`` use finished runs; ``benchmark`` measures memory and time.
+``predict`` and ``report`` use finished runs; ``convert`` gives a model another attention, and
+``benchmark`` measures memory and time.
 ``python -m train --config FILE`` means ``fit``, and ``python -m train --resume DIR`` means
 ``resume``.
 """
@@ -32,7 +33,7 @@ def command_line() -> Parser:
     resume = options_parser(FREE, "a run resumes its own configuration, and only the options of "
                             "resume --help may change")  # fmt: skip
     evaluate, predict = options_parser(_EVALUATION), options_parser(_PREDICTION)
-    report, benchmark = Parser(), Parser()
+    report, benchmark, convert = Parser(), Parser(), Parser()
     for parser, what in ((resume, "to resume"), (evaluate, "to evaluate"), (predict, "to use")):
         parser.add_argument("run", type=Path, help=f"folder of the run {what}")
     evaluate.add_argument("--split", choices=("test", "val"), default="test", help="which images")
@@ -59,6 +60,7 @@ def command_line() -> Parser:
             "evaluate": ("accuracy of the best weights of a run", evaluate),
             "predict": ("classes of image files and folders", predict),
             "report": ("compare runs on one page", report),
+            "convert": ("another attention in a trained model; see convert --help", convert),
             "benchmark": ("memory and time; see python -m train.benchmark --help", benchmark),
         },
     )
@@ -112,6 +114,11 @@ def main(arguments: list[str] | None = None) -> None:
         return
     run: Run | None = None
     try:
+        if arguments and arguments[0] == "convert":
+            from .convert import main as convert
+
+            convert(arguments[1:])
+            return
         run = start(with_command(arguments))
         if run is None:
             return

@@ -30,6 +30,24 @@ else:  # the check, the message and --help of each field come from its type
 
 
 @dataclasses.dataclass
+class ConvertConfig:
+    """Another kernel inside the attention of the model, see ``vision_xformer.convert``.
+
+    Args:
+        mixer: a kernel, such as "nystrom"; none leaves the model as it is.
+        options: of the kernel: --model.convert.options.landmarks 32
+        layers: indices of the layers to convert; by default all.
+        center_keys: whether the mean of the keys is subtracted; by default it depends on the
+            kernel.
+    """
+
+    mixer: str | None = None
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    layers: list[int] | None = None
+    center_keys: bool | None = None
+
+
+@dataclasses.dataclass
 class ModelConfig:
     """The model.
 
@@ -42,6 +60,7 @@ class ModelConfig:
         weights: pretrained weights to start from, a safetensors or PyTorch file with the keys of
             any library that load_weights knows. Another number of classes gets a new head, another
             image size or number of channels adapts them. A resumed run does not need the file.
+        convert: another kernel inside the attention of this model.
     """
 
     name: str = "HybridViN-RoPE"
@@ -49,6 +68,12 @@ class ModelConfig:
     mixer_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     weights: str | None = None
+    convert: ConvertConfig = dataclasses.field(default_factory=ConvertConfig)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> ModelConfig:
+        """Rebuild a configuration from ``dataclasses.asdict``."""
+        return cls(**{**fields, "convert": ConvertConfig(**fields.get("convert", {}))})
 
 
 @dataclasses.dataclass
@@ -143,7 +168,12 @@ class TrainConfig:
         accumulate: gradient accumulation steps; each batch is split into as many parts.
         ema: decay of the exponential moving average of the weights, which is evaluated and saved;
             0 for none.
-        teacher: a model file whose predictions are learned next to the labels (hard distillation).
+        teacher: a model file, such as the best.safetensors of a run. Its predictions are learned
+            next to the labels (hard distillation), or what ``loss`` says.
+        loss: "labels"; or for a converted model, without labels, "attention" (each converted layer
+            learns what the teacher's returns, given the teacher's input; only kernels and the
+            layers to queries, keys and values move) or "features" (all weights move, towards the
+            last features and outputs of attention of the teacher). Dropout is then off.
         grad_checkpointing: recompute the blocks in the backward pass, for less memory.
         compile: use torch.compile.
         device: "auto" is a GPU if there is one: "cuda", where CUDA_VISIBLE_DEVICES selects it, or
@@ -166,6 +196,7 @@ class TrainConfig:
     accumulate: PositiveInt = 1
     ema: Fraction = 0.0
     teacher: str | None = None
+    loss: Literal["labels", "attention", "features"] = "labels"
     grad_checkpointing: bool = False
     compile: bool = False
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -203,11 +234,33 @@ class RunConfig:
         for name in ("options", "mixer_options"):
             if not isinstance(getattr(self.model, name), dict):
                 raise ValueError(f"model.{name} must be names with values, such as {{depth: 6}}")
+        if self.train.loss != "labels":
+            self._check_alignment()
         if self.run_dir == "":
             raise ValueError("run_dir is empty: name a folder, or leave it out")
         _check_numbers(self, "")
         for part in ("data", "augment", "train"):
             _check_numbers(getattr(self, part), f"{part}.")
+
+    def _check_alignment(self) -> None:
+        """Raise a ValueError for options without a meaning where there are no labels."""
+        loss = f"train.loss {self.train.loss}"
+        if self.train.teacher is None:
+            raise ValueError(f"{loss} needs train.teacher, the file of the model before conversion")
+        if self.model.convert.mixer is None:
+            raise ValueError(
+                f"{loss} needs model.convert.mixer, the kernel of the converted layers"
+            )
+        without = {
+            "train.label_smoothing": self.train.label_smoothing,
+            "augment.mixup": self.augment.mixup,
+            "augment.cutmix": self.augment.cutmix,
+            "data.balance loss": self.data.balance == "loss",
+            "train.compile": self.train.compile,
+        }
+        for name, value in without.items():
+            if value:
+                raise ValueError(f"{name} has no effect with {loss}: leave it out")
 
 
 def bounds_of(config: type, prefix: str = "") -> dict[str, str]:

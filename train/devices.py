@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
+
+from vision_xformer.precision import has_bf16
 
 from .config import RunConfig, TrainConfig
 
@@ -38,11 +39,9 @@ def pick_precision(precision: str, device: str) -> str:
         return {"fp32": "no"}.get(precision, precision)
     if device == "mps":
         return "no"
-    if device == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    # a function of newer PyTorch only
-    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return "bf16" if known.get("avx512_bf16") or known.get("amx_bf16") else "no"
+    if has_bf16(device):
+        return "bf16"
+    return "fp16" if device == "cuda" else "no"
 
 
 def make_accelerator(config: TrainConfig, folder: Path | None = None) -> Accelerator:

@@ -14,9 +14,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import vision_xformer as vx
 from vision_xformer.weights import read_weights
 
+from .align import freeze_unmatched
 from .atomic import read_state
 from .config import ModelConfig
-from .model import Sizes, build_model
+from .model import Sizes, build_base, converted, is_converted, of_converted
 from .pixels import NAMED, Pixels, pixels_of_weights, set_pixels
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def start_model(run: Run, sizes: Sizes) -> nn.Module:
             freeze that it does not have.
     """
     config, state = run.config, run.folder / "state.pt"
-    model = build_model(config.model, sizes)
+    model = build_base(config.model, sizes)
     if run.resumed and state.is_file():
         pixels = Pixels(*read_state(state).get("pixels", NAMED["half"]))
     else:
@@ -42,8 +43,11 @@ def start_model(run: Run, sizes: Sizes) -> nn.Module:
             run.accelerator.print(
                 f"model.weights {config.model.weights}: {told}; pixels have {pixels} ({origin})"
             )
+    if not is_converted(model):
+        converted(model, config.model.convert, sizes)
     set_pixels(model, pixels)
     freeze(model, config.train.freeze)
+    freeze_unmatched(model, config.train.loss, sizes)
     if config.train.grad_checkpointing:
         model.set_grad_checkpointing()  # type: ignore[operator]
     return model
@@ -64,11 +68,14 @@ def _load(model: nn.Module, config: ModelConfig, file: str, sizes: Sizes) -> str
     """Load start weights, and return what was done with them."""
     path = Path(file).expanduser()
     try:
+        if config.convert.mixer is not None and of_converted(path):
+            converted(model, config.convert, sizes).load_state_dict(read_weights(path))
+            return "of a converted model"
         if not isinstance(model, vx.VisionModel):
             return _load_timm(model, config, path, sizes)
         report = vx.load_weights(model, path, resize=True, strict=False)
-    except ValueError as error:
-        raise ValueError(f"model.weights: {error}") from error
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"model.weights {file}: {error}") from error
     total = len(model.state_dict())
     if len(report.missing) > total / 2:
         raise ValueError(
@@ -86,7 +93,7 @@ def _load_timm(model: nn.Module, config: ModelConfig, path: Path, sizes: Sizes) 
     weight = read_weights(path).get(f"{first}.weight")
     classes = sizes.classes if weight is None else len(weight)
     file = {"file": str(path), "num_classes": classes}
-    loaded = build_model(config, sizes, pretrained=True, pretrained_cfg_overlay=file)
+    loaded = build_base(config, sizes, pretrained=True, pretrained_cfg_overlay=file)
     model.load_state_dict(loaded.state_dict())
     head = "" if classes == sizes.classes else f", except {first} of {classes} classes"
     return f"loaded by timm{head}"
@@ -133,9 +140,12 @@ def _expand(words: Iterable[str]) -> Iterable[str]:
         yield from (f"{found[1]}{i}{found[4]}" for i in range(first, last + 1))
 
 
-def train_mode(model: nn.Module) -> None:
-    """Set training mode, except for frozen batch norms, which keep their statistics."""
-    model.train()
+def train_mode(model: nn.Module, loss: str) -> None:
+    """Set training mode, except for frozen batch norms, which keep their statistics.
+
+    A model that is matched with a teacher has no dropout: the teacher has none.
+    """
+    model.train(loss == "labels")
     for module in model.modules():
         if isinstance(module, _BatchNorm) and not any(p.requires_grad for p in module.parameters()):
             module.eval()

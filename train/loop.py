@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from vision_xformer.weights import read_weights
 
+from .align import matching, named_by_teacher
 from .augment import augment, draw, mixing
 from .balance import class_weights, cross_entropy, epoch_order
 from .checkpoint import save_epoch, save_result, save_state, take_up
@@ -61,7 +62,9 @@ class Run:
         self.accelerator = make_accelerator(c, self.folder)
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
         with self.accelerator.main_process_first():  # one of them downloads and unpacks
-            self.data = load_data(config.data, self.device)
+            self.data = named_by_teacher(
+                load_data(config.data, self.device), config, self.accelerator
+            )
         sizes = Sizes.of(self.data)
         self.batch_size = min(config.data.batch_size, len(self.data.train))
         self.part_size = part_size(config, self.batch_size, self.accelerator)
@@ -74,21 +77,23 @@ class Run:
         self.teacher = load_teacher(c.teacher, self.model, sizes, self.device)
         self.mix = mixing(config.augment, len(self.data.classes))
         self.class_weights = class_weights(self.data, config.data.balance, self.device)
-        net = torch.compile(self.model) if c.compile else self.model
+        net: Any = matching(self.model, self.teacher, c.loss)
+        net = torch.compile(net) if c.compile else net
         self.net, self.optimizer = self.accelerator.prepare(net, make_optimizer(self.model, c))
         self.signals, self.pixels = Signals(self.accelerator), pixels_of(self.model)
         self.step, self.best, self.images_seen, self.seconds = 0, -1.0, 0, 0.0
         self.rows: list[dict[str, float]] = []  # of metrics.csv, one per epoch
-        self.loss_sum = 0.0  # of this epoch
-        self.no_bar = False  # whether lines for each epoch take the place of a progress bar
+        self.loss_sum, self.no_bar = 0.0, False  # of this epoch; whether its line is printed
         self.lock = take_up(self) if self.resumed else contextlib.ExitStack()  # of the folder
 
     # One step
     def loss(self, x: Tensor, labels: Tensor) -> Tensor:
         """The loss () of float images (B, C, H, W) and classes (B,).
 
-        With a teacher, half of it is the loss for the classes that the teacher predicts.
+        With a teacher, half of it is for the classes that it predicts, or all is ``train.loss``.
         """
+        if self.config.train.loss != "labels":
+            return self.net(x)
         targets, smoothing = labels, self.config.train.label_smoothing
         if self.mix is not None:
             x, targets = self.mix(x, labels)
@@ -105,8 +110,7 @@ class Run:
         """Forward and backward for each part of the batch, and one optimizer step."""
         c, seed, process = self.config.train, self.config.seed, self.accelerator.process_index
         warmup = min(round(c.warmup_epochs * self.steps_per_epoch), self.steps // 2)
-        rate = learning_rate(self.step, self.steps, warmup, c.lr)
-        set_rate(self.optimizer, rate)
+        rate = set_rate(self.optimizer, learning_rate(self.step, self.steps, warmup, c.lr))
         generator = torch.Generator().manual_seed(seed_of(seed, 1, self.step))
         parts = draw(self.batch_size, generator).split(self.part_size)
         draws = parts[process :: self.accelerator.num_processes]
@@ -143,7 +147,7 @@ class Run:
         todo = order.split(self.batch_size)[first : self.steps_per_epoch]
         parts = [part for x in todo for part in x.split(self.part_size)[here::processes]]
         batches = self.data.train.batches(parts, self.device, self.config.data.workers)
-        train_mode(self.net)
+        train_mode(self.net, self.config.train.loss)
         start = time.perf_counter() - self.seconds
         for done in range(first + 1, self.steps_per_epoch + 1):
             self.train_step(batches)

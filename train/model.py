@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import vision_xformer as vx
+from vision_xformer.converters.replace import converted_layers
 from vision_xformer.factory import write_weights
 from vision_xformer.options import unknown_name_error
 from vision_xformer.weights import read_metadata, read_weights
 
-from .config import ModelConfig
+from .config import ConvertConfig, ModelConfig
 from .data import Splits
 from .pixels import NAMED, pixels_of, pixels_of_weights, set_pixels
 
@@ -40,8 +41,42 @@ class Sizes(NamedTuple):
         return cls(data.image_size, data.channels, len(data.classes))
 
 
-def build_model(config: ModelConfig, sizes: Sizes, **timms: Any) -> nn.Module:
+def build_model(config: ModelConfig, sizes: Sizes) -> nn.Module:
     """Build the model of a configuration: (B, channels, H, W) -> (B, classes).
+
+    Raises:
+        ValueError: for an unknown name or option, or one that the data determines.
+    """
+    return converted(build_base(config, sizes), config.convert, sizes)
+
+
+def converted(model: nn.Module, config: ConvertConfig, sizes: Sizes) -> nn.Module:
+    """Convert the attention of a model in place, if its configuration says so.
+
+    Raises:
+        ValueError: for a model or kernel that cannot be converted.
+    """
+    if config.mixer is not None:
+        vx.convert(
+            model, config.mixer, layers=config.layers, image_size=sizes.image_size,
+            center_keys=config.center_keys, **config.options,
+        )  # fmt: skip
+    return model
+
+
+def is_converted(model: nn.Module) -> bool:
+    """Whether there is another kernel inside the attention of a model."""
+    return bool(converted_layers(model))
+
+
+def of_converted(path: Path) -> bool:
+    """Whether a file of :func:`save_weights` holds a converted model."""
+    recipe = json.loads(read_metadata(path).get("recipe", "{}"))
+    return recipe.get("model", {}).get("convert", {}).get("mixer") is not None
+
+
+def build_base(config: ModelConfig, sizes: Sizes, **timms: Any) -> nn.Module:
+    """Build the model of a configuration before conversion: (B, channels, H, W) -> (B, classes).
 
     Args:
         config: name and options.
@@ -95,7 +130,7 @@ def _build_timm(config: ModelConfig, sizes: Sizes, more: dict[str, Any]) -> nn.M
 
 def save_weights(model: nn.Module, path: Path, config: ModelConfig, sizes: Sizes) -> None:
     """Write weights and all that rebuilds the model to a safetensors file, atomically."""
-    if isinstance(model, vx.VisionModel):
+    if isinstance(model, vx.VisionModel) and config.convert.mixer is None:
         vx.save_model(model, path)
         return
     recipe = {"model": dataclasses.asdict(config), "sizes": sizes}
@@ -119,7 +154,7 @@ def load_model(path: Path) -> tuple[nn.Module, Sizes]:
         return model, Sizes(shape[0], channels, model.config.num_classes)
     recipe = json.loads(metadata["recipe"])
     sizes = Sizes(*recipe["sizes"])
-    other = build_model(ModelConfig(**recipe["model"]), sizes)
+    other = build_model(ModelConfig.from_dict(recipe["model"]), sizes)
     other.load_state_dict(read_weights(path))
     set_pixels(other, pixels_of_weights(path, "") or NAMED["half"])
     return other.eval(), sizes

@@ -81,10 +81,11 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     return torch.optim.AdamW(groups, lr=config.lr, fused=True)
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate of the highest layer; that of each group is scaled from it."""
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> float:
+    """Set the learning rate of the highest layer, and return it; each group's is scaled from it."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]
+    return rate
 
 
 def average(model: nn.Module, decay: float) -> AveragedModel:

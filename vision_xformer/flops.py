@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .modes import evaluating
+
 
 def count_flops(module: nn.Module, *inputs: Any) -> int:
     """Count the operations of ``module(*inputs)`` in evaluation mode.
@@ -42,14 +44,11 @@ def count_flops(module: nn.Module, *inputs: Any) -> int:
         if hasattr(part, "flops"):
             hooks.append(part.register_forward_pre_hook(start, with_kwargs=True))
             hooks.append(part.register_forward_hook(stop, with_kwargs=True))
-    training = {part: part.training for part in module.modules()}
     try:
         # without gradients the counter fails on a bare parameter
-        with counter, torch.enable_grad():
-            module.eval()(*inputs)
+        with evaluating(module), counter, torch.enable_grad():
+            module(*inputs)
     finally:
-        for part, mode in training.items():
-            part.training = mode
         for hook in hooks:
             hook.remove()
     return counter.get_total_flops() + stated

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,3 +24,12 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
 def autocasts(x: Tensor) -> bool:
     """Whether autocast is enabled on the device of ``x``, a tensor of any shape."""
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+def has_bf16(device: str) -> bool:
+    """Whether a device, "cpu" or "cuda", computes in bfloat16 natively."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported()
+    # a function of newer PyTorch only
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from ..modes import evaluating
 from ..options import check_at_least
+from ..precision import has_bf16
 from .compare import Comparison, compare, layers_of_both
 from .observe import features, recorded, tokens_of
 from .replace import adapter_of, converted_layers, revert
@@ -73,7 +75,7 @@ class AttentionMatching(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """The sum over layers of the error of their outputs, given the teacher's inputs."""
-        with torch.no_grad(), recorded(self._teacher[0], self.names) as calls:
+        with torch.no_grad(), recorded(self._teacher[0], self.names, self.model) as calls:
             features(self._teacher[0], images)
         modules = dict(self.model.named_modules())
         losses = []
@@ -130,7 +132,7 @@ def align(
     ``python -m train convert``.
 
     Args:
-        model: a converted model; its training mode is kept.
+        model: a converted model; dropout is off meanwhile.
         teacher: the same model with softmax; None makes it from the model itself, whose weights
             must be those of before. Weights that do not move are then held once.
         images: batches (B, C, H, W) as the model takes them, such as a ``DataLoader`` (labels
@@ -150,56 +152,89 @@ def align(
         ValueError: for a model that is not converted, images of a wrong shape or none, or a loss
             that is not finite.
     """
-    for name, value in zip(("steps", "lr"), (min(steps), min(lr)), strict=True):
+    for name, value in (("steps", min(steps)), ("lr", min(lr))):
         check_at_least(name, value, 0)
-    first = next(iter(_batches(images, batch_size)), None)
+    first = next(_batches(images, batch_size), None)
     if first is None:
         raise ValueError("images is empty: at least one batch is needed")
-    staged = softmax_copy(model, shared=True) if teacher is None else teacher
-    before = compare(model, staged, first)
-    device = next(model.parameters()).device
-    with tqdm(total=sum(steps), disable=not progress, desc="align", unit="step") as bar:
-        for stage in range(2):
+    softmax = softmax_copy(model, shared=True) if teacher is None else teacher
+    with evaluating(model, softmax), tqdm(total=sum(steps), disable=not progress) as bar:
+        try:
+            before = compare(model, softmax, first)
+        except (RuntimeError, AssertionError) as error:
+            shape = tuple(first.shape)
+            raise ValueError(f"the model does not take images of shape {shape}: {error}") from error
+        for stage, kind in enumerate((AttentionMatching, FeatureMatching)):
             if stage == 1 and teacher is None and steps[1]:
-                staged = copy.deepcopy(staged).requires_grad_(False)  # all weights move now
-            matching = (AttentionMatching, FeatureMatching)[stage](model, staged)
+                softmax = copy.deepcopy(softmax).requires_grad_(False)  # all weights move now
             chosen = aligned_parameters(model) if stage == 0 else list(model.parameters())
             with _only_these_train(model, chosen) as trained:
                 optimizer = torch.optim.AdamW(trained, lr[stage], weight_decay=weight_decay)
-                average = _average(model, ema) if ema and stage == 1 else None
-                endless = itertools.chain.from_iterable(
-                    _batches(images, batch_size) for _ in itertools.count()
+                average = None
+                if ema and stage == 1:
+                    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema))
+                batches = itertools.islice(_endless(images, batch_size), steps[stage])
+                _train(
+                    kind(model, softmax), batches, optimizer, steps[stage], precision, bar, average
                 )
-                for step, x in zip(range(steps[stage]), endless, strict=False):
-                    rate = 0.5 * (1 + math.cos(math.pi * step / steps[stage]))
-                    for group in optimizer.param_groups:
-                        group["lr"] = lr[stage] * rate
-                    with _autocast(device, precision):
-                        loss = matching(x.to(device))
-                    if not loss.isfinite():
-                        raise ValueError(
-                            f"the loss is {loss.item()} in step {step + 1} of stage {stage + 1}: "
-                            f"lower lr {lr[stage]:g}, or set precision to fp32"
-                        )
-                    loss.backward()
-                    optimizer.step()
-                    optimizer.zero_grad()
-                    if average is not None:
-                        average.update_parameters(model)
-                    bar.update()
-                    bar.set_postfix_str(f"stage {stage + 1}, loss {loss.item():.3g}", False)
                 if average is not None:
                     model.load_state_dict(average.module.state_dict())
-    return before, compare(model, staged, first)
+        return before, compare(model, softmax, first)
+
+
+def _train(
+    matching: AttentionMatching | FeatureMatching,
+    batches: Iterable[Tensor],
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    precision: str,
+    bar: Any,
+    average: AveragedModel | None,
+) -> None:
+    """Train one stage with a cosine decay."""
+    device, highest = next(matching.parameters()).device, optimizer.param_groups[0]["lr"]
+    for step, x in enumerate(batches):
+        rate = highest * 0.5 * (1 + math.cos(math.pi * step / steps))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        with _autocast(device, precision):
+            loss = matching(x.to(device))
+        if not loss.isfinite():
+            raise ValueError(
+                f"the loss is {loss.item()} in step {step + 1} of {type(matching).__name__}: "
+                f"lower lr {highest:g}, or set precision to fp32"
+            )
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if average is not None:
+            average.update_parameters(matching.model)
+        bar.set_description(f"{type(matching).__name__}, loss {loss.item():.3g}", refresh=False)
+        bar.update()
 
 
 def _batches(images: Tensor | Iterable[Any], batch_size: int) -> Iterator[Tensor]:
     """One pass over the images in batches (B, C, H, W)."""
     if isinstance(images, Tensor):
-        yield from images[torch.randperm(len(images))].split(batch_size)
+        yield from (images[i] for i in torch.randperm(len(images)).split(batch_size))
         return
     for batch in images:
         yield batch[0] if isinstance(batch, list | tuple) else batch
+
+
+def _endless(images: Tensor | Iterable[Any], batch_size: int) -> Iterator[Tensor]:
+    """Passes over the images without end.
+
+    Raises:
+        ValueError: for an iterator, of which there is only one pass.
+    """
+    while True:
+        is_empty = True
+        for batch in _batches(images, batch_size):
+            is_empty = False
+            yield batch
+        if is_empty:
+            raise ValueError("images has come to an end: give a DataLoader or a list of batches")
 
 
 @contextlib.contextmanager
@@ -220,15 +255,6 @@ def _only_these_train(
 
 def _autocast(device: torch.device, precision: str) -> Any:
     """Autocast to bf16, where it is native or asked for."""
-    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bf16()
+    native = device.type in ("cpu", "cuda") and has_bf16(device.type)
     enabled = precision == "bf16" or (precision == "auto" and native)
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
-
-
-def _cpu_has_bf16() -> bool:
-    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
-
-
-def _average(model: nn.Module, decay: float) -> AveragedModel:
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)

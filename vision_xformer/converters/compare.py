@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..modes import evaluating
 from .observe import features, recorded, tokens_of
 from .replace import converted_layers
 
@@ -50,11 +51,8 @@ def compare(model: nn.Module, teacher: nn.Module, images: Tensor) -> Comparison:
         ValueError: for a model that is not converted, or a teacher without its layers.
     """
     names = layers_of_both(model, teacher)
-    modes = [(part, part.training) for m in (model, teacher) for part in m.modules()]
-    try:
-        model.eval()
-        teacher.eval()
-        with recorded(teacher, names) as calls:
+    with evaluating(model, teacher):
+        with recorded(teacher, names, follower=model) as calls:
             theirs = features(teacher, images)
         errors = {}
         modules = dict(model.named_modules())
@@ -66,9 +64,6 @@ def compare(model: nn.Module, teacher: nn.Module, images: Tensor) -> Comparison:
         logits = [tokens_of(m(images)) for m in (model, teacher)]
         same = (logits[0].argmax(-1) == logits[1].argmax(-1)).double().mean().item()
         agreement = same if logits[0].ndim == 2 else None
-    finally:
-        for part, mode in modes:
-            part.training = mode
     return Comparison(errors, cosine, agreement)
 
 

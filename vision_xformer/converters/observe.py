@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from .tokens import GridTracker
+
 
 class LayerCall(NamedTuple):
     """One call of a layer: its arguments and the tokens (B, N, D) that it returned."""
@@ -34,8 +36,16 @@ def tokens_of(output: Any) -> Tensor:
 
 
 @contextlib.contextmanager
-def recorded(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, LayerCall]]:
-    """Record the calls of some layers of a model inside the context, by name."""
+def recorded(
+    model: nn.Module, names: Iterable[str], follower: nn.Module | None = None
+) -> Iterator[dict[str, LayerCall]]:
+    """Record the calls of some layers of a model inside the context, by name.
+
+    Args:
+        model: whose calls are recorded.
+        names: of its layers.
+        follower: a converted model whose layers get the recorded tokens, and so follow their grid.
+    """
     calls: dict[str, LayerCall] = {}
 
     def hook_of(name: str) -> Any:
@@ -46,6 +56,10 @@ def recorded(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Layer
 
     modules = dict(model.named_modules())
     hooks = [modules[n].register_forward_hook(hook_of(n), with_kwargs=True) for n in names]
+    if follower is not None:
+        for name, module in follower.named_modules():
+            trackers = [h for h in module._forward_hooks.values() if isinstance(h, GridTracker)]
+            hooks += [modules[name].register_forward_hook(tracker) for tracker in trackers]
     try:
         yield calls
     finally:

@@ -138,7 +138,7 @@ def convert(
             continue
         tracker = None
         if call.conv is not None and not isinstance(found[name], OwnAttention):
-            tracker = trackers.setdefault(call.conv, GridTracker())
+            tracker = trackers.setdefault(call.conv, GridTracker(call.grid.shape))
         inner = _build(mixer, options, layer, heads, call)
         centered = not shift_invariant(inner) if center_keys is None else center_keys
         recipe = {

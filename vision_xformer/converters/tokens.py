@@ -16,6 +16,7 @@ from ..kernels.efficient import EfficientAttention
 from ..kernels.linformer import Linformer
 from ..kernels.nystrom import Nystrom
 from ..kernels.softmax import MapKernel
+from ..modes import evaluating
 
 _INVARIANT = (MapKernel, Nystrom, EfficientAttention)
 
@@ -28,12 +29,12 @@ def shift_invariant(kernel: Kernel) -> bool:
 class GridTracker:
     """Notes the size of the output of a convolution, the patch embedding, in each forward pass.
 
-    Attributes:
-        shape: cells on each axis, in the last forward pass.
+    Args:
+        shape: cells on each axis, until the first forward pass.
     """
 
-    def __init__(self) -> None:
-        self.shape: tuple[int, ...] = ()
+    def __init__(self, shape: tuple[int, ...] = ()) -> None:
+        self.shape = shape
 
     def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
         """The forward hook of the convolution."""
@@ -195,14 +196,10 @@ def observe(
     ]
     for name, layer in layers.items():
         hooks.append(layer.register_forward_pre_hook(layer_hook(name), with_kwargs=True))
-    training = {part: part.training for part in model.modules()}
     try:
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             model(torch.zeros(1, *shape, dtype=parameter.dtype, device=parameter.device))
     finally:
-        for part, mode in training.items():
-            part.training = mode
         for hook in hooks:
             hook.remove()
     return calls
