@@ -212,6 +212,24 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_classes_named_like_columns_of_the_csv(tmp_path: Path) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    root = image_folder(tmp_path / "images", ("train", "val", "test"))
+    for split in ("train", "val", "test"):
+        (root / split / "cat").rename(root / split / "class")
+        (root / split / "dog").rename(root / split / "path")
+    Run(config_for(tmp_path / "run", name="imagefolder", root=str(root), batch_size=8)).fit()
+    out = tmp_path / "predictions.csv"
+    main(["predict", str(tmp_path / "run"), str(root / "test"), "--out", str(out)])
+    rows = rows_of(out)
+    assert list(rows[0]) == ["path", "class", "error", "class class", "emu", "class path"]
+    for row in rows:
+        assert Path(row["path"]).is_file()
+        assert row["class"] in ("class", "emu", "path")
+        shares = [float(row[key]) for key in ("class class", "emu", "class path")]
+        assert sum(shares) == pytest.approx(1, abs=1e-5)
+
+
 def test_folders_are_predicted_as_csv(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

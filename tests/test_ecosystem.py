@@ -374,6 +374,17 @@ def test_traces(name: str) -> None:
             assert_near([traced(batch)], [model(batch)], 1e-6)
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("cvt", torch.float32), ("cvt", torch.bfloat16), ("vit", torch.float32)]
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_traces_pass_their_check(name: str, dtype: torch.dtype) -> None:
+    # torch.jit.trace traces again without gradients and compares the graphs
+    model = shaken(name).to(dtype)
+    torch.jit.trace(model, (images(model, 2).to(dtype),))
+
+
 # Layers that are replaced, wrapped or masked
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -134,7 +134,10 @@ def write_csv(classifier: Classifier, files: Sequence[Path], out: Path) -> int:
         # file names that are not UTF-8 have characters that UTF-8 does not
         with part.open("w", encoding="utf-8", newline="", errors="backslashreplace") as file:
             rows = csv.writer(file)
-            rows.writerow(["path", "class", "error", *classifier.classes])
+            columns = ["path", "class", "error"]
+            # a class named like a column would hide it from readers by name
+            shares = [f"class {name}" if name in columns else name for name in classifier.classes]
+            rows.writerow([*columns, *shares])
             for found in tqdm(classifier(files), total=len(files), unit="image", disable=None):
                 rows.writerow(classifier.row(found))
                 unread += bool(found.problem)

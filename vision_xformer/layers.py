@@ -122,7 +122,8 @@ class ConvNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve and normalize: (B, C, *grid) -> (B, E, *ceil(grid / stride))."""
-        if x.device.type != "cpu" or not (self.strided_depthwise and x.requires_grad):
+        learns = x.requires_grad and not torch.jit.is_tracing()  # a trace is checked without
+        if x.device.type != "cpu" or not (self.strided_depthwise and learns):
             return self.norm(self.conv(x))
         # On CPU, the half-precision input gradient of a strided depth-wise conv is 15x slower.
         with torch.autocast("cpu", enabled=False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -27,7 +28,8 @@ def attend(
     """
     fused = dropout == 0 and bias is None and v.shape[-1] == q.shape[-1]
     small = q.shape[-2] * k.shape[-2] <= _SMALL_MAP and q.element_size() == 2
-    slower = q.device.type == "cpu" and (not fused or (small and q.requires_grad))
+    learns = q.requires_grad and not torch.jit.is_tracing()  # a trace is checked without
+    slower = q.device.type == "cpu" and (not fused or (small and learns))
     if slower or is_transformed(q, k, v):
         return _attend_explicitly(q, k, v, bias, dropout)
     out = F.scaled_dot_product_attention(q, k, v, bias, dropout)
