@@ -1,4 +1,4 @@
-"""Another kernel inside the attention of models that exist."""
+"""Conversion of pretrained models: other kernels in their attention layers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ HF: dict[str, Any] = {
 
 
 class DinoAttention(nn.Module):
-    """Attention as people write it in their own code."""
+    """Attention as in users' own code."""
 
     def __init__(self, dim: int, num_heads: int, scale: float | None = None) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class BiasedAttention(DinoAttention):
 
 
 class FusedAttention(nn.Module):
-    """A layer of PyTorch whose attention is part of a fused call in evaluation."""
+    """A PyTorch layer whose attention is part of a fused call in evaluation mode."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class FusedAttention(nn.Module):
 
 
 class DinoViT(nn.Module):
-    """A ViT as people write it."""
+    """A ViT as in users' own code."""
 
     def __init__(self, size: tuple[int, int], layer: Callable[..., nn.Module] = DinoAttention):
         super().__init__()
@@ -177,7 +177,7 @@ def kernels_of(model: nn.Module) -> list[ConvertedKernel]:
 
 @pytest.mark.parametrize("size", [WIDE, SQUARE])
 @pytest.mark.parametrize("name", MODELS)
-def test_softmax_in_an_adapter_is_the_model(name: str, size: tuple[int, int]) -> None:
+def test_a_conversion_to_softmax_changes_no_output(name: str, size: tuple[int, int]) -> None:
     model = build(name, size)
     images, keys = images_of(size), set(model.state_dict())
     before, types = run(model, images), [type(m) for m in model.modules()]
@@ -195,7 +195,7 @@ def test_softmax_in_an_adapter_is_the_model(name: str, size: tuple[int, int]) ->
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("name", MODELS)
-def test_every_kernel_in_every_adapter(name: str, kernel: str) -> None:
+def test_every_kernel_works_in_every_adapter(name: str, kernel: str) -> None:
     model = build(name)
     keys, images = set(model.state_dict()), images_of(SQUARE, 3)
     options = {"linformer": {"rank": 5}, "nystrom": {"landmarks": 5}}.get(kernel, {})
@@ -257,7 +257,7 @@ def test_layers_are_chosen_and_kept() -> None:
     assert "it is converted already" in str(second)
 
 
-def test_modes_types_and_devices_are_kept() -> None:
+def test_modes_dtypes_and_devices_are_kept() -> None:
     model = VisionTransformer(img_size=16, attn_drop_rate=0.2, **VIT).bfloat16()
     model.blocks[0].attn.qkv.requires_grad_(False)
     vx.convert(model, "linformer", rank=4)
@@ -320,7 +320,7 @@ def test_a_model_that_cannot_be_converted_is_refused(
         ("linear", {"feature_map": "relu2"}, "feature_map 'relu2' must be"),
         ("linformer", {"one_kv_head": True}, "of other widths"),
         ("linear", {"layers": [2]}, "layers 2: the model has 2"),
-        ("linear", {"layers": []}, "chooses none of the 2"),
+        ("linear", {"layers": []}, "selects none of the 2"),
     ],
 )
 def test_a_wrong_argument_leaves_the_model_unchanged(
@@ -362,7 +362,7 @@ FAMILIES = [name for name in MODELS if name.startswith("hf ")]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_table_of_transformers_calls_our_kernels(name: str) -> None:
+def test_attn_implementation_calls_our_kernels(name: str) -> None:
     names = vx.register_transformers()
     assert {f"vx_{kernel}" for kernel in KERNELS} == set(names)
     model = build(name)
@@ -384,7 +384,7 @@ def test_the_table_of_transformers_calls_our_kernels(name: str) -> None:
         torch.testing.assert_close(run(third, images), by_table, rtol=1e-10, atol=1e-10)
 
 
-def test_the_table_of_transformers_refuses_bias_and_masks() -> None:
+def test_attn_implementation_refuses_bias_and_masks() -> None:
     vx.register_transformers("linear")
     swin = hf.SwinModel(hf.SwinConfig(embed_dim=8, depths=[1], num_heads=[2], image_size=16,
                                       patch_size=2, window_size=4))  # fmt: skip
@@ -433,7 +433,7 @@ def test_comparison_sees_what_changed() -> None:
 
 @pytest.mark.parametrize("given", [True, False])
 @pytest.mark.parametrize("name", ["timm", "vit", "hf vit"])
-def test_alignment_brings_a_model_nearer(name: str, given: bool) -> None:
+def test_alignment_brings_a_model_closer_to_its_teacher(name: str, given: bool) -> None:
     torch.manual_seed(0)
     model = build(name).float()
     teacher = copy.deepcopy(model) if given else None
@@ -475,7 +475,7 @@ def test_matching_follows_the_grid_of_the_teacher() -> None:
     torch.testing.assert_close(AttentionMatching(model, teacher)(images), loss, rtol=0, atol=0)
 
 
-def test_the_first_stage_moves_projections_and_kernels_only() -> None:
+def test_the_first_stage_trains_projections_and_kernels_only() -> None:
     model = build("timm").float()
     vx.convert(model, "linear", feature_map="t2r")
     before = {n: p.clone() for n, p in model.named_parameters()}
@@ -484,7 +484,7 @@ def test_the_first_stage_moves_projections_and_kernels_only() -> None:
     assert moved == {n for n in before if ".attn.qkv." in n or ".kernel." in n}
 
 
-def test_a_shared_teacher_holds_only_what_moves() -> None:
+def test_a_shared_teacher_copies_only_what_is_trained() -> None:
     model = build("timm")
     vx.convert(model, "linear")
     teacher = softmax_copy(model, shared=True)
@@ -504,7 +504,10 @@ def test_a_shared_teacher_holds_only_what_moves() -> None:
         ({"lr": (1e20, 0.0)}, r"lower lr 1e\+20, or set precision"),
         ({"steps": (-1, 2)}, "steps -1 must be at least 0"),
         ({"images": iter([torch.randn(2, 3, 16, 16)] * 2)}, "has come to an end"),
-        ({"images": torch.randn(4, 3, 16, 20)}, r"does not take images of shape \(4, 3, 16, 20\)"),
+        (
+            {"images": torch.randn(4, 3, 16, 20)},
+            r"images of shape \(4, 3, 16, 20\) do not fit the model",
+        ),
     ],
 )
 def test_alignment_refuses_what_cannot_work(given: dict[str, Any], sentence: str) -> None:
@@ -515,7 +518,7 @@ def test_alignment_refuses_what_cannot_work(given: dict[str, Any], sentence: str
         vx.align(model, None, **options)
 
 
-def test_files_hold_the_conversion(tmp_path: Path) -> None:
+def test_files_record_the_conversion(tmp_path: Path) -> None:
     model = build("timm")
     vx.convert(model, "nystrom", landmarks=3, layers=[0])
     vx.convert(model, "performer", layers=[1])

@@ -1,7 +1,7 @@
-"""Second and forward-mode derivatives, and torch.func, where the fastest operator has none.
+"""Second and forward-mode derivatives, and torch.func, for operators that do not support them.
 
-Fused kernels, checkpoints and own operators have a first derivative in reverse mode only. Other
-derivatives are those of the plain equation.
+Fused kernels, checkpoints and custom operators support only first derivatives in reverse mode. All
+other derivatives are computed from the explicit equation.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 
 def is_transformed(*tensors: Tensor) -> bool:
-    """Whether torch.func or forward-mode differentiation is applied to tensors of any shape."""
+    """Whether torch.func is active, or forward-mode differentiation of tensors of any shape."""
     return torch._C._are_functorch_transforms_active() or any(
         forward_ad.unpack_dual(t).tangent is not None for t in tensors
     )
@@ -37,7 +37,7 @@ class _PlainSecond(torch.autograd.Function):
         inputs = ctx.saved_tensors
         if not torch.is_grad_enabled():  # without create_graph
             return d, None, *(None for _ in inputs)
-        # Aliases keep inputs apart that are one tensor, such as keys that are also the values.
+        # Aliases, so that a tensor used for two inputs has a gradient for each of them.
         aliases = [None if t is None else t.view_as(t) for t in inputs]
         wanted = [t for t in aliases if t is not None and t.requires_grad]
         found = iter(torch.autograd.grad(ctx.plain(*aliases), wanted, d, create_graph=True))
@@ -46,12 +46,17 @@ class _PlainSecond(torch.autograd.Function):
 
 
 def plain_second(out: Tensor, plain: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
-    """Let ``out`` be differentiated twice, with the derivatives of ``plain(*inputs)``, equal to it.
+    """Make ``out`` twice differentiable, by the derivatives of an explicit formula for it.
 
-    A first backward pass uses the operator that computed ``out``. One with ``create_graph=True``
-    uses ``plain`` instead.
+    A backward pass uses the operator that computed ``out``; with ``create_graph=True`` it uses the
+    formula instead.
 
     Shape: the same as ``out``
+
+    Args:
+        out: output of an operator that has only a first derivative.
+        plain: the formula; ``plain(*inputs)`` equals ``out``.
+        inputs: of the formula.
     """
     if not out.requires_grad or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return out

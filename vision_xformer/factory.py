@@ -20,7 +20,7 @@ from .names import name_to_config, with_mixer
 from .options import check_options, check_types
 from .weights import load_weights, read_metadata, read_weights
 
-_PIXELS = ("mean", "std")  # of pretrained_cfg, in the metadata of files
+_PIXELS = ("mean", "std")  # entries of pretrained_cfg that are saved
 
 
 def create_model(
@@ -45,8 +45,8 @@ def create_model(
         mixer_options: added to those of the name; an option that the mixer does not have raises an
             error. ``stem_options`` likewise.
         weights: a state dict or the path of one, with any keys that
-            :func:`~vision_xformer.load_weights` understands. Tensors that fit are loaded, carried
-            over to another image size and number of channels; a warning lists the others. To
+            :func:`~vision_xformer.load_weights` understands. Tensors that fit are loaded, adapted
+            to the image size and number of channels if necessary; a warning lists the others. To
             require all of them, call ``load_weights``.
         overrides: any other field of the configuration, such as ``num_classes``, or
             ``input_shape=(1, 4096)`` for signals and ``(1, 28, 28, 28)`` for volumes.
@@ -129,7 +129,7 @@ def save_model(model: VisionModel, path: str | os.PathLike[str]) -> None:
     if not isinstance(model, VisionModel):
         raise ValueError(f"save_model takes a model of create_model, not a {type(model).__name__}")
     if any(hasattr(module, "recipe") for module in model.modules()):
-        raise ValueError("save_model does not know what was converted: use vx.save_converted")
+        raise ValueError("save_model cannot save a converted model: use vx.save_converted")
     pixels = {k: json.dumps(model.pretrained_cfg[k]) for k in _PIXELS if k in model.pretrained_cfg}
     metadata = {"config": json.dumps(model.config.to_dict()), **pixels}
     write_weights(model.state_dict(), path, metadata)

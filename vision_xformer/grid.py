@@ -80,7 +80,7 @@ def pool_grid(x: Tensor, grid: TokenGrid, parts: tuple[int, ...]) -> Tensor:
             if size > count:
                 x = x.unflatten(axis, (count, size // count)).mean(axis + 1)
         else:
-            exact = torch.promote_types(x.dtype, torch.float32)  # not all devices have float64
+            exact = torch.promote_types(x.dtype, torch.float32)  # MPS has no float64
             means = segment_means(size, count, exact, x.device).to(x.dtype)
             x = (means @ x.movedim(axis, -2)).movedim(-2, axis)
     return x.flatten(1, len(parts))

@@ -45,7 +45,7 @@ class TokenBatchNorm(nn.BatchNorm1d):
 
 
 class _InFormatOf(torch.autograd.Function):
-    """The identity of ``y``, whose gradient gets the memory format of ``x``, of equal shape."""
+    """Return ``y`` unchanged, and its gradient in the memory format of ``x``, of equal shape."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor) -> Tensor:
@@ -59,17 +59,17 @@ class _InFormatOf(torch.autograd.Function):
 
 
 class _GridBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm whose gradients are right for one sample, and so under ``vmap``.
+    """Batch norm with correct gradients for a batch of one sample, also under ``vmap``.
 
-    On CPUs, PyTorch's are silently wrong for one sample on a grid of several axes whose gradient
-    has another memory format than the sample.
+    On CPUs, PyTorch silently computes wrong gradients for a single sample with several spatial axes
+    if the gradient of the output and the sample differ in memory format.
 
     Shape: (B, C, *grid) -> same
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize: (B, C, *grid) -> same."""
-        if is_transformed(x):  # with one axis there is one format
+        if is_transformed(x):  # with a single axis, there is only one memory format
             return super().forward(x.flatten(2)).unflatten(2, x.shape[2:])
         y = super().forward(x)
         alone = x.shape[0] == 1 and x.device.type == "cpu" and y.requires_grad
@@ -122,7 +122,7 @@ class ConvNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve and normalize: (B, C, *grid) -> (B, E, *ceil(grid / stride))."""
-        learns = x.requires_grad and not torch.jit.is_tracing()  # a trace is checked without
+        learns = x.requires_grad and not torch.jit.is_tracing()  # traces are checked under no_grad
         if x.device.type != "cpu" or not (self.strided_depthwise and learns):
             return self.norm(self.conv(x))
         # On CPU, the half-precision input gradient of a strided depth-wise conv is 15x slower.

@@ -77,16 +77,16 @@ class LearnedPosition(TokenTable):
     """A learned vector for each token, including the prefix. Shape: () -> (N, D)."""
 
     def forward(self, like: Tensor | None = None) -> Tensor:
-        """The table (N, D); parameters are where the module is, so ``like`` makes no difference."""
+        """Return the table (N, D); ``like`` is accepted for compatibility with FixedTable."""
         return super().forward()
 
 
 class FixedTable(nn.Module):
     """A computed, non-persistent table. Shape: () -> (N, C).
 
-    It is computed in float32; with ``follows_type`` it is then cast to the type of the module. It
-    is recomputed whenever the device or type of the module changes, and where a call shows that
-    the module came to its device in another way: built on the meta device, it is given weights by
+    It is computed in float32; with ``follows_type`` it is then cast to the dtype of the module. It
+    is recomputed whenever the device or dtype of the module changes, and if a call passes a tensor
+    on another device. The latter happens if the module was built on the meta device and filled by
     ``load_state_dict(..., assign=True)`` or by tools that replace parameters.
     """
 
@@ -97,7 +97,7 @@ class FixedTable(nn.Module):
         raise NotImplementedError
 
     def _remake(self, device: torch.device, dtype: torch.dtype) -> None:
-        with torch.inference_mode(False):  # where it is first used says nothing of later uses
+        with torch.inference_mode(False):  # an inference tensor could not be used in training
             table = self._make(device)
         self.table = table.to(dtype) if self.follows_type else table
 
@@ -108,10 +108,10 @@ class FixedTable(nn.Module):
         return self
 
     def forward(self, like: Tensor | None = None) -> Tensor:
-        """The table (N, C), on the device of ``like``, the tensor that it is used with."""
+        """Return the table (N, C), on the device of ``like``, the tensor that it is used with."""
         if like is None:
             return self.table
-        # under autocast the type of a tensor is not that of the module
+        # under autocast the dtype of a tensor is not that of the module
         keeps = not self.follows_type or autocasts(like)
         dtype = self.table.dtype if keeps else like.dtype
         if self.table.device != like.device or self.table.dtype != dtype:

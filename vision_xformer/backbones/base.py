@@ -47,7 +47,7 @@ class VisionModel(nn.Module):
 
     @property
     def num_classes(self) -> int:
-        """Number of classes that the head tells apart."""
+        """Number of classes of the head."""
         return self.config.num_classes
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -70,14 +70,18 @@ class VisionModel(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def get_classifier(self) -> nn.Module:
-        """The head."""
+        """Return the classifier head, as timm's models do."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head with a new one for ``num_classes``; 0 returns the pooled features.
 
+        Args:
+            num_classes: number of classes.
+            global_pool: None; only ViT can change its pooling.
+
         Raises:
-            ValueError: for another ``global_pool``, unless the model has several.
+            ValueError: if ``global_pool`` is not None.
         """
         if global_pool is not None:
             name = type(self).__name__
@@ -95,14 +99,17 @@ class VisionModel(nn.Module):
         return head
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters with several axes that do not decay: positions, tokens, tables."""
+        """Return the names of position tables, tokens and biases that should not decay."""
         return {n for n, p in self.named_parameters() if p.ndim > 1 and not n.endswith("weight")}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns of parameter names by depth, as timm's layer-wise learning rates need them.
+        """Return patterns that group parameter names by depth, for timm's layer-wise decay.
 
-        Stem, tokens and positions are the lowest layer, each block (if ``coarse``, stage) is one,
-        and the head is above all. ``(99999,)`` joins the layer below.
+        Stem, tokens and positions form the lowest layer, each block is a layer, and the head is the
+        highest. In timm's convention, ``(99999,)`` joins a pattern to the layer below.
+
+        Args:
+            coarse: group by stage instead of block.
         """
         first = None if coarse else (0,)
         stages = [
@@ -148,9 +155,9 @@ class VisionModel(nn.Module):
 
 
 def _tables_follow(model: nn.Module, _: Any) -> None:
-    """Recompute the tables of a model that was given weights on another device or of another type.
+    """Recompute the tables of a model whose new weights have another device or dtype.
 
-    Their first call would do it, too, but it may be that of a compiler.
+    The first forward pass would also do so, but it may be inside torch.compile or torch.export.
     """
     like = next((p for p in model.parameters() if p.is_floating_point()), None)
     for module in model.modules():

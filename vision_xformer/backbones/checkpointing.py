@@ -1,4 +1,4 @@
-"""Gradient checkpointing: blocks that are recomputed in the backward pass."""
+"""Gradient checkpointing: recompute blocks in the backward pass."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Checkpointed(nn.Module):
     """A module that can store only the inputs of its blocks for the backward pass.
 
     Attributes:
-        grad_checkpointing: whether it does.
+        grad_checkpointing: whether only the inputs are stored.
     """
 
     grad_checkpointing: bool = False
@@ -33,7 +33,8 @@ class Checkpointed(nn.Module):
             return block(*args)
         if is_transformed():
             raise ValueError(
-                "torch.func cannot recompute blocks: call set_grad_checkpointing(False) first"
+                "torch.func does not support gradient checkpointing: call "
+                "set_grad_checkpointing(False) first"
             )
         more: dict[str, Any] = {}
         if any(isinstance(module, _BatchNorm) for module in block.modules()):

@@ -94,11 +94,11 @@ class ViTConfig(IsotropicConfig):
         class_token: whether there is one; by default with pool "cls" only.
         registers: number of register tokens (Darcet et al. 2023).
         pool_include_prefix: whether pool "mean" or "seq" includes class and register tokens, as in
-            vision_xformer 0.2.0; otherwise it is over the patches alone, as in timm.
-        no_embed_class: whether class and register tokens have no positions.
+            vision_xformer 0.2.0; otherwise it is over the patches only, as in timm.
+        no_embed_class: whether class and register tokens have no position embedding.
         fc_norm: whether the norm follows the pool; by default with pool "mean" only.
 
-    The names of the last three are those of timm.
+    The last three are named as in timm.
     """
 
     backbone: ClassVar[str] = "vit"
@@ -145,7 +145,7 @@ class Isotropic(VisionModel):
     Args:
         config: see :class:`IsotropicConfig`.
         prefix: names and counts of learned prefix tokens.
-        embed_prefix: whether they have positions.
+        embed_prefix: whether prefix tokens have a position embedding.
     """
 
     block_class: ClassVar[type[Block]] = Block
@@ -239,12 +239,12 @@ class ViT(Isotropic):
         """Replace the head with a new one for ``num_classes``; 0 returns the pooled features.
 
         Args:
-            num_classes: width of the logits.
+            num_classes: number of classes.
             global_pool: "token" for the class token, "avg" for the mean, as in timm; None keeps
-                the pool. The norm stays where it is.
+                the pooling. The norm stays before or after the pool.
 
         Raises:
-            ValueError: for another pool, or "token" without a class token.
+            ValueError: for another pooling, or "token" without a class token.
         """
         if global_pool is not None:
             pools: dict[str, Pool] = {"token": "cls", "avg": "mean"}

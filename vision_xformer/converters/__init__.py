@@ -1,4 +1,4 @@
-"""Another kernel inside the attention of a model that exists: replace, compare, align, revert."""
+"""Replace the softmax attention of pretrained models by other kernels: convert, compare, align."""
 
 from .align import AttentionMatching, FeatureMatching, align, softmax_copy
 from .compare import Comparison, compare

@@ -1,7 +1,7 @@
-"""What conversion knows of other people's attention: where q, k and v come from, and where y goes.
+"""Adapters to the attention layers of other libraries: how to compute q, k and v, and use y.
 
-An adapter is found by the class of a module. While a layer is converted its class is a subclass of
-its own, with the same parameters under the same names, whose ``forward`` calls ``kernel``.
+An adapter is selected by the class of a module. The class of a converted layer is a subclass of its
+original class, with the same parameters under the same names, whose ``forward`` calls ``kernel``.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from ..kernels import Kernel
 from ..kernels.softmax import Softmax, SoftmaxEager
 from ..mixers.attention import Attention
 
-# Gets q (B, H, N, K), k (B, H, N, K) and v (B, H, N, V), and returns y (B, H, N, V).
+# Maps q (B, H, N, K), k (B, H, N, K) and v (B, H, N, V) to y (B, H, N, V).
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class RefusedError(ValueError):
-    """A layer that cannot be converted; the message says why."""
+    """Raised for a layer that cannot be converted; the message states the reason."""
 
 
 class Heads(NamedTuple):
@@ -34,7 +34,7 @@ class Heads(NamedTuple):
         value_dim: width of values per head V.
         scale: factor of the logits.
         dropout: probability of dropping an attention weight in training.
-        weight: a parameter with the device and the type of the layer.
+        weight: a parameter with the device and dtype of the layer.
     """
 
     heads: int
@@ -46,18 +46,18 @@ class Heads(NamedTuple):
 
 
 class Adapter:
-    """How attention of one kind is converted. Each method gets the layer.
+    """Converts attention layers of one kind. Each method takes the layer.
 
     Attributes:
         classes: qualified names of the classes that it converts.
-        forward: the ``forward`` of a converted layer, for adapters that exchange it.
+        forward: the ``forward`` of a converted layer, for adapters that replace it.
     """
 
     classes: ClassVar[tuple[str, ...]] = ()
     forward: ClassVar[Callable[..., Any]]
 
     def matches(self, layer: nn.Module) -> bool:
-        """Whether the layer is of one of the classes, or of a subclass with their ``forward``."""
+        """Whether the layer is an instance of one of the classes and inherits their ``forward``."""
         forward = getattr(type(layer), "forward", None)
         return any(
             f"{c.__module__}.{c.__qualname__}" in self.classes
@@ -74,7 +74,7 @@ class Adapter:
         raise NotImplementedError
 
     def trained(self, layer: Any) -> Iterator[nn.Module | nn.Parameter]:
-        """The parts in front of the kernel: layers to q, k and v, and norms of q and k."""
+        """Yield the parts before the kernel: projections to q, k and v, and norms of q and k."""
         raise NotImplementedError
 
     def install(self, layer: Any, kernel: Kernel) -> None:
@@ -96,11 +96,11 @@ _CLASSES: dict[tuple[type[nn.Module], type[Adapter]], type[nn.Module]] = {}
 
 
 def _converted_class(original: type[nn.Module], adapter: type[Adapter]) -> type[nn.Module]:
-    """The subclass of a layer's class whose ``forward`` is that of the adapter."""
+    """Return the subclass of a layer's class with the ``forward`` of the adapter."""
     if (known := _CLASSES.get((original, adapter))) is not None:
         return known
 
-    def reduce(layer: Any, protocol: int) -> tuple[Any, ...]:  # a class made here has no name
+    def reduce(layer: Any, protocol: int) -> tuple[Any, ...]:  # pickle cannot import this class
         return _new, (original, adapter), layer.__dict__
 
     members = {
@@ -114,7 +114,7 @@ def _converted_class(original: type[nn.Module], adapter: type[Adapter]) -> type[
 
 
 def _new(original: type[nn.Module], adapter: type[Adapter]) -> nn.Module:
-    """An empty layer, which unpickling and copying fill."""
+    """Return an empty layer for unpickling and copying to fill."""
     cls = _converted_class(original, adapter)
     return cls.__new__(cls)
 
@@ -125,8 +125,8 @@ def refuse_mask(layer: Any, mask: object, is_causal: bool = False) -> None:
         what = "causal" if mask is None else "called with a mask"
         kernel = type(layer.kernel.inner).__name__
         raise ValueError(
-            f"{type(layer).__name__} is converted and {what}: its kernel {kernel} forms no "
-            "attention map that could be masked; vx.revert(model) restores softmax"
+            f"{type(layer).__name__} is converted and {what}: its kernel {kernel} has no attention "
+            "map to mask; vx.revert(model) restores softmax"
         )
 
 
@@ -141,7 +141,7 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 class OwnAttention(Adapter):
-    """Attention of this package: its kernel is exchanged."""
+    """Attention of this package: the kernel is replaced."""
 
     classes = ("vision_xformer.mixers.attention.Attention",)
 
@@ -185,12 +185,15 @@ def _torch_forward(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, None]:
-    """Attend, (B, N, D) -> (B, N, D); there are no weights to return."""
+    """Attend, (B, N, D) -> (B, N, D); the attention weights returned are None."""
     refuse_mask(layer, attn_mask if key_padding_mask is None else key_padding_mask, is_causal)
     if key is not query or value is not query:
-        raise ValueError("a converted MultiheadAttention takes one tensor, not three")
+        raise ValueError(
+            "a converted MultiheadAttention is self-attention: query, key and value must be "
+            "one tensor, not three"
+        )
     x = query if layer.batch_first else query.transpose(0, 1)
-    qkv = F.linear(x, layer.in_proj_weight, layer.in_proj_bias)  # a parameter, not a layer
+    qkv = F.linear(x, layer.in_proj_weight, layer.in_proj_bias)
     q, k, v = (split_heads(part, layer.num_heads) for part in qkv.chunk(3, -1))
     y = layer.out_proj(merge_heads(layer.kernel(q, k, v)))
     return (y if layer.batch_first else y.transpose(0, 1)), None
@@ -207,10 +210,10 @@ class TorchAttention(Adapter):
         """See :class:`Adapter`."""
         if not layer._qkv_same_embed_dim:
             raise RefusedError(
-                "its keys and values have widths of their own, as in cross-attention"
+                "its keys and values have other widths than its queries, as in cross-attention"
             )
         if layer.bias_k is not None or layer.add_zero_attn:
-            raise RefusedError("it adds keys of its own (add_bias_kv or add_zero_attn)")
+            raise RefusedError("it appends keys and values (add_bias_kv or add_zero_attn)")
         width = layer.head_dim
         scale, weight = width**-0.5, layer.in_proj_weight
         return Heads(layer.num_heads, width, width, scale, layer.dropout, weight)
@@ -230,16 +233,16 @@ def _plain_forward(layer: Any, x: Tensor, attn_bias: Any = None) -> Tensor:
 
 
 class PlainAttention(Adapter):
-    """Attention with ``qkv`` and ``proj`` as in timm's first ViT and in DINO, DINOv2 and MAE.
+    """Attention with ``qkv`` and ``proj`` as in early versions of timm, DINO, DINOv2 and MAE.
 
-    The class may be anybody's, so it is recognized by what it computes: on random tokens, softmax
-    attention with its layers must give its output.
+    There are many such classes, so a layer is recognized by its output: on random tokens it must
+    equal softmax attention with its ``qkv`` and ``proj``.
     """
 
     forward: ClassVar[Callable[..., Any]] = staticmethod(_plain_forward)
 
     def matches(self, layer: nn.Module) -> bool:
-        """Whether the layer has the parts; :meth:`heads` compares the outputs."""
+        """Whether the layer has these attributes; :meth:`heads` compares the outputs."""
         qkv, proj = getattr(layer, "qkv", None), getattr(layer, "proj", None)
         return (
             isinstance(qkv, nn.Linear)
@@ -257,7 +260,7 @@ class PlainAttention(Adapter):
         scale, weight = getattr(layer, "scale", width**-0.5), layer.qkv.weight
         last = getattr(layer, "proj_drop", None)
         if not isinstance(scale, float) or not isinstance(last, nn.Module):
-            raise RefusedError("it has no scale or no proj_drop, as attention in DINOv2 has")
+            raise RefusedError("it has no float scale or no proj_drop, unlike attention in DINOv2")
         found = Heads(layer.num_heads, width, width, scale, dropout, weight)
         training = layer.training
         generator = torch.Generator().manual_seed(0)
@@ -265,7 +268,7 @@ class PlainAttention(Adapter):
         try:
             theirs = layer.eval()(x)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise RefusedError(f"it is not called with tokens (B, N, D) alone: {error}") from error
+            raise RefusedError(f"it fails on tokens (B, N, D) alone: {error}") from error
         finally:
             layer.train(training)
         q, k, v = self.operands(layer, x)
@@ -275,7 +278,7 @@ class PlainAttention(Adapter):
             raise RefusedError("it does not return tokens (B, N, D)")
         if not torch.allclose(theirs, ours, rtol=1e-3, atol=1e-4 * ours.abs().amax().item()):
             raise RefusedError(
-                "it computes something else than softmax attention with its qkv and proj"
+                "its output differs from that of softmax attention with its qkv and proj"
             )
         return found
 

@@ -1,9 +1,9 @@
-"""Train a converted model to do what it did before, without labels.
+"""Train a converted model without labels to reproduce the outputs of the original model.
 
-In the first stage each converted layer learns to return what the teacher's returns, given the
-teacher's input; only kernels and the layers to queries, keys and values move (ViT-AdaLA, arXiv
-2603.16063, stage 1). In the second all weights move, and the last features and the outputs of
-attention are matched (the same, stage 2; Qin et al. 2026 for the weight of 50).
+In the first stage, each converted layer learns the output of the teacher's layer, given the
+teacher's input; only kernels and the query, key and value projections are trained (ViT-AdaLA, arXiv
+2603.16063, stage 1). In the second, all weights are trained to match the teacher's last features
+and attention outputs (ViT-AdaLA, stage 2; the weight of 50 is from Qin et al. 2026).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ATTENTION_WEIGHT = 50.0
 
 
 def aligned_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """What the first stage trains: kernels, and the layers to queries, keys and values."""
+    """Parameters trained in the first stage: kernels and query, key and value projections."""
     found: dict[int, nn.Parameter] = {}
     layers: dict[str, Any] = converted_layers(model)
     for layer in layers.values():
@@ -70,11 +70,11 @@ class AttentionMatching(nn.Module):
 
     def __init__(self, model: nn.Module, teacher: nn.Module) -> None:
         super().__init__()
-        self.model, self._teacher = model, [teacher]  # a list: not a part that is trained
+        self.model, self._teacher = model, [teacher]  # in a list, so that it is no submodule
         self.names = layers_of_both(model, teacher)
 
     def forward(self, images: Tensor) -> Tensor:
-        """The sum over layers of the error of their outputs, given the teacher's inputs."""
+        """Sum the errors of the layers' outputs, given the teacher's inputs."""
         with torch.no_grad(), recorded(self._teacher[0], self.names, self.model) as calls:
             features(self._teacher[0], images)
         modules = dict(self.model.named_modules())
@@ -92,7 +92,7 @@ class FeatureMatching(nn.Module):
     Args:
         model: a converted model.
         teacher: the same model with softmax.
-        attention_weight: factor of the error of attention outputs.
+        attention_weight: weight of the attention term in the loss.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class FeatureMatching(nn.Module):
         self.attention_weight = attention_weight
 
     def forward(self, images: Tensor) -> Tensor:
-        """Mean squared error of the last features, and of attention on average over layers."""
+        """Add the errors of the last features and of attention, averaged over layers."""
         with torch.no_grad(), recorded(self._teacher[0], self.names) as theirs:
             target = features(self._teacher[0], images)
         with recorded(self.model, self.names) as ours:
@@ -126,27 +126,30 @@ def align(
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     progress: bool = True,
 ) -> tuple[Comparison, Comparison]:
-    """Train a converted model towards its teacher in two stages, in place, without labels.
+    """Train a converted model in two stages, in place and without labels, to match its teacher.
 
-    AdamW with a cosine decay. For runs that resume, on several processes, see
+    The optimizer is AdamW with cosine decay. For resumable training on several processes, use
     ``python -m train convert``.
 
     Args:
-        model: a converted model; dropout is off meanwhile.
-        teacher: the same model with softmax; None makes it from the model itself, whose weights
-            must be those of before. Weights that do not move are then held once.
-        images: batches (B, C, H, W) as the model takes them, such as a ``DataLoader`` (labels
-            beside them are ignored), repeated as often as needed; or one tensor of images.
-        steps: of the two stages.
+        model: a converted model. Dropout is off during training.
+        teacher: the original model with softmax. None builds it from the model, whose weights must
+            not have been trained since the conversion; weights that are not trained are then
+            shared.
+        images: one tensor of images (B, C, H, W), or an iterable of batches such as a
+            ``DataLoader``, which is repeated as often as needed; labels are ignored. Images are
+            normalized for the model.
+        steps: number of steps of the two stages.
         lr: peak learning rates of the two stages.
-        batch_size: images per step, for one tensor of images.
+        batch_size: images per step if ``images`` is a tensor.
         weight_decay: of AdamW.
-        ema: decay of the moving average of the weights that is kept in the end; 0 for none.
-        precision: of autocast; "auto" is bf16 where it is native.
-        progress: whether a progress bar is shown.
+        ema: decay of an exponential moving average of the weights in the second stage, which then
+            replaces them; 0 for none.
+        precision: of autocast; "auto" is bf16 if the device supports it natively.
+        progress: whether to show a progress bar.
 
     Returns:
-        The comparisons before and after, on the first batch.
+        The comparisons with the teacher before and after, on the first batch.
 
     Raises:
         ValueError: for a model that is not converted, images of a wrong shape or none, or a loss
@@ -163,10 +166,10 @@ def align(
             before = compare(model, softmax, first)
         except (RuntimeError, AssertionError) as error:
             shape = tuple(first.shape)
-            raise ValueError(f"the model does not take images of shape {shape}: {error}") from error
+            raise ValueError(f"images of shape {shape} do not fit the model: {error}") from error
         for stage, kind in enumerate((AttentionMatching, FeatureMatching)):
             if stage == 1 and teacher is None and steps[1]:
-                softmax = copy.deepcopy(softmax).requires_grad_(False)  # all weights move now
+                softmax = copy.deepcopy(softmax).requires_grad_(False)  # as all weights are trained
             chosen = aligned_parameters(model) if stage == 0 else list(model.parameters())
             with _only_these_train(model, chosen) as trained:
                 optimizer = torch.optim.AdamW(trained, lr[stage], weight_decay=weight_decay)

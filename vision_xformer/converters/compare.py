@@ -1,4 +1,4 @@
-"""How far a converted model is from its teacher."""
+"""Compare a converted model with its teacher."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .replace import converted_layers
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """A converted model beside its teacher; ``print`` shows it.
+    """How close a converted model is to its teacher; ``print`` shows it as a table.
 
     Attributes:
         errors: relative error of the output of each converted layer, |ours - theirs| / |theirs|
             (Frobenius norms), given the teacher's input.
-        cosine: mean cosine between the last features of both.
+        cosine: mean cosine similarity of the last features of both.
         agreement: fraction of images for which both predict the same class; None for a model
-            without classes.
+            without a classifier.
     """
 
     errors: dict[str, float]
@@ -40,12 +40,12 @@ class Comparison:
 
 @torch.no_grad()
 def compare(model: nn.Module, teacher: nn.Module, images: Tensor) -> Comparison:
-    """Compare a converted model with the model that it was, in evaluation mode.
+    """Compare a converted model with the original one, in evaluation mode.
 
     Args:
         model: a converted model.
         teacher: the same model with softmax.
-        images: (B, C, H, W), as both take them.
+        images: (B, C, H, W), normalized for these models.
 
     Raises:
         ValueError: for a model that is not converted, or a teacher without its layers.
@@ -68,7 +68,7 @@ def compare(model: nn.Module, teacher: nn.Module, images: Tensor) -> Comparison:
 
 
 def layers_of_both(model: nn.Module, teacher: nn.Module) -> list[str]:
-    """The names of the converted layers of a model, which the teacher must have.
+    """Return the names of the converted layers of a model; the teacher must have them, too.
 
     Raises:
         ValueError: for a model that is not converted, or a teacher without its layers.

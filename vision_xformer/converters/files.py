@@ -1,4 +1,4 @@
-"""Converted models in files: the weights, and which layers were converted to what."""
+"""Save and load converted models: their weights, and the kernel of each converted layer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ _KEY = "conversion"
 
 
 def save_converted(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write the weights of a converted model, and how it was converted, to a safetensors file.
+    """Write the weights and the conversion of a model to a safetensors file, atomically.
+
+    Args:
+        model: a converted model.
+        path: of the file; it must end in .safetensors.
 
     Raises:
         ValueError: for a model that is not converted, or an invalid path.
@@ -31,18 +35,18 @@ def save_converted(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def load_converted(path: str | os.PathLike[str], model: M) -> M:
-    """Convert a model as a file of :func:`save_converted` says, in place, and load its weights.
+    """Convert a model in place as recorded by :func:`save_converted`, and load its weights.
 
     Args:
         path: of the file.
-        model: the same model with softmax, with any weights.
+        model: a model of the same architecture with softmax; its weights are replaced.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: for another file, or a model that the weights do not fit. The model is then
-            unchanged.
+        ValueError: for a file without a conversion, or a model that the weights do not fit. The
+            model is then not converted.
     """
     state, metadata = read_weights(path), read_metadata(path)
     if _KEY not in metadata:

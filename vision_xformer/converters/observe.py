@@ -1,4 +1,4 @@
-"""Record what attention layers get and return, and the features of any model."""
+"""Record the inputs and outputs of attention layers, and compute the features of any model."""
 
 from __future__ import annotations
 
@@ -20,10 +20,16 @@ class LayerCall(NamedTuple):
 
 
 def tokens_of(output: Any) -> Tensor:
-    """The tokens in what a layer or a model of any library returns.
+    """Extract the tensor from the output of a layer or model of any library.
+
+    Args:
+        output: a tensor, a tuple that starts with one, or an output of transformers.
+
+    Returns:
+        Tokens (B, N, D), or logits (B, classes).
 
     Raises:
-        ValueError: for something without tokens.
+        ValueError: for an output without a tensor.
     """
     found = getattr(output, "last_hidden_state", None)
     if found is None:
@@ -31,7 +37,7 @@ def tokens_of(output: Any) -> Tensor:
     if isinstance(found, tuple):
         found = found[0]
     if not isinstance(found, Tensor):
-        raise ValueError(f"the model returns a {type(output).__name__}, not a tensor of features")
+        raise ValueError(f"the model must return a tensor of features, not {type(output).__name__}")
     return found
 
 
@@ -68,14 +74,14 @@ def recorded(
 
 
 def features(model: Any, images: Tensor) -> Tensor:
-    """The last features of a model, before its classifier where it has ``forward_features``.
+    """Compute the last features of a model: those of ``forward_features`` if it has that method.
 
     Args:
-        model: of this package, timm, torchvision, transformers or anybody's.
+        model: of any library.
         images: (B, C, H, W).
 
     Returns:
-        Tokens (B, N, D), or what the model returns.
+        Tokens (B, N, D), or the output of the model.
     """
     if callable(getattr(model, "forward_features", None)):
         found = model.forward_features(images)

@@ -1,4 +1,4 @@
-"""Put another kernel into the attention of a model, and take it out again."""
+"""Replace the kernel in the attention layers of a model, and restore softmax."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ ADAPTERS: tuple[Adapter, ...] = (
     TimmRotary(),
     TransformersAttention(),
     TorchAttention(),
-    PlainAttention(),  # the last: it recognizes parts, not classes
+    PlainAttention(),  # last, as it matches any class with the right attributes
 )
-# Why attention of these classes cannot be converted
+# Reasons why attention of these classes cannot be converted, by class name.
 _REASONS = {
     "WindowAttention": "its windows add a position bias to the attention map",
     "SwinAttention": "its windows add a position bias to the attention map",
@@ -45,12 +45,12 @@ Layers = Iterable[int] | Callable[[str, nn.Module], bool]
 
 
 def adapter_of(layer: nn.Module) -> Adapter | None:
-    """The adapter for a layer, converted or not; None if there is none."""
+    """Return the adapter for a layer, converted or not, or None."""
     return next((a for a in ADAPTERS if a.matches(layer) or a.is_converted(layer)), None)
 
 
 def converted_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The converted layers of a model by name."""
+    """Return the converted layers of a model by name."""
     return {
         name: layer
         for name, layer in model.named_modules()
@@ -69,24 +69,25 @@ def convert(
 ) -> Report:
     """Replace softmax in the attention layers of a model by another kernel, in place.
 
-    The layers to queries, keys and values, norms, gates and output layers stay as they are, under
-    their names; the state dict gains ``...kernel.*``. Attention of this package, of timm
-    (``Attention``, ``AttentionRope``, ``EvaAttention``), of nine vision models of transformers,
-    ``nn.MultiheadAttention`` and attention as in DINOv2's own code are known. Rotary positions are
-    applied to queries and keys before the kernel, so positive feature maps stay positive.
+    Projections, norms and gates are kept under their names; the state dict gains ``...kernel.*``.
+    Supported are attention of this package, of timm (``Attention``, ``AttentionRope``,
+    ``EvaAttention``) and of nine vision models of transformers, ``nn.MultiheadAttention``, and
+    attention as in the code of DINOv2. Rotary position embeddings are applied to queries and keys
+    before the kernel, so that positive feature maps stay positive.
 
     Args:
-        model: takes images (B, C, H, W).
+        model: a model of images (B, C, H, W).
         mixer: a kernel, one of ``KERNELS.names()``, such as "nystrom" or "linear".
-        layers: which of the layers that can be converted: their indices, negative ones from the
-            end, or a function of name and module; all by default.
-        image_size: height and width in pixels, for a model that does not say it.
-        center_keys: subtract the mean of the keys over the tokens before the kernel, which leaves
-            softmax as it is; by default for the kernels that it does not leave as they are.
+        layers: which of the convertible layers to convert: indices, negative ones counted from the
+            end, or a function of name and module that returns whether to convert it; by default
+            all.
+        image_size: height and width in pixels, for a model that does not state it.
+        center_keys: subtract the mean of the keys over the tokens before the kernel. This does not
+            change softmax; by default it is done for the kernels that it does change.
         options: of the kernel.
 
     Returns:
-        A row for each attention layer: converted, kept or refused, with its cost.
+        A report with a row for each attention layer: converted, kept or refused, with its cost.
 
     Raises:
         ValueError: for a model without a layer that can be converted, an unknown kernel or option,
@@ -163,7 +164,7 @@ def convert(
 
 
 def revert(model: nn.Module) -> None:
-    """Give all converted layers of a model their softmax back, in place.
+    """Restore softmax in all converted layers of a model, in place.
 
     Raises:
         ValueError: for a model without converted layers.
@@ -182,7 +183,7 @@ def revert(model: nn.Module) -> None:
 
 
 def attention_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The attention layers of a model, outermost first; what is inside of one is part of it."""
+    """Yield the attention layers of a model; layers inside another one are part of it."""
     inside: list[str] = []
     for name, module in model.named_modules():
         if any(name.startswith(f"{outer}.") for outer in inside):
@@ -194,7 +195,7 @@ def attention_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _is_attention(module: nn.Module) -> bool:
-    """Whether the name of a class says attention, and it has layers to queries or outputs."""
+    """Whether the class name contains "attention" or "attn" and the module has parameters."""
     name = type(module).__name__.lower()
     has_weights = next(module.parameters(), None) is not None
     return has_weights and ("attention" in name or "attn" in name)
@@ -210,7 +211,7 @@ def _known_reason(layer: nn.Module) -> str | None:
 
 
 def _misfit(call: Call | None) -> str | None:
-    """Why a layer that is called like this cannot be converted."""
+    """Return the reason why a layer that is called like this cannot be converted, or None."""
     if call is None:
         return "the model does not call it"
     if call.masked is not None:
@@ -233,7 +234,7 @@ def _check_kernel(mixer: str, options: dict[str, Any]) -> None:
 
 
 def _choose(layers: Layers | None, names: list[str], modules: dict[str, nn.Module]) -> set[str]:
-    """The names of the layers to convert, of those that can be or are.
+    """Return the names of the layers to convert, out of those that can be or are converted.
 
     Raises:
         ValueError: for an index out of range, or if none is chosen.
@@ -245,10 +246,12 @@ def _choose(layers: Layers | None, names: list[str], modules: dict[str, nn.Modul
     else:
         indices = list(layers)
         if wrong := [i for i in indices if not -len(names) <= i < len(names)]:
-            raise ValueError(f"layers {wrong[0]}: the model has {len(names)} that can be converted")
+            raise ValueError(
+                f"layers {wrong[0]} is out of range: {len(names)} layers can be converted"
+            )
         chosen = {names[i] for i in indices}
     if not chosen:
-        raise ValueError(f"layers chooses none of the {len(names)} that can be converted")
+        raise ValueError(f"layers selects none of the {len(names)} layers that can be converted")
     return chosen
 
 
@@ -259,7 +262,7 @@ def _build(
     heads: Heads,
     call: Call,
 ) -> Kernel:
-    """The kernel of one layer, on its device.
+    """Build the kernel of one layer, on its device.
 
     Raises:
         ValueError: for options that do not fit the layer.
@@ -282,9 +285,9 @@ def _check_fixed_size(model: nn.Module, mixer: str, shape: tuple[int, ...]) -> N
     wider = (*shape[:-1], 2 * shape[-1])
     try:
         observe(model, {}, wider)
-    except Exception:  # whatever it raises, it does not take them
+    except Exception:  # libraries raise errors of any type for a wrong image size
         return
     raise ValueError(
-        f"kernel {mixer!r} is tied to one number of tokens, and {type(model).__name__} takes "
-        f"images of any size: choose a kernel that takes any, such as nystrom or performer"
+        f"kernel {mixer!r} is tied to one number of tokens, but {type(model).__name__} accepts "
+        "images of any size: choose another kernel, such as nystrom or performer"
     )

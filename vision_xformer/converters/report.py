@@ -1,4 +1,4 @@
-"""What a conversion did and what it costs: a row for each attention layer."""
+"""Report of a conversion: what was converted, and its cost per attention layer."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Row:
         status: the kernel, "kept", or "refused: " with the reason.
         tokens: tokens of an image, N.
         flops: floating-point operations of softmax and of the kernel, for one image.
-        kept: bytes that softmax and the kernel keep for the backward pass, for one image.
+        kept: bytes that softmax and the kernel store for the backward pass, for one image.
     """
 
     name: str
@@ -45,12 +45,13 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class BreakEven:
-    """How long softmax and a kernel take on this machine; ``print`` says what follows from it.
+    """Times of softmax and a kernel on this machine; ``print`` shows them with a conclusion.
 
     Attributes:
         mixer: the kernel.
-        tokens: of the converted model, N.
-        rows: (tokens, seconds of softmax, seconds of the kernel), with gradients, for one image.
+        tokens: number of tokens N of the converted model.
+        rows: (tokens, seconds of softmax, seconds of the kernel) for a forward and backward pass of
+            one image.
     """
 
     mixer: str
@@ -59,7 +60,7 @@ class BreakEven:
 
     @property
     def first(self) -> int | None:
-        """The smallest measured number of tokens from which on the kernel is always faster."""
+        """The smallest measured number of tokens from which the kernel is always faster."""
         slower = [i for i, (_, softmax, kernel) in enumerate(self.rows) if kernel >= softmax]
         rest = self.rows[slower[-1] + 1 :] if slower else self.rows
         return rest[0][0] if rest else None
@@ -100,9 +101,10 @@ class Report:
     def break_even(
         self, tokens: Sequence[int] = TOKENS, device: torch.device | str = "cpu"
     ) -> BreakEven:
-        """Measure from which number of tokens on the kernel is faster than softmax here.
+        """Measure the number of tokens from which the kernel is faster than softmax.
 
-        Forward and backward pass of both on one image, alternately; the median of seven.
+        The time is the median of seven forward and backward passes on one image, in which softmax
+        and the kernel alternate.
 
         Args:
             tokens: numbers of tokens to measure, in ascending order.
@@ -142,7 +144,7 @@ def _arrow(values: tuple[int, int], unit: float) -> str:
 
 
 def _square(count: int) -> TokenGrid:
-    """The grid of so many tokens that is nearest to a square."""
+    """Return the grid with ``count`` tokens that is closest to a square."""
     side = next(s for s in range(math.isqrt(count), 0, -1) if count % s == 0)
     return TokenGrid((side, count // side))
 
@@ -150,7 +152,7 @@ def _square(count: int) -> TokenGrid:
 def _alternating(
     kernels: tuple[Kernel, Kernel], site: Site, device: torch.device
 ) -> tuple[float, float]:
-    """Seconds of a forward and backward pass of two kernels on one image."""
+    """Measure seconds of a forward and backward pass of two kernels on one image."""
     shape = (1, site.heads, site.queries.length)
     widths = (site.key_dim, site.key_dim, site.value_dim)
     operands = [torch.randn(*shape, w, device=device, requires_grad=True) for w in widths]
@@ -172,14 +174,14 @@ def _synchronize(device: torch.device) -> None:
 
 
 def measure_layer(name: str, layer: str, mixer: str, kernel: Kernel) -> Row:
-    """The row of a converted layer: what softmax and its kernel cost for one image."""
+    """Return the row of a converted layer, with the cost of softmax and of its kernel."""
     weight = next(kernel.parameters(), next(kernel.buffers(), torch.empty(0)))
     flops, kept = zip(*(_cost(k, weight) for k in (Softmax(kernel.site), kernel)), strict=True)
     return Row(name, layer, mixer, kernel.site.queries.length, flops, kept)
 
 
 def _cost(kernel: Kernel, like: Tensor) -> tuple[int, int]:
-    """Operations, and bytes kept for the backward pass, of one image; nothing is computed."""
+    """Count FLOPs and bytes stored for the backward pass of one image, without computing it."""
     heads, key_dim, value_dim, queries, keys = kernel.site
     with FakeTensorMode(allow_non_fake_inputs=True):
         q, k, v = (
@@ -191,7 +193,7 @@ def _cost(kernel: Kernel, like: Tensor) -> tuple[int, int]:
 
 
 def _bytes_kept(kernel: Kernel, operands: tuple[Any, ...]) -> int:
-    """Bytes of all storages that autograd holds, queries, keys and values included."""
+    """Count the bytes of all storages that autograd holds, including q, k and v."""
     held: dict[int, int] = {}
     alive: list[Tensor] = []  # so that no address is reused
 

@@ -1,6 +1,7 @@
-"""Attention of timm: ``Attention`` of its ViTs, ``AttentionRope`` and ``EvaAttention``.
+"""Attention layers of timm: ``Attention``, ``AttentionRope`` and ``EvaAttention``.
 
-They are the attention of ViT, DeiT, DINOv2, SigLIP, CLIP, MAE and AugReg, and of EVA and DINOv3.
+``Attention`` is used in ViT, DeiT, DINOv2, SigLIP, CLIP, MAE and AugReg, the others in EVA and
+DINOv3.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from .adapters import Adapter, Heads, RefusedError, merge_heads, refuse_mask, sp
 
 
 def _finish(layer: Any, y: Tensor, gate: Tensor | None) -> Tensor:
-    """From y (B, H, N, V) to tokens (B, N, D): norm, gate and output layer."""
+    """Map y (B, H, N, V) to tokens (B, N, D) by the norm, the gate and the output layer."""
     x = layer.norm(merge_heads(y))
     if gate is not None:
         x = x * gate
@@ -61,7 +62,7 @@ def _rotary_forward(
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
 ) -> Tensor:
-    """Attend, (B, N, D) -> (B, N, D), with the tokens after the prefix rotated."""
+    """Attend, (B, N, D) -> (B, N, D); all tokens except the prefix are rotated."""
     from timm.layers import apply_rot_embed_cat
 
     refuse_mask(layer, attn_mask, is_causal)

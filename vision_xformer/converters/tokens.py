@@ -1,4 +1,4 @@
-"""Where the tokens of somebody else's model lie: the grid, which its attention is not told."""
+"""The token grid of a model of another library, whose attention layers are not passed one."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _INVARIANT = (MapKernel, Nystrom, EfficientAttention)
 
 
 def shift_invariant(kernel: Kernel) -> bool:
-    """Whether the kernel gives the same for keys to which a vector is added, as softmax does."""
+    """Whether adding a vector to all keys leaves the output unchanged, as with softmax."""
     return isinstance(kernel, _INVARIANT) and not isinstance(kernel, Linformer)
 
 
 class GridTracker:
-    """Notes the size of the output of a convolution, the patch embedding, in each forward pass.
+    """Forward hook of the patch embedding that stores the size of its output.
 
     Args:
         shape: cells on each axis, until the first forward pass.
@@ -42,7 +42,7 @@ class GridTracker:
 
 
 class ConvertedKernel(Kernel):
-    """A kernel in a converted layer, which adds what the layer does not tell it.
+    """The kernel of a converted layer, which finds the grid, scales queries and centers keys.
 
     Shape: (B, H, N, K), (B, H, N, K), (B, H, N, V) -> (B, H, N, V)
 
@@ -50,9 +50,9 @@ class ConvertedKernel(Kernel):
         inner: the kernel.
         tracker: of the patch embedding; None for a sequence, or if the layer passes the grid.
         scale: factor of the queries.
-        center_keys: subtract the mean of the keys over the tokens. Softmax does not notice: it
-            adds the same to all logits of a query.
-        recipe: arguments that convert a layer again.
+        center_keys: subtract the mean of the keys over the tokens. This does not change softmax, as
+            it adds the same number to all logits of a query.
+        recipe: arguments with which a layer can be converted again.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class ConvertedKernel(Kernel):
         self.takes_rope, self.fixed = inner.takes_rope, inner.fixed
 
     def grid(self, tokens: int) -> TokenGrid:
-        """The grid of N tokens; a sequence if some of the patches were dropped."""
+        """Return the grid of N tokens; a sequence if some of the patches were dropped."""
         prefix = self.site.queries.prefix
         grid = TokenGrid(self.tracker.shape if self.tracker else (), prefix)
         return grid if grid.length == tokens else TokenGrid((tokens - prefix,), prefix)
@@ -103,7 +103,7 @@ class Call(NamedTuple):
     Attributes:
         grid: of the tokens.
         conv: the name of the convolution that made the grid; None for a sequence.
-        masked: the name of an argument with a mask or a bias, None without.
+        masked: the name of an argument that holds a mask or bias, or None.
         crossed: whether queries and keys came from different tensors.
     """
 
@@ -114,10 +114,14 @@ class Call(NamedTuple):
 
 
 def input_shape(model: nn.Module, image_size: int | tuple[int, ...] | None) -> tuple[int, ...]:
-    """The shape (C, H, W) of the images that a model takes.
+    """Determine the shape (C, H, W) of the images that a model accepts.
+
+    Args:
+        model: a model of any library.
+        image_size: height and width in pixels; None reads them from the model.
 
     Raises:
-        ValueError: if it cannot be seen from the model.
+        ValueError: if ``image_size`` is None and the model does not state it.
     """
     if isinstance(model, VisionModel):
         return model.config.input_shape
@@ -131,7 +135,7 @@ def input_shape(model: nn.Module, image_size: int | tuple[int, ...] | None) -> t
     size = image_size or next((s for s in found if s), None)
     if size is None:
         raise ValueError(
-            f"image_size is needed: {type(model).__name__} does not say what images it takes"
+            f"image_size is needed: {type(model).__name__} does not state the size of its images"
         )
     size = (size, size) if isinstance(size, int) else tuple(size)
     return (conv.in_channels if conv is not None else 3, *size)
@@ -140,13 +144,13 @@ def input_shape(model: nn.Module, image_size: int | tuple[int, ...] | None) -> t
 def observe(
     model: nn.Module, layers: Mapping[str, nn.Module], shape: tuple[int, ...]
 ) -> dict[str, Call]:
-    """Run a model on an empty image and see how it calls its layers.
+    """Run a model on a blank image and record how it calls its attention layers.
 
-    A fake tensor would cost nothing, but libraries cache tables of positions by their size and
-    would keep fake ones.
+    Fake tensors would be faster, but some libraries cache position tables by size and would keep
+    fake ones.
 
     Args:
-        model: takes images (B, *shape).
+        model: a model of images (B, *shape).
         layers: attention layers by name.
         shape: of an image, (C, H, W).
 

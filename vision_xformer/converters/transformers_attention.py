@@ -1,8 +1,7 @@
-"""Attention of transformers, through its table of attention functions.
+"""Attention layers of transformers, converted through its ``AttentionInterface``.
 
-The configuration of a converted model names an implementation that calls the kernels of converted
-layers, and for all others the implementation of before; the classes of transformers stay as they
-are.
+The ``attn_implementation`` of a converted model calls the kernels of converted layers and the
+original implementation for other layers; the classes of transformers are not changed.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ def attention(
 
 
 def _attention_over(before: str, module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
-    """Attend with the kernel of a converted layer, or as before."""
+    """Attend with the kernel of a converted layer, or else with implementation ``before``."""
     from transformers import AttentionInterface
 
     if hasattr(module, "kernel"):
@@ -61,7 +60,7 @@ def _attention_over(before: str, module: Any, *args: Any, **kwargs: Any) -> tupl
 
 
 def _mask_of_padding(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-    """A mask where the caller gives one; transformers makes one for every exported model."""
+    """Return a mask only if the caller gives one; transformers adds one to exported models."""
     from transformers.masking_utils import sdpa_mask
 
     if attention_mask is None:
@@ -71,7 +70,7 @@ def _mask_of_padding(*args: Any, attention_mask: Tensor | None = None, **kwargs:
 
 
 class TransformersAttention(Adapter):
-    """The attention of nine vision models of transformers."""
+    """Attention of nine vision models of transformers."""
 
     classes = tuple(
         f"transformers.models.{family}.modeling_{family}.{name}"
@@ -116,20 +115,20 @@ class TransformersAttention(Adapter):
 
 
 def _first(layer: Any, *names: str) -> Any:
-    """The first of several attributes that the layer has."""
+    """Return the first of several attributes that the layer has."""
     return next(value for n in names if (value := getattr(layer, n, None)) is not None)
 
 
 def register_transformers(mixer: str | None = None, **options: Any) -> list[str]:
     """Register kernels as ``attn_implementation`` of transformers: "vx_nystrom", "vx_linear", ...
 
-    A layer makes its kernel when it is first called, with new weights where the kernel has some;
-    to train, save or load those, use :func:`convert`. Images are square, unless the tokens are
-    those of the size in the model's configuration. Models other than the nine that :func:`convert`
-    knows, and calls with a mask, are refused.
+    Each layer creates its kernel when it is first called; if the kernel has weights, they are new.
+    To train, save or load them, use :func:`convert`. If the number of tokens differs from that of
+    the model's configuration, images are assumed to be square. Models other than the nine that
+    :func:`convert` supports, and calls with a mask, raise an error.
 
     Args:
-        mixer: one kernel; None registers all of them.
+        mixer: the kernel; None registers all kernels.
         options: of that kernel.
 
     Returns:
@@ -141,7 +140,9 @@ def register_transformers(mixer: str | None = None, **options: Any) -> list[str]
     try:
         from transformers import AttentionInterface, AttentionMaskInterface
     except ImportError as error:
-        raise ValueError("register_transformers needs: pip install transformers") from error
+        raise ValueError(
+            "register_transformers needs the package transformers: pip install transformers"
+        ) from error
     if mixer is None and options:
         raise ValueError(f"options {sorted(options)} need the name of the kernel that takes them")
     for name in (names := KERNELS.names() if mixer is None else [mixer]):
@@ -155,7 +156,7 @@ def _attention_of(
     mixer: str, options: dict[str, Any], module: Any, query: Tensor, key: Tensor, *args: Any,
     scaling: float | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Attend with a kernel that the layer gets when it is first called."""
+    """Attend with the layer's kernel, which is created in its first call."""
     if not hasattr(module, "kernel"):
         if not TransformersAttention().matches(module):
             raise ValueError(
@@ -175,14 +176,14 @@ def _attention_of(
 
 
 def _prefix(config: Any) -> int:
-    """Number of class and register tokens of a model."""
+    """Return the number of class and register tokens of a model."""
     registers = int(getattr(config, "num_register_tokens", 0) or 0)
     classes = {"siglip_vision_model": 0, "ijepa": 0, "deit": 2}.get(config.model_type, 1)
     return classes + registers
 
 
 def _shape(config: Any, patches: int) -> tuple[int, ...]:
-    """The grid of the patches: that of the configuration, or a square; () if it is neither."""
+    """Return the grid of the patches: that of the configuration, else a square one, else ()."""
     sizes = (config.image_size, config.patch_size)
     (height, width), (down, right) = ((s, s) if isinstance(s, int) else tuple(s) for s in sizes)
     usual = height // down, width // right

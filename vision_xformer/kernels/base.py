@@ -61,9 +61,9 @@ class Kernel(nn.Module):
         return heads * key_dim, heads * key_dim, heads * value_dim
 
     def start_from_softmax(self) -> None:
-        """Set new parameters so that the kernel is as near to softmax attention as it can be.
+        """Initialize the parameters so that the kernel is as close to softmax as possible.
 
-        A conversion of a trained model starts there; most kernels are as near as they can be.
+        Called when a trained model is converted. The default changes nothing.
         """
 
     def forward(

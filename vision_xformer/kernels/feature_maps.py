@@ -1,4 +1,4 @@
-"""Feature maps f of linear attention, f(q) f(k)^T in place of exp(q k^T / sqrt(K)).
+"""Feature maps f of linear attention: f(q) f(k)^T replaces exp(q k^T / sqrt(K)).
 
 Each maps (B, H, N, K) to non-negative features (B, H, N, F).
 """
@@ -12,16 +12,18 @@ from torch import Tensor, nn
 
 from ..precision import to_accumulate
 
-_EPS = 1e-6  # a query or key whose features are all 0 attends to all tokens alike
+_EPS = 1e-6  # so that a query whose features are all 0 attends to all tokens equally
 
 
 class FeatureMap(nn.Module):
-    """Base of the feature maps.
+    """Base class of the feature maps.
+
+    Shape: (B, H, N, K) -> (B, H, N, F)
 
     Args:
         heads: number of heads H.
         key_dim: width per head K.
-        is_query: whether it maps queries.
+        is_query: whether it maps queries; otherwise keys.
     """
 
     ratio: ClassVar[int] = 1  # F / K
@@ -40,7 +42,7 @@ class Elu(FeatureMap):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, N, K) -> (B, H, N, K)."""
-        # written with exp and relu: inductor gets the memory format of elu wrong
+        # not F.elu, whose memory format inductor gets wrong
         return x.clamp(max=0).exp() + x.relu()
 
 
@@ -53,7 +55,7 @@ class Relu(FeatureMap):
 
 
 class Exp(FeatureMap):
-    """exp(x / K^(1/4)), up to a factor for each query and each head of keys, which cancel."""
+    """exp(x / K^(1/4)), up to a factor per query and per head of keys, which cancels."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, N, K) -> (B, H, N, K)."""

@@ -18,14 +18,14 @@ from .feature_maps import FEATURE_MAPS
 
 @KERNELS.register("linear")
 class LinearAttention(Kernel):
-    """Linear attention with a feature map of queries and keys. It works on any grid.
+    """Linear attention with a choice of feature maps. It works on any grid.
 
     Shape: (B, H, N, K), (B, H, M, K), (B, H, M, V) -> (B, H, N, V)
 
     Args:
         site: heads, widths and grids of the kernel.
-        feature_map: "elu" (elu + 1), "relu" or "exp", which have no weights; "hedgehog" or "t2r",
-            which are learned, with maps of their own for queries and keys.
+        feature_map: "elu" (elu + 1), "relu" or "exp", which have no weights; or "hedgehog" or
+            "t2r", which are learned separately for queries and keys.
 
     Raises:
         ValueError: for an unknown feature map.

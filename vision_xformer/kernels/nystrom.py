@@ -136,7 +136,7 @@ class Nystrom(Kernel):
 
     @torch.no_grad()
     def start_from_softmax(self) -> None:
-        """Start without the convolution, which softmax does not have."""
+        """Set the convolution to zero, as softmax attention has none."""
         if self.residual is not None:
             self.residual.zero_()
 
@@ -175,7 +175,7 @@ class Nystrom(Kernel):
         with without_autocast(q):  # entries of the inverse are large and cancel
             ql, kl, c = to_accumulate(q_marks, k_marks, context)
             core = (ql @ kl.mT * self.site.key_dim**-0.5).softmax(-1)
-            if is_transformed(core):  # torch.func has no checkpoints
+            if is_transformed(core):  # torch.func does not support checkpoints
                 inverse = newton_schulz_pinv(core, self.iterations)
             else:
                 # Recomputed in the backward pass: the five matrices of each step dominate memory

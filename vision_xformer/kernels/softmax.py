@@ -22,13 +22,14 @@ def attend(
     PyTorch's CPU kernel is fused only without dropout and bias and for V == K; its fallback is
     slower than the explicit formula, which is used here instead. The fused backward pass is also
     slower for small maps in half precision: 4 times at 64 x 64 tokens, twice at 256 x 256. The
-    explicit formula also serves torch.func and second derivatives, which the kernel does not have.
+    explicit formula is also used for torch.func and second derivatives, which the kernel does not
+    support.
 
     Shape: (B, H, N, K), (B, H, M, K), (B, H, M, V), bias (H, N, M) -> (B, H, N, V)
     """
     fused = dropout == 0 and bias is None and v.shape[-1] == q.shape[-1]
     small = q.shape[-2] * k.shape[-2] <= _SMALL_MAP and q.element_size() == 2
-    learns = q.requires_grad and not torch.jit.is_tracing()  # a trace is checked without
+    learns = q.requires_grad and not torch.jit.is_tracing()  # traces are checked under no_grad
     slower = q.device.type == "cpu" and (not fused or (small and learns))
     if slower or is_transformed(q, k, v):
         return _attend_explicitly(q, k, v, bias, dropout)

@@ -44,7 +44,7 @@ class TalkingHeads(MapKernel):
         self.before, self.after = (nn.Linear(site.heads, site.heads) for _ in range(2))
 
     def start_from_softmax(self) -> None:
-        """Start with heads that do not mix."""
+        """Initialize without mixing of heads."""
         for layer in (self.before, self.after):
             nn.init.eye_(layer.weight)
             nn.init.zeros_(layer.bias)

@@ -17,10 +17,10 @@ from torch import Tensor
 
 KeyPatterns = list[tuple[str, str | Callable[[re.Match[str]], str]]]
 
-FC_NORM = r"^fc_norm\."  # the norm after the pool is the norm
+FC_NORM = r"^fc_norm\."  # grouped with the norm before the pool
 _CVT_STAGE = r"\.stages\.\d+\.(?:embedding|layers|cls_token)"  # of transformers
 # (pattern, replacement), applied in this order
-WRAPPERS: KeyPatterns = [  # of data parallel, torch.compile and modules around a model
+WRAPPERS: KeyPatterns = [  # of data parallel, torch.compile and other wrapper modules
     (rf"^((module|_orig_mod|model|backbone|encoder(?!{_CVT_STAGE}))\.)+", ""),
     (r"\._orig_mod\.", "."),
 ]

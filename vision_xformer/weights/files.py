@@ -1,4 +1,4 @@
-"""Read state dicts from files, and take them out of the checkpoints that hold them."""
+"""Read state dicts from files, and extract them from checkpoints."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-# keys of checkpoints under which a state dict lies; averaged weights first, as in timm
+# keys under which checkpoints hold a state dict; averaged weights first, as in timm
 _STATES = ("state_dict_ema", "model_ema", "state_dict", "model")
 
 
 def state_of(checkpoint: Any) -> Any:
-    """The state dict in a checkpoint, or the checkpoint itself if it holds none."""
+    """Return the state dict in a checkpoint, or the checkpoint itself if it has none."""
     while isinstance(checkpoint, Mapping):
         found = (checkpoint[key] for key in _STATES if isinstance(checkpoint.get(key), Mapping))
         state = next(found, None)
@@ -29,10 +29,10 @@ def state_of(checkpoint: Any) -> Any:
 
 
 def checked_state(weights: object) -> Mapping[str, Tensor]:
-    """The state dict in a checkpoint.
+    """Return the state dict in a checkpoint, or the state dict itself, after checking it.
 
     Raises:
-        ValueError: for anything but a dict of names and tensors that can be copied.
+        ValueError: unless it maps names to dense real tensors.
     """
     weights = state_of(weights)
     if not isinstance(weights, Mapping):
@@ -48,7 +48,11 @@ def checked_state(weights: object) -> Mapping[str, Tensor]:
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The metadata of a safetensors file; empty for any other file."""
+    """Read the metadata of a safetensors file; empty for any other file.
+
+    Raises:
+        ValueError: for a safetensors file that cannot be read.
+    """
     path = Path(path)
     if path.suffix != ".safetensors" or not path.is_file():
         return {}
@@ -60,10 +64,10 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read the tensors of a file, which may be a checkpoint with a state dict in it.
+    """Read a state dict from a safetensors or PyTorch file, which may be a checkpoint with one.
 
     Raises:
-        ValueError: for a file that is missing, truncated, or contains no state dict, or objects
+        ValueError: for a file that is missing or truncated, has no state dict, or contains objects
             other than tensors and plain values.
     """
     path = Path(path)
@@ -72,7 +76,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        # checkpoints of timm's training script hold their arguments
+        # checkpoints of timm's training script include its arguments
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = state_of(torch.load(path, map_location="cpu", weights_only=True))
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:

@@ -1,4 +1,4 @@
-"""Bring tensors to the shapes of a module: reshape, split, interpolate, adapt to other channels."""
+"""Fit tensors to the shapes of a module: reshape, split, interpolate, adapt channels."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def is_table(parts: list[Part]) -> bool:
-    """Whether these are the parts of a table over a grid that states its shape."""
+    """Whether these are the parts of a table that stores the shape of its grid."""
     return parts[-1].key.endswith(".grid")
 
 
 def fit(source: list[Part], target: list[Part]) -> list[Tensor] | None:
-    """The source split into the parts and shapes of the target; None if it does not fit."""
+    """Split the source into the parts and shapes of the target; None if it does not fit."""
     tables = is_table(source) and is_table(target)
     if tables and source[-1].tensor.shape != target[-1].tensor.shape:
-        return None  # (4, 8) and (8, 4) have as many rows, but other positions
+        return None  # grids (4, 8) and (8, 4) have equally many rows, but other positions
     if not (is_table(source) or is_table(target)) and len(source) == len(target) == 1:
         shape = target[0].tensor.shape
         squeezed = source[0].tensor.squeeze().shape == target[0].tensor.squeeze().shape
@@ -52,7 +52,7 @@ def is_computed(module: nn.Module, name: str, source: list[Part]) -> bool:
     theirs, ours = _rows(source[0].tensor), table()
     if not theirs.is_floating_point():
         return False
-    # both are rounded, and so is each position before its sine
+    # both tables are rounded, and so are the arguments of their sines
     rounding = max(torch.finfo(t.dtype).eps for t in (theirs, ours))
     atol = rounding + len(theirs) * torch.finfo(torch.float32).eps
     return theirs.shape == ours.shape and torch.allclose(
@@ -61,7 +61,7 @@ def is_computed(module: nn.Module, name: str, source: list[Part]) -> bool:
 
 
 def resize_table(name: str, source: list[Part], target: list[Part]) -> list[Tensor] | None:
-    """Tables interpolated along the grid, with prefix rows kept; None if that is impossible."""
+    """Interpolate a table along its grid and keep prefix rows; None if that is impossible."""
     if not is_table(target):
         return None
     grid = tuple(target[-1].tensor.shape[:-1])
@@ -88,7 +88,7 @@ def resize_table(name: str, source: list[Part], target: list[Part]) -> list[Tens
 
 
 def _resize_distances(table: Tensor, grid: tuple[int, ...]) -> Tensor:
-    """Interpolate a table over distances 0, 1, ... on each axis as one over both directions."""
+    """Interpolate a table over distances 0, 1, ... on each axis, mirrored to negative ones."""
     for axis in range(len(grid)):
         table = torch.cat((table.narrow(axis, 1, table.shape[axis] - 1).flip(axis), table), axis)
     both = resize_grid(table, tuple(2 * g - 1 for g in grid))
@@ -108,16 +108,19 @@ def guess_grid(cells: int, like: tuple[int, ...]) -> tuple[int, ...] | None:
 
 
 def adapt(module: nn.Module, name: str, source: list[Part], target: list[Part]) -> Tensor | None:
-    """Weights of a first layer for another number of channels, as timm does; None for others.
+    """Adapt the weights of a first layer to another number of channels, as timm does.
 
-    A single channel gets the sum over the channels; more channels repeat them, multiplied by the
-    old number over the new one.
+    For a single channel, they are summed over the channels; for more, they are repeated and scaled
+    by the ratio of the old to the new number of channels.
+
+    Returns:
+        The weights, or None if this is not a first layer or the shapes differ otherwise.
     """
     config = getattr(module, "config", None)
     if config is None or not _FIRST_LAYER.fullmatch(name) or len(source) != 1:
         return None
     old, new = source[0].tensor, target[0].tensor
-    # pixels of a patch, with channels innermost, are the second axis of a linear layer
+    # the second axis of a linear patch embedding is (pixel, channel)
     patch = module.get_submodule(name.rpartition(".")[0].rpartition(".")[0])
     pixels = math.prod(getattr(patch, "patch_size", ())) if new.ndim == 2 else 1
     if old.ndim != new.ndim or old.shape[1] % pixels or new.shape[1] % pixels:

@@ -1,4 +1,4 @@
-"""Group the tensors of a state dict under our names of them."""
+"""Group the tensors of a state dict by our parameter names."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ from .conversion import LIBRARIES, PACKAGES, PARTS, WRAPPERS, KeyPatterns, Libra
 
 
 class Part(NamedTuple):
-    """A tensor under its own key, and its order among the parts of one of our parameters.
+    """A tensor of a state dict that is one of our parameters, or a part of one.
 
-    ``problem`` says why the tensor could not be converted from its library.
+    Attributes:
+        order: its order among the parts.
+        key: its key in the state dict.
+        tensor: the tensor.
+        problem: why it could not be converted from its library, or "".
     """
 
     order: int
@@ -31,12 +35,12 @@ def rename(key: str, patterns: KeyPatterns) -> str:
 
 
 def unwrap(key: str) -> str:
-    """A key without the prefixes of modules around the model."""
+    """Remove the prefixes of wrapper modules from a key."""
     return rename(key, WRAPPERS)
 
 
 def library_of(state: Mapping[str, Tensor]) -> Library | None:
-    """The library whose model has these keys; None for ours and for the attention packages."""
+    """Return the library whose model has these keys; None for ours and the attention packages."""
     keys = [unwrap(key) for key in state]
     for library in LIBRARIES:
         if any(re.search(library.signature_key, key) for key in keys):
@@ -45,9 +49,9 @@ def library_of(state: Mapping[str, Tensor]) -> Library | None:
 
 
 def group_by_name(state: Mapping[str, Tensor]) -> dict[str, list[Part]]:
-    """Group tensors by our names of them; parts in order, with rows in our order.
+    """Group tensors by our parameter names, with parts and their rows in our order.
 
-    A tensor that cannot be converted stays under its own key, with the problem.
+    A tensor that cannot be converted is kept under its own key, with the problem.
     """
     library = library_of(state)
     unwrapped = {unwrap(key): tensor for key, tensor in state.items()}

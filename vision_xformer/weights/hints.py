@@ -1,4 +1,4 @@
-"""Which fields a ViT needs so that the weights of another one mean the same in it."""
+"""Suggest the configuration of a ViT that reproduces the model of the given weights."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ Groups = Mapping[str, list[Part]]
 
 
 def norm_is_elsewhere(source: list[Part], target: list[Part]) -> bool:
-    """Whether one of the norms comes before the pool and the other one after it."""
+    """Whether one of two norms comes before the pool and the other after it."""
     keys = unwrap(source[0].key), unwrap(target[0].key)
     is_norm = all(key.startswith(("norm.", "fc_norm.")) for key in keys)
     return is_norm and len({bool(re.match(FC_NORM, key)) for key in keys}) == 2
 
 
 def other_fields(module: nn.Module, source: Groups, target: Groups) -> dict[str, Any]:
-    """The fields of a ViT that would have to differ for these weights; empty for other models.
+    """Return the fields that a ViT should have for these weights, where they differ from its own.
 
-    Their values come from the tokens, the number of positions and the place of the norm.
+    They are derived from the prefix tokens, the number of positions and the position of the norm.
+    For models other than a ViT, the result is empty.
     """
     config: Any = getattr(module, "config", None)
     if not hasattr(config, "no_embed_class") or "blocks.0.norm1.weight" not in source:
@@ -36,7 +37,7 @@ def other_fields(module: nn.Module, source: Groups, target: Groups) -> dict[str,
     registers = source["reg_token"][0].tensor.shape[1] if "reg_token" in source else 0
     pool, norm = config.pool, "norm.weight"
     if norm in source and norm in target and norm_is_elsewhere(source[norm], target[norm]):
-        wanted = not config.has_fc_norm  # a norm after the pool is the mark of a mean
+        wanted = not config.has_fc_norm  # a norm after the pool implies a mean
         pool = "mean" if wanted else "cls" if class_token else pool
         if pool != config.pool:
             found["pool"] = pool
@@ -53,10 +54,10 @@ def other_fields(module: nn.Module, source: Groups, target: Groups) -> dict[str,
 
 
 def _no_embed_class(tokens: int, source: Groups, target: Groups, ours: bool) -> bool:
-    """Whether positions of the source have no rows for its class and register tokens.
+    """Whether the position table of the source has no rows for its class and register tokens.
 
-    A table of another library tells by its number of rows: that of the module's grid, with the
-    tokens or without, and otherwise that of a grid of the same proportions, or a square one.
+    A table of another library is judged by its number of rows, with or without the tokens: that of
+    the module's grid, otherwise of a grid with the same aspect ratio, otherwise of a square one.
     """
     if not tokens or "position" not in source or "position" not in target:
         return ours
@@ -72,7 +73,7 @@ def _no_embed_class(tokens: int, source: Groups, target: Groups, ours: bool) -> 
 
 
 def as_sentence(fields: Mapping[str, Any]) -> str:
-    """What to build instead, or "" for no fields."""
+    """Return a sentence that says which fields to set, or "" for none."""
     if not fields:
         return ""
     return "build the model with " + ", ".join(f"{k}={v!r}" for k, v in fields.items())

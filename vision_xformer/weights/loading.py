@@ -24,7 +24,7 @@ class LoadReport(NamedTuple):
         unused: keys of the source that were left out, of another shape or not in the module.
         missing: keys of the module that were left unchanged.
         adapted: keys of the source whose weights were adapted to another number of channels.
-        hint: fields with which the model would use more of the weights, or "".
+        hint: fields with which a ViT would match the weights, or "".
     """
 
     used: list[str]
@@ -47,7 +47,7 @@ class LoadReport(NamedTuple):
 
 
 def _first_keys(keys: list[str] | tuple[str, ...]) -> str:
-    """The first five, sorted."""
+    """Return the first five keys, sorted, and the number of the others."""
     more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
     return f"{', '.join(sorted(keys)[:5])}{more}"
 
@@ -56,7 +56,7 @@ class _Match(NamedTuple):
     """The parts of one parameter in the source and in the module, and how they go together.
 
     ``values`` are the new values of the target's parts if the kind is "used", "resized" or
-    "adapted"; ``hint`` says how a misfit could be used.
+    "adapted"; ``hint`` says how a misfit could be loaded.
     """
 
     kind: Literal["used", "resized", "adapted", "unexpected", "missing", "misfit"]
@@ -138,18 +138,18 @@ def load_weights(
 ) -> LoadReport:
     """Load weights into a model or mixer; on an error the module is left unchanged.
 
-    Understood keys: ours; those of vision_xformer 0.1.8 to 0.2.0 (ViN, ViP, ViL, FNet, FNet2D);
-    those of performer-pytorch, nystrom-attention and linformer, whose modules can be loaded, too;
-    timm's ViT, LeViT, CaiT, CrossViT, Swin, PVT v2, ConvMixer, MLP-Mixer and gMLP, transformers'
-    CvT, and the Compact-Transformers of the CCT authors. Prefixes of modules around a model
-    (``model.``, ``module.``, ``backbone.``, ``encoder.``) are ignored, and a checkpoint may hold
-    the state dict under ``state_dict_ema``, ``model_ema``, ``state_dict`` or ``model``.
+    Supported keys: ours; those of vision_xformer 0.1.8 to 0.2.0 (ViN, ViP, ViL, FNet, FNet2D);
+    those of performer-pytorch, nystrom-attention and linformer, whose modules may also be the
+    target; timm's ViT, LeViT, CaiT, CrossViT, Swin, PVT v2, ConvMixer, MLP-Mixer and gMLP;
+    transformers' CvT; and the Compact-Transformers of the CCT authors. Prefixes of wrapper modules
+    (``model.``, ``module.``, ``backbone.``, ``encoder.``) are ignored, and the state dict may be
+    nested in a checkpoint under ``state_dict_ema``, ``model_ema``, ``state_dict`` or ``model``.
 
     Args:
         module: the module to load into.
-        weights: a state dict, or a file of one (.safetensors, or a PyTorch file of tensors and
+        weights: a state dict, or the path of one (.safetensors, or a PyTorch file of tensors and
             plain values only).
-        resize: carry the weights over to another input shape. Tables that have a row for each token
+        resize: adapt the weights to another input shape. Tables that have a row for each token
             (positions, the projections of Linformer) or distance (the bias of LeViT) are
             interpolated to the grid of the module: bicubic on images; prefix rows are kept. A table
             of another library does not store its grid, so it is guessed: same number of rows, else
