@@ -1,4 +1,4 @@
-"""The command line: recipes that add up, and what can be done with the folders of runs."""
+"""The command line: merged recipes, and the commands that use the folders of runs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 
 def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The sentence of a command that is refused."""
+    """The error of a command that is refused."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         main(arguments)
@@ -57,7 +57,7 @@ def recipe(path: Path, **model: object) -> list[str]:
     return ["--config", str(path)]
 
 
-def test_recipes_add_up_key_by_key(tmp_path: Path) -> None:
+def test_recipes_are_merged_key_by_key(tmp_path: Path) -> None:
     first = recipe(tmp_path / "a.yaml", options={"depth": 2, "dim": 24}, mixer="performer",
                    mixer_options={"features": 8})  # fmt: skip
     second = recipe(tmp_path / "b.yaml", options={"depth": 3}, mixer_options={"redraw": 5})
@@ -87,7 +87,7 @@ def test_recipes_add_up_key_by_key(tmp_path: Path) -> None:
         ("model.options", "3", "model.options 3 must be names with values, such as {depth: 6}"),
     ],
 )
-def test_a_value_of_another_type_is_told_what_it_must_be(
+def test_an_error_for_a_wrong_type_says_what_the_value_must_be(
     option: str, value: str, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert fails([f"--{option}", value], capsys) == sentence
@@ -242,8 +242,8 @@ def test_folders_are_predicted_as_csv(
     out = tmp_path / "predictions.csv"
     main(["predict", str(photos / "run"), str(root), "--out", str(out), "--data.batch_size", "7"])
     captured = capsys.readouterr()
-    assert captured.out == f"45 predictions, in {out}\n"
-    assert captured.err == "1 of 45 files cannot be read as images\n"
+    assert captured.out == f"wrote 45 predictions to {out}\n"
+    assert captured.err == "1 of 45 files could not be read as images\n"
     rows = rows_of(out)
     assert list(rows[0]) == ["path", "class", "error", "cat", "dog", "emu"]
     there = [file for name in ("cat", "dog", "emu") for file in (root / name).rglob("*.png")]
@@ -266,7 +266,7 @@ def test_folders_are_predicted_as_csv(
     captured = capsys.readouterr()
     assert len(captured.out.splitlines()) == 13
     assert f"{root / 'dog' / 'bad.png'} cannot be read as an image" in captured.out
-    assert captured.err == "1 of 13 files cannot be read as images\n"
+    assert captured.err == "1 of 13 files could not be read as images\n"
 
 
 def test_what_cannot_be_predicted_is_refused(
@@ -276,7 +276,7 @@ def test_what_cannot_be_predicted_is_refused(
     sentence = fails(["predict", run, str(tmp_path / "no.png"), "--out", str(out)], capsys)
     assert sentence == f"there is no file or folder {tmp_path / 'no.png'}"
     sentence = fails(["predict", run, str(tmp_path), "--out", str(out)], capsys)
-    assert sentence == f"there are no images in {tmp_path} or in folders below it"
+    assert sentence == f"there are no images in {tmp_path} or its subfolders"
     image = str(photos / "images" / "test" / "cat" / "1.png")
     sentence = fails(["predict", run, image, "--out", str(tmp_path / "no" / "out.csv")], capsys)
     assert "out.csv cannot be written" in sentence
@@ -317,7 +317,7 @@ def test_other_images_and_sizes_are_evaluated(
     shutil.rmtree(other / "val" / "emu")
     shutil.rmtree(other / "test" / "emu")
     sentence = fails(["evaluate", run, "--data.root", str(other)], capsys)
-    assert sentence.startswith(f"{other} has other classes now")
+    assert sentence.startswith(f"{other} has other classes than")
     assert "unrecognized arguments: --train.lr" in fails(
         ["evaluate", run, "--train.lr", "1"], capsys
     )
@@ -325,7 +325,7 @@ def test_other_images_and_sizes_are_evaluated(
     assert sentence == "data.image_size 0 must be above 0"
 
 
-def test_reports_pass_over_what_is_no_run(
+def test_reports_skip_folders_that_are_not_runs(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(photos / "run", tmp_path / "run")
@@ -343,7 +343,7 @@ def test_reports_pass_over_what_is_no_run(
     captured = capsys.readouterr()
     lines = captured.err.splitlines()
     assert len(lines) == 4
-    assert all(line.startswith("passed over: ") and "is not of a run" in line for line in lines)
+    assert all(line.startswith("skipped: ") and "is not of a run" in line for line in lines)
     assert captured.out.splitlines()[1].startswith("run ")
     assert len(captured.out.split("\n\n")[0].splitlines()) == 2
     shutil.rmtree(tmp_path / "run")
@@ -360,7 +360,7 @@ def test_a_complete_run_trains_longer(tmp_path: Path, capsys: pytest.CaptureFixt
     Run(config).fit()
     before = (folder / "metrics.csv").read_text(encoding="utf-8").splitlines()
     lowered = fails(["resume", str(folder), "--train.epochs", "1"], capsys)
-    assert lowered.startswith("train.epochs 1 must be at least 2, the epochs that")
+    assert lowered.startswith("train.epochs 1 must be at least 2, the number of epochs that")
     for option in ("--train.epochs=2", "--data.workers=1"):
         AcceleratorState._reset_state(reset_partial_state=True)
         assert "the run is complete" in fails([f"--resume={folder}", option], capsys)
@@ -377,7 +377,7 @@ def test_a_complete_run_trains_longer(tmp_path: Path, capsys: pytest.CaptureFixt
     assert result["val_top1"] == max(float(row.split(",")[3]) for row in rows[1:])
     (folder / "state.pt").unlink()
     sentence = fails(["resume", str(folder), "--train.epochs", "5"], capsys)
-    assert "no state.pt to train further from" in sentence
+    assert "no state.pt to resume from" in sentence
     assert (folder / "result.json").is_file()
 
 
@@ -407,7 +407,7 @@ def test_the_schedule_is_that_of_the_new_length(tmp_path: Path) -> None:
     assert rates == wanted[6:]
 
 
-def test_options_of_resume_are_known(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_the_options_of_resume(capsys: pytest.CaptureFixture[str]) -> None:
     for name in FREE:
         part, field = name.split(".")
         assert hasattr(getattr(RunConfig(), part), field)

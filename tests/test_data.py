@@ -175,11 +175,11 @@ def test_broken_image_folders_are_refused(tmp_path: Path) -> None:
 
     refused(tmp_path / "nowhere", r"data.root .*nowhere is not a folder")
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", r"at least 2 classes, has \[\]")
+    refused(tmp_path / "empty", r"folders of at least 2 classes, not \[\]")
     root = image_folder(tmp_path / "differs")
     (root / "test" / "fox").mkdir()
     write_image(root / "test" / "fox" / "0.png", 3)
-    refused(root, r"differ in their class folders: fox")
+    refused(root, r"class folders that the training set does not have: fox")
     root = image_folder(tmp_path / "hollow")
     for file in (root / "train" / "dog").iterdir():
         file.unlink()
@@ -500,7 +500,7 @@ def test_hugging_face_folders_that_are_not_clear_are_refused(tmp_path: Path) -> 
 
     refused("nowhere", r"data.root .*nowhere is not a folder")
     (tmp_path / "empty").mkdir()
-    refused("empty", r"empty is not a folder that save_to_disk")
+    refused("empty", r"empty is not a folder written by save_to_disk")
     refused("two", r"2 columns of image, label, coarse may hold the label: name it")
     refused("two", r"no column 'fine'; the columns are image", "huggingface:label=fine")
     refused("two", r"'labels'; did you mean 'label'\?", "huggingface:labels=fine")

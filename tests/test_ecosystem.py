@@ -1,4 +1,4 @@
-"""What other tools do to models and mixers: they work for every name in the registries.
+"""Compatibility with other tools, for every model and mixer in the registries.
 
 Oracles are plain autograd, the same weights in another place, and masks written out.
 """
@@ -71,7 +71,7 @@ def shaken(name: str, **overrides: Any) -> vx.VisionModel:
 
 
 def assert_near(got: Any, want: Any, tolerance: float = 1e-9) -> None:
-    """The largest difference is small compared with the largest value of all."""
+    """Whether the largest difference is small compared with the largest value."""
     got, want = (torch.cat([t.detach().flatten() for t in ts]) for ts in (got, want))
     assert want.any()
     assert float((got - want).abs().max() / want.abs().max()) <= tolerance
@@ -243,7 +243,7 @@ def emptied(model: vx.VisionModel) -> vx.VisionModel:
 
 
 def replaced(model: vx.VisionModel) -> vx.VisionModel:
-    """As tools do that know of parameters and saved buffers only."""
+    """As tools do that replace only parameters and saved buffers."""
     same = on_meta(model.config)
     for key, value in model.state_dict().items():
         accelerate.utils.set_module_tensor_to_device(same, key, "cpu", value, value.dtype)
@@ -415,7 +415,7 @@ def test_low_rank_adapters(name: str) -> None:
 
 @each_set_of_layers
 def test_pruning(name: str) -> None:
-    """Masks act in the forward pass, and the masks stay through steps."""
+    """Masks apply in the forward pass, and remain after optimizer steps."""
     model = shaken(name)
     x, masked = images(model, 2), copy.deepcopy(model)
     for key, layer in layers(model):

@@ -103,7 +103,7 @@ def command(photos: Path, weights: Path, folder: Path, *more: str) -> list[str]:
 def test_the_recipe_fine_tunes_a_folder_of_images(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Another number of classes and image size: said in one line; the run has their statistics."""
+    """Other classes and image size are reported in one line; the run has the pixel statistics."""
     weights, folder = weights_in(tmp_path), tmp_path / "run"
     main(command(photos, weights, folder, "--data.normalize", "imagenet"))
     lines = capsys.readouterr().out.splitlines()
@@ -135,8 +135,8 @@ def test_the_recipe_fine_tunes_a_folder_of_images(
     assert f"test top-1 {result['test_top1']:.2%}" in capsys.readouterr().out
 
 
-def test_the_recipe_does_a_step_as_it_is(photos: Path, tmp_path: Path) -> None:
-    """Of the weights that it names, with all that it freezes and scales."""
+def test_the_recipe_takes_a_step_unchanged(photos: Path, tmp_path: Path) -> None:
+    """With the weights that it names, and all that it freezes and scales."""
     config = parse(["--config", str(ROOT / "configs" / "finetune.yaml")])
     assert config.model.name == "vit_tiny"
     name = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
@@ -160,22 +160,22 @@ def test_the_recipe_does_a_step_as_it_is(photos: Path, tmp_path: Path) -> None:
     ("more", "sentence"),
     [
         (["--model.weights", "nowhere.pt"], "model.weights: no weights at nowhere.pt"),
-        (["--train.freeze", "stam"], "train.freeze 'stam' is no part of the model with parameters; "
-         "did you mean 'stem'?"),
-        (["--train.freeze", "stem blocks.0-5"], "train.freeze 'blocks.3' is no part"),
+        (["--train.freeze", "stam"], "train.freeze 'stam' is not a part of the model with "
+         "parameters; did you mean 'stem'?"),
+        (["--train.freeze", "stem blocks.0-5"], "train.freeze 'blocks.3' is not a part"),
         (["--train.freeze", "blocks.2-1"], "train.freeze 'blocks.2-1' is an empty range: did you "
          "mean 1-2?"),
-        (["--train.freeze", "blocks.0.drop_path"], "train.freeze 'blocks.0.drop_path' is no part"),
+        (["--train.freeze", "blocks.0.drop_path"], "'blocks.0.drop_path' is not a part"),
         (["--train.freeze", "stem cls_token position blocks norm head"], "leaves nothing to train"),
         (["--train.layer_decay", "1.5"], "train.layer_decay 1.5 must be above 0 and at most 1"),
         (["--train.layer_decay", "0"], "train.layer_decay 0.0 must be above 0 and at most 1"),
         (["--data.normalize", "imagnet"], "imagnet"),
         (["--model.name", "swin_tiny"], "start.safetensors are not those of this Swin: "),
-        (["--model.options.depth", "9"], "fits 43 of the 117 tensors of vit, it is of another"),
+        (["--model.options.depth", "9"], "has only 43 of the 117 tensors of vit, so it belongs to"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )  # fmt: skip
-def test_mistakes_are_said_in_a_sentence(
+def test_a_mistake_is_one_sentence(
     more: list[str], sentence: str, photos: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -197,7 +197,7 @@ def test_help_explains_fine_tuning(capsys: pytest.CaptureFixture[str]) -> None:
         main(["fit", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     for words in ("pretrained weights to start from", '"stem blocks.0-5"', "for fine-tuning",
-                  "statistics of pixels"):  # fmt: skip
+                  "pixel statistics"):  # fmt: skip
         assert words in text
 
 
@@ -207,7 +207,7 @@ def test_help_explains_fine_tuning(capsys: pytest.CaptureFixture[str]) -> None:
 def test_start_weights_of_three_channels_train_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As timm adapts them; digits have one channel, 8 pixels and ten classes."""
+    """Adapted as in timm; digits have one channel, 8 pixels and ten classes."""
     run = Run(config_for(tmp_path / "run", weights_in(tmp_path)))
     assert "1 resized: pos_embed; 1 adapted to other channels: patch_embed.proj.weight; 2 left" in (
         capsys.readouterr().out
@@ -224,7 +224,7 @@ def test_start_weights_of_three_channels_train_one(
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 def test_weights_of_a_run_start_another(suffix: str, tmp_path: Path) -> None:
-    """Ours of other sizes, and a checkpoint around a state dict."""
+    """Our weights of other sizes, and a checkpoint that contains a state dict."""
     first = Run(config_for(tmp_path / "first", None, epochs=1))
     first.fit()
     path = tmp_path / "first" / "best.safetensors"
@@ -310,8 +310,8 @@ def test_before_the_first_save_the_start_weights_are_needed(
 # Freezing
 
 
-def test_frozen_parts_stay_and_are_not_in_the_optimizer(tmp_path: Path) -> None:
-    """Neither steps nor decay change them, with any optimizer."""
+def test_frozen_parts_do_not_change_and_are_not_in_the_optimizer(tmp_path: Path) -> None:
+    """Neither steps nor weight decay change them, with any optimizer."""
     for optimizer in ("adamw", "sgd", "muon"):
         AcceleratorState._reset_state(reset_partial_state=True)
         config = config_for(
@@ -335,7 +335,7 @@ def test_a_frozen_batch_norm_keeps_its_statistics() -> None:
     freeze(model, "stem stages.0.0")
     for _ in range(2):  # also after an evaluation
         model.eval()
-        train_mode(model)
+        train_mode(model, "labels")
         before = {k: v.clone() for k, v in model.named_buffers() if "running" in k or "num_b" in k}
         model(torch.randn(4, *model.config.input_shape))
         after = dict(model.named_buffers())
@@ -390,7 +390,7 @@ def test_a_model_without_layers_is_refused() -> None:
 
 @pytest.mark.parametrize("name", NAMED)
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
-def test_statistics_of_pixels(name: str, channels: int) -> None:
+def test_pixel_statistics(name: str, channels: int) -> None:
     x = torch.randint(256, (5, channels, 7, 6), dtype=torch.uint8)
     pixels = NAMED[name].for_channels(channels)
     mean, std = (torch.tensor(v).double().view(-1, 1, 1) for v in pixels)
@@ -441,9 +441,9 @@ def test_where_statistics_come_from(tmp_path: Path) -> None:
     assert pixels_of_weights(hub / f"{augreg}.safetensors", "vit") == Pixels((0.7,), (0.8,))
 
 
-def test_a_guess_is_said_to_be_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_guess_is_reported_as_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Run(config_for(tmp_path / "run", weights_in(tmp_path)))
-    assert "pixels have mean 0.5, std 0.5 (a guess, data.normalize sets it)" in (
+    assert "pixels have mean 0.5, std 0.5 (a guess; set data.normalize to change it)" in (
         capsys.readouterr().out
     )
 
@@ -460,8 +460,8 @@ def test_a_teacher_of_other_statistics_is_refused(tmp_path: Path) -> None:
     assert Run(student).teacher is not None
 
 
-def test_files_without_statistics_are_read_as_before(tmp_path: Path) -> None:
-    """Runs of an earlier version, in which all models had half."""
+def test_files_without_statistics_have_half(tmp_path: Path) -> None:
+    """Runs of an earlier version, in which all models were trained with half."""
     run = Run(config_for(tmp_path / "run", None, epochs=1))
     run.fit()
     path = tmp_path / "run" / "best.safetensors"

@@ -1,4 +1,4 @@
-"""Folders of images: what is read, what is left out and said, broken files, unbalanced classes."""
+"""Image folders: what is read or left out, broken files, and unbalanced classes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def names(images: Images) -> list[str]:
 # what is read
 
 
-def test_images_of_all_endings_and_subfolders_are_read(tmp_path: Path) -> None:
+def test_images_of_all_extensions_and_subfolders_are_read(tmp_path: Path) -> None:
     root = image_folder(tmp_path / "photos", ("train", "test"), images=3)
     cat = root / "train" / "cat"
     found = ["a.gif", "b.jfif", "c.JPG", "d.jpe", "e.Tga", "f.qoi", "2024/may/g.PNG", "2024/h.webp"]
@@ -62,7 +62,7 @@ def test_images_of_all_endings_and_subfolders_are_read(tmp_path: Path) -> None:
     assert not any("left out" in note for note in data.notes)
 
 
-def test_what_is_left_out_is_said_once(tmp_path: Path) -> None:
+def test_files_that_are_left_out_are_reported_once(tmp_path: Path) -> None:
     root = image_folder(tmp_path, ("train", "test"))
     cat, test = root / "train" / "cat", root / "test" / "dog"
     for path in (cat / "a.txt", cat / "b.txt", test / "c.HEIC", cat / "more" / "README"):
@@ -81,8 +81,8 @@ def test_what_is_left_out_is_said_once(tmp_path: Path) -> None:
     start, _, reasons = note.partition(": ")
     assert start == f"7 files are left out of {root}"
     assert sorted(reasons.split(", ")) == [
-        ".heic 1", ".txt 2", "dangling links 1", "images outside of the class folders 1",
-        "no ending 1", "not plain files 1",
+        ".heic 1", ".txt 2", "dangling links 1", "images outside the class folders 1",
+        "no extension 1", "not plain files 1",
     ]  # fmt: skip
 
 
@@ -107,7 +107,7 @@ def test_a_validation_folder_has_one_of_three_names(name: str, tmp_path: Path) -
     assert (len(data.train) + len(data.val), len(data.test)) == (33, 34)
 
 
-def test_folders_that_are_no_splits_are_refused(tmp_path: Path) -> None:
+def test_unknown_folders_next_to_train_are_refused(tmp_path: Path) -> None:
     def refused(parts: tuple[str, ...], match: str) -> None:
         root = image_folder(tmp_path / "-".join(parts), parts, images=3)
         with pytest.raises(ValueError, match=match):
@@ -117,10 +117,10 @@ def test_folders_that_are_no_splits_are_refused(tmp_path: Path) -> None:
     refused(("train", "validation", "valid", "test"), r"has both valid and validation")
     refused(
         ("train", "dev"),
-        r"has dev next to train: name the folders train, val \(or valid, or validation\) and test, "
-        r"or, if these are classes, move all class folders into a folder train",
+        r"has dev next to train: name the folders train, val \(or valid, or validation\) and test; "
+        r"if these are classes, move all class folders into a folder train",
     )
-    refused(("valid", "test"), r"has test, valid, but no folder train")
+    refused(("valid", "test"), r"has test, valid but no folder train")
     # a class may be named train
     root = image_folder(tmp_path / "vehicles", images=7)
     (root / "train" / "cat").rename(root / "train" / "train")
@@ -141,7 +141,7 @@ def test_class_names_may_be_of_any_script(tmp_path: Path) -> None:
 # classes of different sizes
 
 
-def test_images_per_class_are_said_and_absent_classes_named(
+def test_images_per_class_are_reported_and_missing_classes_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = tmp_path / "photos"
@@ -175,7 +175,9 @@ def test_a_set_may_lack_a_class_but_not_have_another(tmp_path: Path) -> None:
     assert len(data.test) == 11
     assert "warning: test has no images of cat, dog" in data.notes
     write_image(root / "test" / "dgo" / "0.png", 3)
-    with pytest.raises(ValueError, match=r"differ in their class folders: dgo is only in the"):
+    with pytest.raises(
+        ValueError, match=r"test has class folders that the training set does not have: dgo"
+    ):
         load(root)
     shutil.rmtree(root / "test" / "dgo")
     shutil.rmtree(root / "test" / "emu")
@@ -183,7 +185,7 @@ def test_a_set_may_lack_a_class_but_not_have_another(tmp_path: Path) -> None:
         load(root)
 
 
-def test_of_many_classes_the_extremes_are_said(tmp_path: Path) -> None:
+def test_of_many_classes_the_extremes_are_reported(tmp_path: Path) -> None:
     for k in range(12):
         for i in range(5 + k):
             write_image(tmp_path / f"c{k:02}" / f"{i}.png", i)
@@ -311,7 +313,7 @@ def test_a_balanced_run_resumes_bit_for_bit(balance: str, tmp_path: Path) -> Non
 
 
 def spoil(path: Path, header: bool) -> Path:
-    """Break a file, in its header or behind it."""
+    """Break a file, in its header or after it."""
     data = path.read_bytes()
     path.write_bytes(data[:10] if header else data[:-30])
     return path
@@ -334,14 +336,14 @@ def test_all_broken_files_are_listed_before_the_first_step(
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert error.startswith("error: 13 images: ")
-    assert error.endswith("and 3 more; --data.skip_broken true passes over such images\n")
+    assert error.endswith("and 3 more; --data.skip_broken true skips such images\n")
     assert sum(str(path) in error for path in bad) == 10
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_broken_files_are_passed_over(in_memory: bool, tmp_path: Path) -> None:
-    """The sets are those of a folder that never had these files."""
+def test_broken_files_are_skipped(in_memory: bool, tmp_path: Path) -> None:
+    """The sets equal those of a folder without these files."""
     root = image_folder(tmp_path / "photos")
     bad = [spoil(root / "train" / "cat" / "0.png", True),
            spoil(root / "train" / "dog" / "4.png", False),
@@ -366,12 +368,12 @@ def test_a_set_of_broken_files_alone_is_refused(tmp_path: Path) -> None:
     for name in ("cat", "dog", "emu"):
         for i in range(4):
             spoil(root / "test" / name / f"{i}.png", True)
-    with pytest.raises(ValueError, match=r"no image of the test set can be read: 12 images: "):
+    with pytest.raises(ValueError, match=r"no image in the test set can be read: 12 images: "):
         load(root, skip_broken=True, val_fraction=0.3)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_streamed_image_that_breaks_later_is_named_and_can_be_passed_over(
+def test_a_streamed_image_that_breaks_later_is_named_and_can_be_skipped(
     workers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = image_folder(tmp_path / "photos", ("train", "val", "test"))
@@ -387,7 +389,7 @@ def test_a_streamed_image_that_breaks_later_is_named_and_can_be_passed_over(
     assert stop.value.code == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"error: {bad} cannot be read as an image: ")
-    assert error.endswith("; --data.skip_broken true passes over such images")
+    assert error.endswith("; --data.skip_broken true skips such images")
     AcceleratorState._reset_state(reset_partial_state=True)
     main([*arguments, "--data.skip_broken", "true"])
     captured = capsys.readouterr()
@@ -395,7 +397,7 @@ def test_a_streamed_image_that_breaks_later_is_named_and_can_be_passed_over(
     assert captured.out.startswith("test top-1 ")
 
 
-def test_a_changed_test_set_is_noted_and_a_changed_training_set_refused(
+def test_a_changed_test_set_is_reported_and_a_changed_training_set_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A broken test image stops a run at its end; without it, the run resumes."""
@@ -410,18 +412,18 @@ def test_a_changed_test_set_is_noted_and_a_changed_training_set_refused(
     with pytest.raises(SystemExit):
         main(["resume", str(tmp_path / "run")])
     assert "4.png cannot be read" in capsys.readouterr().err
-    # either passed over, by its own configuration
+    # either skipped, by its own configuration
     saved = yaml.safe_load((tmp_path / "other" / "config.yaml").read_text())
     saved["data"]["skip_broken"] = True
     (tmp_path / "other" / "config.yaml").write_text(yaml.safe_dump(saved))
     AcceleratorState._reset_state(reset_partial_state=True)
     main(["resume", str(tmp_path / "other")])
-    assert "has other test images than before" in capsys.readouterr().err
+    assert "have changed since the run was started" in capsys.readouterr().err
     # or removed
     bad.unlink()
     AcceleratorState._reset_state(reset_partial_state=True)
     main(["resume", str(tmp_path / "run")])
-    assert "has other test images than before" in capsys.readouterr().err
+    assert "have changed since the run was started" in capsys.readouterr().err
     results = [(tmp_path / name / "result.json").read_text() for name in ("run", "other")]
     assert json.loads(results[0])["test_top1"] == json.loads(results[1])["test_top1"]
     (tmp_path / "run" / "result.json").unlink()

@@ -102,7 +102,7 @@ TRANSPARENT = {
 def test_transparency_shows_the_background(
     kind: str, background: tuple[int, ...], tmp_path: Path
 ) -> None:
-    """As the equation of compositing says."""
+    """As in the equation of compositing."""
     file = tmp_path / "icon.png"
     data, rgba = TRANSPARENT[kind]
     file.write_bytes(data)
@@ -195,7 +195,7 @@ def test_a_sound_jpeg_with_odd_exif_is_read_and_turned(kind: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("data", [b"Exif\0\0", b"Exif\0\0MM\0", b"Exif\0\0II*\0\xff\xff\xff\xff"])
-def test_exif_that_says_nothing_turns_nothing(data: bytes, tmp_path: Path) -> None:
+def test_exif_without_orientation_turns_nothing(data: bytes, tmp_path: Path) -> None:
     Image.new("RGB", (16, 8)).save(tmp_path / "odd.jpg", exif=data)
     assert open_image(tmp_path / "odd.jpg").size == (16, 8)
 
@@ -290,7 +290,9 @@ def test_deep_colors_are_refused_only_with_another_white(tmp_path: Path) -> None
     (tmp_path / "deep.png").write_bytes(png(16, 2, 2, rows))
     got = np.asarray(open_image(tmp_path / "deep.png"))
     assert np.abs(got[0] - np.array([[0, 0, 1], [255, 116.7, 0]])).max() <= 1
-    with pytest.raises(ValueError, match=r"deep.png has 16-bit colors, of which 8 bits are read"):
+    with pytest.raises(
+        ValueError, match=r"deep.png has 16-bit colors, of which the upper 8 bits are read"
+    ):
         open_image(tmp_path / "deep.png", Reading(max_value=4095))
 
 
@@ -407,8 +409,8 @@ def test_every_common_format_is_read() -> None:
     assert not {".eps", ".pdf", ".ps", ".h5", ".mpg", ".wmf", ".pcx"} & IMAGE_ENDINGS
 
 
-def test_a_file_that_breaks_off_is_refused(tmp_path: Path) -> None:
-    """Or only lacks what is not pixels: then these are those of the whole file."""
+def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
+    """Unless only metadata is missing: then the pixels are those of the whole file."""
     refused = 0
     for kind, data in files_of_all_formats():
         file = tmp_path / f"cut.{kind}"
@@ -492,7 +494,7 @@ def test_whatever_a_decoder_raises_the_file_is_named(
             next(streamed)
         assert str(caught.value) == (
             f"{file} cannot be read as an image: {reason}; "
-            "--data.skip_broken true passes over such images"
+            "--data.skip_broken true skips such images"
         )
 
 
@@ -503,9 +505,9 @@ def test_files_that_trick_decoders_are_named(tmp_path: Path) -> None:
     files = {
         "text.png": (png(8, 2, 1, rows, text), "too large"),
         "bomb.png": (bomb, "exceeds limit of 178956970 pixels"),
-        "empty.jpg": (b"", "of no known image format"),
-        "page.jpg": (b"<html><body>404</body></html>", "of no known image format"),
-        "figure.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "of no known image"),
+        "empty.jpg": (b"", "has no known image format"),
+        "page.jpg": (b"<html><body>404</body></html>", "has no known image format"),
+        "figure.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "has no known image"),
     }
     for name, (data, reason) in files.items():
         (tmp_path / name).write_bytes(data)

@@ -1,4 +1,4 @@
-"""Other machines than this one, emulated: a Mac's GPU, Windows, narrow consoles, odd names."""
+"""Emulated machines: an Apple GPU, Windows, consoles without Unicode, unusual names."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def open_files(path: str) -> list[str]:
 
 @pytest.fixture
 def windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What Windows refuses, and its encoding of texts."""
+    """Emulate the restrictions of Windows, and its default encoding."""
     replace, text_encoding, opening = os.replace, io.text_encoding, io.open
 
     def closed_only(source: Any, target: Any, **options: Any) -> None:
@@ -338,7 +338,7 @@ def test_a_character_without_a_font_is_numbered(
     assert shown == ["猫", "1: ?"]
 
 
-def test_a_figure_that_fails_costs_a_line(
+def test_a_figure_that_fails_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken(*args: Any) -> Any:

@@ -33,7 +33,7 @@ def on_meta(name: str) -> vx.VisionModel:
 
 
 def may_be_slow(name: str) -> Any:
-    """Published sizes of other mixers, whose names of layers are those of the small ones."""
+    """Published sizes of other mixers, whose layer names equal those of the small sizes."""
     parsed = parse_name(name)
     small = parsed.size in ("", "test") or parsed.letter in (None, "t")
     return name if small else pytest.param(name, marks=pytest.mark.slow)
@@ -84,7 +84,7 @@ def test_layers_of_a_vit_are_those_of_timm() -> None:
 
 @pytest.mark.parametrize("name", TEST_MODELS)
 def test_optimizers_of_timm(name: str) -> None:
-    """Layer-wise rates by depth; of positions, tokens, tables, biases and norms nothing decays."""
+    """Layer-wise rates by depth; positions, tokens, tables, biases and norms do not decay."""
     model = vx.create_model(name)
     layers, top = layers_of(model), max(layers_of(model).values())
     by_id = {id(p): n for n, p in model.named_parameters()}
@@ -125,7 +125,7 @@ def test_classifiers(name: str) -> None:
 
 @pytest.mark.parametrize("pool", ["cls", "mean", "seq"])
 def test_another_pool(pool: str, tmp_path: Path) -> None:
-    """The mean over the patches, or the class token; the norm stays, and files know."""
+    """The mean over the patches, or the class token; the norm stays, also in files."""
     model = vx.create_model("vit_test", pool=pool, class_token=True, registers=2).eval()
     x = torch.randn(2, *model.config.input_shape)
     tokens = model.norm(model.forward_tokens(x))

@@ -525,7 +525,7 @@ def test_a_model_of_timm_is_trained_and_rebuilt(
     [
         ({"name": "timm:vit_tiny_patch16_225"}, "did you mean 'vit_tiny_patch16_224'"),
         ({"name": "timm:vit_tiny_patch16_224", "options": {"depht": 1}}, "depht"),
-        ({"name": "timm:vit_tiny_patch16_224", "mixer": "fourier"}, "attention of its own"),
+        ({"name": "timm:vit_tiny_patch16_224", "mixer": "fourier"}, "use model.convert"),
     ],
 )
 def test_a_model_of_timm_is_refused_by_name(model: dict[str, Any], sentence: str) -> None:

@@ -1,7 +1,7 @@
 """Train and compare models: ``python -m train fit --config configs/cifar10/base.yaml ...``.
 
-``resume`` continues an interrupted run, or a complete one with more epochs; ``evaluate``,
-``predict`` and ``report`` use finished runs; ``convert`` gives a model another attention, and
+``resume`` continues an interrupted run, or a complete one for more epochs; ``evaluate``,
+``predict`` and ``report`` use finished runs; ``convert`` replaces the attention of a trained model;
 ``benchmark`` measures memory and time.
 ``python -m train --config FILE`` means ``fit``, and ``python -m train --resume DIR`` means
 ``resume``.
@@ -30,7 +30,7 @@ _PREDICTION = ("data.batch_size",)
 
 def command_line() -> Parser:
     """The parser of all commands."""
-    resume = options_parser(FREE, "a run resumes its own configuration, and only the options of "
+    resume = options_parser(FREE, "a run resumes with its own configuration; only the options in "
                             "resume --help may change")  # fmt: skip
     evaluate, predict = options_parser(_EVALUATION), options_parser(_PREDICTION)
     report, benchmark, convert = Parser(), Parser(), Parser()
@@ -38,14 +38,14 @@ def command_line() -> Parser:
         parser.add_argument("run", type=Path, help=f"folder of the run {what}")
     evaluate.add_argument("--split", choices=("test", "val"), default="test", help="which images")
     predict.add_argument(
-        "images", nargs="+", type=Path, help="image files, and folders, which are searched for them"
+        "images", nargs="+", type=Path, help="image files, and folders that contain them"
     )
     predict.add_argument(
         "--train.device", type=plain_type(RunConfig, "train.device"), default="auto",
         help="where to compute",
     )  # fmt: skip
     predict.add_argument(
-        "--out", type=Path, help="a CSV file for path, class and the probabilities of all classes"
+        "--out", type=Path, help="CSV file for path, class and the probabilities of all classes"
     )
     report.add_argument("runs", nargs="+", type=Path, help="folders with runs in or below them")
     report.add_argument(
@@ -60,7 +60,7 @@ def command_line() -> Parser:
             "evaluate": ("accuracy of the best weights of a run", evaluate),
             "predict": ("classes of image files and folders", predict),
             "report": ("compare runs on one page", report),
-            "convert": ("another attention in a trained model; see convert --help", convert),
+            "convert": ("replace the attention of a trained model; see convert --help", convert),
             "benchmark": ("memory and time; see python -m train.benchmark --help", benchmark),
         },
     )
@@ -104,7 +104,7 @@ def start(arguments: list[str]) -> Run | None:
 def main(arguments: list[str] | None = None) -> None:
     """The program; ``arguments`` are those of the command line by default."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    for stream in (sys.stdout, sys.stderr):  # a console that lacks a character shows its code
+    for stream in (sys.stdout, sys.stderr):  # escape characters that the console cannot encode
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     if arguments and arguments[0] == "benchmark":

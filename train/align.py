@@ -1,4 +1,4 @@
-"""Runs without labels: a converted model learns what its teacher returns."""
+"""Training without labels: a converted model learns the outputs of its teacher."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .model import Sizes, load_model
 
 
 def matching(model: nn.Module, teacher: nn.Module | None, loss: str) -> nn.Module:
-    """What a run trains: the model, or a module that maps images to the loss of ``train.loss``.
+    """Return the module that a run trains: the model, or one that maps images to the loss.
 
     Args:
         model: the model of the run.
@@ -35,12 +35,12 @@ def matching(model: nn.Module, teacher: nn.Module | None, loss: str) -> nn.Modul
 
 
 def named_by_teacher(data: Splits, config: RunConfig, accelerator: Accelerator) -> Splits:
-    """The data of a run; images without classes get the classes that the teacher predicts.
+    """Return the data of a run; images without labels are labeled with the teacher's predictions.
 
-    Accuracy is then agreement with the teacher.
+    Accuracy is then the agreement with the teacher.
 
     Raises:
-        ValueError: for images without classes and a loss that needs them.
+        ValueError: for images without labels and a loss that needs them.
     """
     if len(data.classes) > 1:
         return data
@@ -59,10 +59,10 @@ def named_by_teacher(data: Splits, config: RunConfig, accelerator: Accelerator) 
 
 
 def freeze_unmatched(model: nn.Module, loss: str, sizes: Sizes) -> None:
-    """Exclude what a loss without labels does not reach from training.
+    """Freeze the parameters that a loss without labels does not train.
 
-    Attention is matched by kernels and the layers in front of them; features by all but the
-    classifier, which no gradient reaches.
+    Attention is matched by kernels and the projections before them, features by all parameters
+    except the classifier, which gets no gradient.
     """
     if loss == "labels":
         return

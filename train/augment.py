@@ -26,7 +26,7 @@ def plain(x: Tensor, pixels: Pixels = NAMED["half"]) -> Tensor:
 
     Args:
         x: images (B, C, H, W), uint8 or float, from 0 to 255.
-        pixels: their statistics.
+        pixels: pixel statistics to normalize by.
 
     Returns:
         Images (B, C, H, W), float32; by default in [-1, 1].
@@ -58,7 +58,7 @@ def augment(
         draws: random numbers (B, 10) from :func:`draw`.
         config: augmentations to apply.
         mirror: whether the dataset allows horizontal flips.
-        pixels: statistics of the images.
+        pixels: pixel statistics to normalize by.
 
     Returns:
         Images (B, C, H, W), float32; by default in [-1, 1].

@@ -1,4 +1,4 @@
-"""Classes of different sizes: the order of an epoch, and weights in the loss."""
+"""Unbalanced classes: sampling with equal class frequencies, and class weights in the loss."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def epoch_order(labels: Tensor, balance: str, generator: torch.Generator) -> Ten
         labels: classes (N,) of the images.
         balance: ``data.balance``. With "sampler", each class has an equal share of the N images,
             to within one image; all images of a class are drawn once before any is repeated.
-        generator: of the random numbers.
+        generator: source of the random numbers.
 
     Returns:
         Indices (N,): a permutation unless ``balance`` is "sampler".
@@ -36,19 +36,22 @@ def epoch_order(labels: Tensor, balance: str, generator: torch.Generator) -> Ten
 
 
 def class_weights(data: Splits, balance: str, device: torch.device) -> Tensor | None:
-    """Compute weights (classes,) of the loss by inverse frequency; their mean over images is 1.
+    """Compute class weights (classes,) by inverse frequency; their mean over images is 1.
 
     A class without images has weight 0.
 
     Args:
-        data: whose training images are counted.
-        balance: ``data.balance``; None is returned unless it is "loss".
+        data: data sets; the training images are counted.
+        balance: ``data.balance``.
         device: of the weights.
+
+    Returns:
+        The weights, or None unless ``balance`` is "loss".
     """
     if balance != "loss":
         return None
     counts = torch.bincount(data.train.labels.to(device), minlength=len(data.classes))
-    share = len(data.train) / int((counts > 0).sum())  # of each class if all had the same size
+    share = len(data.train) / int((counts > 0).sum())  # images per class if balanced
     return torch.where(counts > 0, share / counts.clamp(min=1), 0.0).float()
 
 
@@ -58,12 +61,12 @@ def cross_entropy(
     """Compute the mean cross-entropy, weighted by class.
 
     The weighted sum is divided by the number of images, not by the sum of their weights, so that
-    the parts of a batch add up to the loss of the whole.
+    the mean over the parts of a batch is the loss of the whole batch.
 
     Args:
         logits: (B, classes).
         targets: classes (B,), or probabilities (B, classes).
-        weights: of each class (classes,), or None.
+        weights: class weights (classes,), or None.
         smoothing: fraction of each target that is spread over all classes.
     """
     if weights is None:

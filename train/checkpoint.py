@@ -25,8 +25,8 @@ from .pixels import pixels_of
 if TYPE_CHECKING:
     from .loop import Run
 
-# Options that may change when a run is resumed: it may move to another folder or machine, and take
-# more epochs or fewer; what is already trained stays as it is.
+# Options that may change when a run is resumed: they affect where it runs and how long, but not the
+# steps that are already done.
 FREE = ("train.epochs", "train.patience", "train.device", "train.save_every", "data.root",
         "data.mirror", "data.in_memory", "data.workers", "data.skip_broken")  # fmt: skip
 
@@ -77,7 +77,7 @@ def save_epoch(run: Run, is_best: bool) -> None:
 
 
 def save_result(run: Run, test: Accuracy) -> None:
-    """Write result.json: accuracy on validation and test, and what the run cost."""
+    """Write result.json: validation and test accuracy, parameters, peak memory and time."""
     peak = known_peak()
     result = {
         "val_top1": run.best,
@@ -109,8 +109,8 @@ def take_up(run: Run) -> contextlib.ExitStack:
         The lock of the folder, to be closed when the run ends.
 
     Raises:
-        ValueError: if another process has the run; for a state of another configuration, or of
-            other images or classes.
+        ValueError: if another process trains the run, or the state belongs to another
+            configuration or to other images or classes.
     """
     with contextlib.ExitStack() as lock:
         lock.enter_context(hold(run.folder, run.main))
@@ -122,7 +122,7 @@ def _load_state(run: Run) -> None:
     path = run.folder / "state.pt"
     if not path.is_file():
         if (run.folder / "result.json").is_file():
-            raise ValueError(f"{run.folder} has a result, but no state.pt to train further from")
+            raise ValueError(f"{run.folder} has a result.json, but no state.pt to resume from")
         return
     state = read_state(path)
     try:
@@ -140,13 +140,13 @@ def _load_state(run: Run) -> None:
         raise ValueError(f"{path} is not a state of this run: {error}") from error
     if len(run.rows) > run.config.train.epochs:
         raise ValueError(
-            f"train.epochs {run.config.train.epochs} must be at least {len(run.rows)}, the epochs "
-            f"that {run.folder} already has"
+            f"train.epochs {run.config.train.epochs} must be at least {len(run.rows)}, the number "
+            f"of epochs that {run.folder} already has"
         )
 
 
 def complete(folder: Path) -> ValueError:
-    """The error for a run with nothing left to train."""
+    """Return the error for a run with nothing left to train."""
     return ValueError(
         f"resume {folder}: the run is complete, see its result.json; to train longer, add "
         "--train.epochs with a higher number"
@@ -157,22 +157,23 @@ def _check(run: Run, state: dict[str, Any]) -> None:
     path, data = run.folder / "state.pt", run.config.data
     if _numbers(state["config"]) != _numbers(resolved(run.config)):
         raise ValueError(
-            f"{path} belongs to a run with another configuration than its config.yaml now: undo "
-            "what was changed there, or start a new run"
+            f"{path} belongs to another configuration than its config.yaml: undo the changes "
+            "there, or start a new run"
         )
     *then, test_then = state["data"]
     *now, test_now = data_fingerprint(run)
     if then != now:
         raise ValueError(
             f"{path} belongs to a run with other images or classes than {data.name} in "
-            f"{data.root} has now: bring them back, or start a new run"
+            f"{data.root}: restore them, or start a new run"
         )
     if test_then != test_now and run.main:
-        print(f"warning: {data.root} has other test images than before", file=sys.stderr)
+        text = f"warning: the test images in {data.root} have changed since the run was started"
+        print(text, file=sys.stderr)
 
 
 def _numbers(config: str) -> dict[str, Any]:
-    """A configuration without the options that may change when a run is resumed."""
+    """Parse a configuration and remove the options that may change when a run is resumed."""
     found: dict[str, Any] = yaml.safe_load(config)
     del found["run_dir"]
     for option in FREE:

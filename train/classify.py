@@ -1,4 +1,4 @@
-"""Classes of image files with the best weights of a run: ``python -m train predict``."""
+"""Classify image files with the best weights of a run: ``python -m train predict``."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from .pixels import pixels_of
 
 
 class Prediction(NamedTuple):
-    """What a model says about one file.
+    """The prediction for one file.
 
     Attributes:
         path: of the file.
-        probabilities: of each class, none for a file that cannot be read.
+        probabilities: one per class; empty for a file that cannot be read.
         problem: why the file cannot be read, or "".
     """
 
@@ -37,11 +37,11 @@ class Prediction(NamedTuple):
 
 
 class Classifier:
-    """The best weights of a run, for files.
+    """A model with the best weights of a run, which classifies image files.
 
     Args:
         folder: of the run.
-        config: how files are read, and how many at a time: as those of the run.
+        config: of the run; it states how files are read, and the batch size.
         device: "auto", "cpu", "cuda" or "mps".
 
     Raises:
@@ -62,7 +62,7 @@ class Classifier:
 
     @torch.no_grad()
     def __call__(self, files: Sequence[Path]) -> Iterator[Prediction]:
-        """The predictions for files, in their order."""
+        """Yield the predictions for files, in order."""
         with ThreadPoolExecutor() as pool:
             for start in range(0, len(files), self.batch_size):
                 batch = files[start : start + self.batch_size]
@@ -79,14 +79,14 @@ class Classifier:
                         yield Prediction(path, problem=image)
 
     def _read(self, path: Path) -> Tensor | str:
-        """The image of a file (C, H, W), or why it cannot be read."""
+        """Return the image of a file (C, H, W), or the reason why it cannot be read."""
         try:
             return decode(path, self.sizes.image_size, self.reading)
         except (ValueError, OSError) as error:
             return " ".join(str(error).split())
 
     def text(self, found: Prediction) -> str:
-        """A prediction as a line: the five most likely classes, most likely first."""
+        """Format a prediction as a line with the five most likely classes."""
         if found.problem:
             return found.problem
         order = sorted(range(len(self.classes)), key=lambda i: -found.probabilities[i])[:5]
@@ -94,7 +94,7 @@ class Classifier:
         return f"{found.path}: {best}"
 
     def row(self, found: Prediction) -> list[str | float]:
-        """A prediction as a row: path, class, why there is none, and all probabilities."""
+        """Format a prediction as a row: path, class, error and all probabilities."""
         if found.problem:
             return [str(found.path), "", found.problem, *[""] * len(self.classes)]
         best = max(range(len(self.classes)), key=found.probabilities.__getitem__)
@@ -102,7 +102,7 @@ class Classifier:
 
 
 def find_files(paths: Sequence[Path]) -> list[Path]:
-    """The files, and the images in the folders and in all folders below them, sorted.
+    """List the given files, and the images in the given folders and their subfolders, sorted.
 
     Raises:
         ValueError: for a path that is missing, or a folder without images.
@@ -112,7 +112,7 @@ def find_files(paths: Sequence[Path]) -> list[Path]:
         if path.is_dir():
             inside = list_images(path)
             if not inside:
-                raise ValueError(f"there are no images in {path} or in folders below it")
+                raise ValueError(f"there are no images in {path} or its subfolders")
             files += inside
         elif path.exists():
             files.append(path)
@@ -131,7 +131,7 @@ def write_csv(classifier: Classifier, files: Sequence[Path], out: Path) -> int:
 
     def write(part: Path) -> None:
         nonlocal unread
-        # file names that are not UTF-8 have characters that UTF-8 does not
+        # file names that are not valid UTF-8 cannot be encoded
         with part.open("w", encoding="utf-8", newline="", errors="backslashreplace") as file:
             rows = csv.writer(file)
             columns = ["path", "class", "error"]

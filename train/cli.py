@@ -38,14 +38,14 @@ def restriction_sentence(name: str, message: str) -> str:
 
 
 def bounds_text(bounds: str) -> str:
-    """A restriction of jsonargparse in words: "v>=1" is "at least 1"."""
+    """Put a restriction of jsonargparse in words: "v>=1" becomes "at least 1"."""
     for sign, words in _BOUNDS.items():
         bounds = bounds.replace(sign, words)
     return bounds
 
 
 def type_sentence(name: str, message: str, bounds: str = "") -> str | None:
-    """A sentence for a value of the wrong type, from jsonargparse's message about it.
+    """Turn jsonargparse's message about a value of the wrong type into a sentence.
 
     >>> type_sentence("train.epochs", "Expected a <class 'int'>. Got value: many", "at least 1")
     'train.epochs many must be a whole number, at least 1'
@@ -53,7 +53,7 @@ def type_sentence(name: str, message: str, bounds: str = "") -> str | None:
     Args:
         name: of the option.
         message: of jsonargparse.
-        bounds: of the numbers that the option may be, in words.
+        bounds: of a number, in words.
 
     Returns:
         The sentence, or None if the message is about something else.
@@ -76,16 +76,16 @@ def type_sentence(name: str, message: str, bounds: str = "") -> str | None:
 
 
 def command_text(words: Iterable[str]) -> str:
-    """A command, quoted so that it can be pasted into a shell of this system."""
+    """Quote a command so that it can be pasted into a shell of this operating system."""
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 class Parser(ArgumentParser):
-    """A parser that says what is wrong in one sentence, with the nearest option, and no usage.
+    """A parser whose errors are one sentence that suggests the closest option, without usage.
 
     Args:
-        bounds: what some options must be, in words, such as "at least 1".
-        others: why there are no other options, in words.
+        bounds: bounds of some options in words, such as "at least 1".
+        others: explanation that is appended to the error for an unknown option.
         options: of :class:`jsonargparse.ArgumentParser`.
     """
 

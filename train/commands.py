@@ -23,7 +23,7 @@ def resumable(path: Path, changed: bool) -> Path:
 
     Args:
         path: of the folder.
-        changed: whether options are to change, so that even a complete run may train longer.
+        changed: whether options are changed, so that a complete run may be trained further.
 
     Raises:
         ValueError: if there is no run, or it is complete.
@@ -54,12 +54,12 @@ def evaluate(folder: Path, config: RunConfig, split: str) -> str:
 
     Args:
         folder: of the run.
-        config: of the run; ``data.root`` and ``data.image_size`` may be others, to which tables of
-            positions are resized.
+        config: of the run; ``data.root`` and ``data.image_size`` may differ. Position tables are
+            resized to the image size.
         split: "test" or "val".
 
     Raises:
-        ValueError: if the data has other classes than the run.
+        ValueError: if the data has other classes or channels than the run.
     """
     accelerator = make_accelerator(config.train)
     path = folder / "best.safetensors"
@@ -69,11 +69,11 @@ def evaluate(folder: Path, config: RunConfig, split: str) -> str:
     for note in data.notes:
         print(note, file=sys.stderr)
     if data.classes != read_json(folder / "classes.json", list):
-        raise ValueError(f"{config.data.root} has other classes now than {folder}/classes.json")
+        raise ValueError(f"{config.data.root} has other classes than {folder}/classes.json")
     if data.channels != sizes.channels:
         raise ValueError(
-            f"the images in {config.data.root} have {data.channels} channels, those of the run "
-            f"have {sizes.channels}"
+            f"the images in {config.data.root} must have {sizes.channels} channels, like those of "
+            f"the run, not {data.channels}"
         )
     if data.image_size != sizes.image_size:
         model = resized(model, path, data.image_size)
@@ -94,8 +94,8 @@ def classify(classifier: Classifier, paths: list[Path], out: Path | None) -> Non
 
     Args:
         classifier: of a run.
-        paths: image files, and folders of them.
-        out: the CSV file.
+        paths: image files, and folders that contain them.
+        out: the CSV file; None prints to the terminal.
 
     Raises:
         ValueError: for a path that is missing, or a folder without images.
@@ -103,20 +103,20 @@ def classify(classifier: Classifier, paths: list[Path], out: Path | None) -> Non
     files = find_files(paths)
     if out is not None:
         unread = write_csv(classifier, files, out)
-        print(f"{len(files):,} predictions, in {out}")
+        print(f"wrote {len(files):,} predictions to {out}")
     else:
         unread = 0
         for found in classifier(files):
             print(classifier.text(found))
             unread += bool(found.problem)
     if unread:
-        print(f"{unread:,} of {len(files):,} files cannot be read as images", file=sys.stderr)
+        print(f"{unread:,} of {len(files):,} files could not be read as images", file=sys.stderr)
 
 
 def read_runs(paths: list[Path]) -> list[dict[str, Any]]:
     """Read the configuration, result, sessions and metrics of all runs in or below the folders.
 
-    A folder whose files are not those of a run is passed over, and a line says so.
+    A folder whose files are not those of a run is skipped with a line on stderr.
     """
     found = sorted({file.parent for path in paths for file in path.rglob("metrics.csv")})
     runs = []
@@ -124,7 +124,7 @@ def read_runs(paths: list[Path]) -> list[dict[str, Any]]:
         try:
             runs.append(read_run(folder))
         except (ValueError, OSError) as error:
-            print(f"passed over: {error}", file=sys.stderr)
+            print(f"skipped: {error}", file=sys.stderr)
     return runs
 
 

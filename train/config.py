@@ -31,14 +31,13 @@ else:  # the check, the message and --help of each field come from its type
 
 @dataclasses.dataclass
 class ConvertConfig:
-    """Another kernel inside the attention of the model, see ``vision_xformer.convert``.
+    """Conversion of the attention of the model, see ``vision_xformer.convert``.
 
     Args:
-        mixer: a kernel, such as "nystrom"; none leaves the model as it is.
+        mixer: a kernel that replaces softmax, such as "nystrom"; by default none does.
         options: of the kernel: --model.convert.options.landmarks 32
         layers: indices of the layers to convert; by default all.
-        center_keys: whether the mean of the keys is subtracted; by default it depends on the
-            kernel.
+        center_keys: whether the mean of the keys is subtracted; the default depends on the kernel.
     """
 
     mixer: str | None = None
@@ -52,15 +51,16 @@ class ModelConfig:
     """The model.
 
     Args:
-        name: a name of ``vision_xformer.list_models()``, or ``timm:NAME`` for a model of timm.
+        name: a name of ``vision_xformer.list_models()``, or ``timm:NAME`` for a timm model.
         mixer: another token mixer than that of the name.
         mixer_options: options of the mixer: --model.mixer_options.landmarks 32
-        options: any other field of the configuration of the model, or argument of timm's class:
-            --model.options.drop_path 0.1
-        weights: pretrained weights to start from, a safetensors or PyTorch file with the keys of
-            any library that load_weights knows. Another number of classes gets a new head, another
-            image size or number of channels adapts them. A resumed run does not need the file.
-        convert: another kernel inside the attention of this model.
+        options: any other field of the model's configuration, or, for a timm model, keyword
+            arguments of its class: --model.options.drop_path 0.1
+        weights: pretrained weights to start from, a safetensors or PyTorch file with keys of any
+            library that load_weights supports. They are adapted to the image size and the number of
+            channels; for another number of classes the head is new. A resumed run does not need
+            the file.
+        convert: conversion of the model's attention to another kernel.
     """
 
     name: str = "HybridViN-RoPE"
@@ -82,17 +82,18 @@ class DataConfig:
 
     Args:
         name: which dataset, one of DATASETS. "imagefolder" reads root/train/CLASS/*, root/val
-            (or valid, or validation) and root/test, or root/CLASS/* alone; without root/test,
-            root/val is the test set.
-            Without a test set, a stratified fifth of the training images is held out.
+            (or valid or validation) and root/test, or root/CLASS/* alone; without root/test,
+            root/val is the test set. Without a test set, a stratified fifth of the training images
+            is held out.
         root: folder of the data. Datasets of torchvision are downloaded to it if they are
             missing; an archive of Tiny ImageNet is unpacked in it.
         mirror: URL to download CIFAR's archive from, instead of its authors' page.
         image_size: height and width in pixels. Images are scaled until they cover it and cropped
             at the center; by default it is that of the dataset.
-        normalize: statistics of pixels: "imagenet" (its mean and standard deviation), "half" (from
-            -1 to 1) or "none" (from 0 to 1). "auto" is what model.weights expect if their file or
-            name says so, else half. They are saved with the weights of the run.
+        normalize: pixel statistics to normalize by: "imagenet" (its mean and standard deviation),
+            "half" (scale to [-1, 1]) or "none" (scale to [0, 1]). "auto" uses those that
+            model.weights expect if their file or name states them, otherwise half. They are saved
+            with the weights of the run.
         batch_size: images per step, over all processes; at most the size of the training set.
         val_fraction: fraction of the training set that is held out for validation, stratified.
         in_memory: whether images are decoded once and kept on the device; by default if they use
@@ -100,12 +101,12 @@ class DataConfig:
         workers: processes that decode images as they are needed.
         background: color behind transparent pixels, as a name or #rrggbb.
         max_value: value of white in grayscale images of more than 8 bits, such as 4095 for 12
-            bits in 16; by default that of 16 bits. Larger values are white as well.
-        skip_broken: leave out images that cannot be read, and say so; all are decoded before the
-            first step to find them. Otherwise a broken image is an error.
-        balance: what is done about classes of different sizes in training. "sampler": every epoch
-            has as many images as before, equally many of each class, some repeated, some left
-            out. "loss": images are weighted by the inverse frequency of their class.
+            bits in 16; by default 65535. Larger values are clipped to white.
+        skip_broken: skip images that cannot be read, and list them; to find them, all images are
+            decoded before the first step. By default, a broken image is an error.
+        balance: how to train with unbalanced classes. "sampler" draws equally many images of each
+            class per epoch, repeating some and leaving out others. "loss" weights images by the
+            inverse frequency of their class.
     """
 
     name: str = "digits"
@@ -156,11 +157,11 @@ class TrainConfig:
         optimizer: "adamw", "sgd" with Nesterov momentum 0.9, or "muon" (timm's) for linear layers
             and convolutions, with AdamW for the rest.
         lr: peak learning rate, from which a cosine decays to 0.
-        warmup_epochs: epochs of linear warm-up; at most half of the training is warm-up.
+        warmup_epochs: epochs of linear warm-up; limited to half of the training.
         layer_decay: factor of the learning rate from each layer to the one below, for fine-tuning;
-            1 for the same rate in all.
-        freeze: parts that are not trained, names of modules separated by spaces: "stem blocks.0-5".
-            Their batch norms keep their statistics.
+            1 for the same rate in all layers.
+        freeze: modules that are not trained, separated by spaces: "stem blocks.0-5". Their batch
+            norms keep their statistics.
         weight_decay: of linear layers and convolutions; never of biases, norms, positions and
             tokens.
         label_smoothing: fraction of the target that is spread over all classes.
@@ -168,20 +169,22 @@ class TrainConfig:
         accumulate: gradient accumulation steps; each batch is split into as many parts.
         ema: decay of the exponential moving average of the weights, which is evaluated and saved;
             0 for none.
-        teacher: a model file, such as the best.safetensors of a run. Its predictions are learned
-            next to the labels (hard distillation), or what ``loss`` says.
-        loss: "labels"; or for a converted model, without labels, "attention" (each converted layer
-            learns what the teacher's returns, given the teacher's input; only kernels and the
-            layers to queries, keys and values move) or "features" (all weights move, towards the
-            last features and outputs of attention of the teacher). Dropout is then off.
+        teacher: a model file, such as the best.safetensors of a run. With loss "labels", its
+            predictions are learned in addition to the labels (hard distillation).
+        loss: "labels", or, for a converted model, a loss without labels: with "attention", each
+            converted layer learns the output of the teacher's layer, given the teacher's input, and
+            only kernels and query, key and value projections are trained; with "features", all
+            weights are trained to match the teacher's last features and attention outputs. Dropout
+            is then off.
         grad_checkpointing: recompute the blocks in the backward pass, for less memory.
         compile: use torch.compile.
-        device: "auto" is a GPU if there is one: "cuda", where CUDA_VISIBLE_DEVICES selects it, or
-            "mps", that of a Mac.
+        device: "auto" is a GPU if there is one: "cuda" (selected by CUDA_VISIBLE_DEVICES) or "mps"
+            (Apple GPU).
         precision: "auto" is bf16 on a CUDA GPU or CPU with native support, fp16 on other CUDA GPUs,
             else fp32.
         save_every: steps between saves of the state, in addition to the end of each epoch.
-        patience: stop after this many epochs without better validation; 0 to train all epochs.
+        patience: stop if validation accuracy has not improved for this many epochs; 0 trains all
+            epochs.
     """
 
     epochs: PositiveInt = 40
@@ -243,7 +246,7 @@ class RunConfig:
             _check_numbers(getattr(self, part), f"{part}.")
 
     def _check_alignment(self) -> None:
-        """Raise a ValueError for options without a meaning where there are no labels."""
+        """Raise a ValueError for options that have no meaning without labels."""
         loss = f"train.loss {self.train.loss}"
         if self.train.teacher is None:
             raise ValueError(f"{loss} needs train.teacher, the file of the model before conversion")
@@ -264,7 +267,7 @@ class RunConfig:
 
 
 def bounds_of(config: type, prefix: str = "") -> dict[str, str]:
-    """What the numbers of a configuration must be, in words, by their dotted names."""
+    """Return the bounds of the numbers of a configuration in words, by dotted name."""
     found: dict[str, str] = {}
     for name, hint in get_type_hints(config).items():
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
@@ -275,7 +278,7 @@ def bounds_of(config: type, prefix: str = "") -> dict[str, str]:
 
 
 def plain_type(config: type, name: str) -> Any:
-    """The type of a field with a dotted name, without bounds and without None."""
+    """Return the type of a field with a dotted name, without bounds and None."""
     field, _, rest = name.partition(".")
     hint = get_type_hints(config)[field]
     if rest:
@@ -286,7 +289,7 @@ def plain_type(config: type, name: str) -> Any:
 
 
 def _restricted(hint: Any) -> Any:
-    """The type of numbers with bounds in a type hint, or None."""
+    """Return the bounded number type in a type hint, or None."""
     return next((k for k in (hint, *get_args(hint)) if hasattr(k, "_restrictions")), None)
 
 

@@ -1,4 +1,4 @@
-"""Convert the attention of a trained model, train it back without labels, and compare."""
+"""Convert the attention of a trained model, retrain it without labels, and compare kernels."""
 
 from __future__ import annotations
 
@@ -40,9 +40,10 @@ Stage = Literal["attention", "features", "scratch"]
 _STAGES: tuple[Stage, ...] = ("attention", "features")
 _COMPARED = 64  # validation images whose features are compared with the teacher's
 _NOTE = (
-    "error: mean over layers of |ours - theirs| / |theirs| of the output of attention, given the "
-    "teacher's input; cosine: between the last features; agreement: of the predicted classes; all "
-    "on validation images, after stage 2. Minutes of training without those from scratch."
+    "error: |ours - theirs| / |theirs| of the attention output, given the teacher's input, mean "
+    "over layers; cosine: similarity of the last features; agreement: fraction of equal "
+    "predictions; all on validation images after stage 2. The minutes do not include training from "
+    "scratch."
 )
 _COLUMNS = {
     "swap": "after the swap", "attention": "after stage 1", "features": "after stage 2",
@@ -52,16 +53,16 @@ _COLUMNS = {
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is converted to what, and how it is trained.
+    """The kernels to compare, and how they are trained.
 
     Attributes:
         config: of all runs: model, data, augmentation and training.
         teacher: file of the model before conversion.
-        mixers: what each is called, and its conversion.
-        epochs: of the two stages.
-        lr: of the two stages.
-        scratch: whether each is trained from scratch with labels, too, for as many epochs.
-        folder: of everything.
+        mixers: conversions by name.
+        epochs: number of epochs of the two stages.
+        lr: peak learning rates of the two stages.
+        scratch: whether each kernel is also trained from scratch with labels, for as many epochs.
+        folder: folder of all runs and results.
     """
 
     config: RunConfig
@@ -77,23 +78,22 @@ def parser() -> argparse.ArgumentParser:
     """The options of ``convert``; all others are those of ``fit``."""
     parser = argparse.ArgumentParser(
         prog="python -m train convert",
-        description="Convert the attention of a trained model, train it back without labels, and "
-        "compare. The same command again goes on where it was interrupted. All options of fit "
-        "may follow.",
+        description="Convert the attention of a trained model, retrain it without labels, and "
+        "compare kernels. Run the same command again to resume. All options of fit are accepted.",
         allow_abbrev=False,
     )
     parser.add_argument("--model", required=True, help="folder of a run, or timm:NAME")
-    parser.add_argument("--weights", type=Path, help="file of weights, for a model of timm")
+    parser.add_argument("--weights", type=Path, help="file of weights, for a timm model")
     parser.add_argument(
         "--mixer", required=True, nargs="+", metavar="KERNEL[:OPTION=VALUE...]",
-        help="kernels with their options, such as nystrom:landmarks=64; layers=4-11 converts some "
-        "layers, center_keys=false is an option as well",
+        help="kernels with their options, such as nystrom:landmarks=64; layers=4-11 selects "
+        "layers, and center_keys=false turns centering off",
     )  # fmt: skip
     parser.add_argument("--epochs", type=int, nargs=2, default=(1, 2), help="of the two stages")
     parser.add_argument("--lr", type=float, nargs=2, default=(1e-3, 3e-4), help="of the two stages")
     parser.add_argument(
         "--scratch", action="store_true",
-        help="train each from scratch with labels, too, for as many epochs",
+        help="also train each kernel from scratch with labels, for as many epochs",
     )  # fmt: skip
     return parser
 
@@ -102,7 +102,7 @@ def conversion_of(text: str) -> ConvertConfig:
     """Parse ``nystrom:landmarks=64:layers=0-3``.
 
     Raises:
-        ValueError: for an unknown kernel, or something else than ``option=value``.
+        ValueError: for an unknown kernel, or a part that is not ``option=value``.
     """
     mixer, *words = text.split(":")
     if mixer not in vx.KERNELS:
@@ -117,16 +117,18 @@ def conversion_of(text: str) -> ConvertConfig:
     if layers is not None:
         first, _, last = str(layers).partition("-")
         if not (first.isdecimal() and (last or first).isdecimal()):
-            raise ValueError(f"--mixer {text}: layers {layers} must be an index or a range, as 0-3")
+            raise ValueError(
+                f"--mixer {text}: layers {layers} must be an index or a range like 0-3"
+            )
         layers = list(range(int(first), int(last or first) + 1))
     return ConvertConfig(mixer, options, layers, centered)
 
 
 def plan_of(arguments: list[str]) -> Plan:
-    """The plan that the arguments of ``convert`` ask for.
+    """Parse the arguments of ``convert``.
 
     Raises:
-        ValueError: for a model, a kernel or an option that cannot be.
+        ValueError: for an invalid model, kernel or option.
     """
     own, others = parser().parse_known_args(arguments)
     mixers = {text: conversion_of(text) for text in own.mixer}
@@ -136,7 +138,7 @@ def plan_of(arguments: list[str]) -> Plan:
     folder = Path(given.run_dir).expanduser()
     if own.model.startswith("timm:"):
         if own.weights is None:
-            raise ValueError(f"--weights is needed: the file of the weights of {own.model}")
+            raise ValueError(f"--weights is needed: a file with weights of {own.model}")
         model, config = ModelConfig(own.model, options=given.model.options), given
         teacher = folder / "teacher.safetensors"
         if not teacher.is_file():
@@ -154,7 +156,7 @@ def plan_of(arguments: list[str]) -> Plan:
 
 
 def _over(base: RunConfig, others: list[str]) -> RunConfig:
-    """The options of ``fit`` that were given, over the data and augmentation of a run."""
+    """Parse options of ``fit``, with the data and augmentation of a run as defaults."""
     augment = dataclasses.replace(base.augment, mixup=0.0, cutmix=0.0)
     balance = "none" if base.data.balance == "loss" else base.data.balance
     data = dataclasses.replace(base.data, balance=balance)
@@ -167,12 +169,12 @@ def _over(base: RunConfig, others: list[str]) -> RunConfig:
 
 
 def _write_teacher(path: Path, config: ModelConfig, weights: Path, data: DataConfig) -> None:
-    """Write a model of timm with its weights to a file that says how to rebuild it."""
+    """Write a timm model to a file with its weights and the recipe to rebuild it."""
     import timm
 
     known: Any = timm.get_pretrained_cfg(config.name.removeprefix("timm:"))
     if known is None:
-        raise ValueError(f"--model {config.name} is no model of timm with weights")
+        raise ValueError(f"--model {config.name} is not a timm model with pretrained weights")
     state = read_weights(weights)
     classifier = known.classifier if isinstance(known.classifier, str) else known.classifier[0]
     head = state.get(f"{classifier}.weight")
@@ -207,7 +209,7 @@ def run_plan(plan: Plan) -> str:
 def _train(
     plan: Plan, name: str, conversion: ConvertConfig, stage: Stage, found: dict[str, Any]
 ) -> None:
-    """Train one stage of one kernel, or the rest of it, and write what was found."""
+    """Train or resume one stage of one kernel, and write the results."""
     path, row = plan.folder / "conversion.json", found["rows"][name]
     config = _config(plan, name, conversion, stage)
     folder = Path(config.run_dir or "")
@@ -232,13 +234,13 @@ def _train(
 
 
 def _predict(run: Run, model: nn.Module) -> tuple[Tensor, Tensor]:
-    """Logits (N, classes) and classes (N,) of the test images of a run by another model."""
+    """Predict the test images of a run with another model: logits (N, classes), classes (N,)."""
     data = run.config.data
     return predict(model, run.data.test, run.accelerator, run.batch_size, data.workers)
 
 
 def _distance(run: Run) -> dict[str, float]:
-    """How far the model of a run is from its teacher, on validation images."""
+    """Compare the model of a run with its teacher on validation images."""
     if run.teacher is None:
         return {}
     count = min(_COMPARED, len(run.data.val))
@@ -250,7 +252,7 @@ def _distance(run: Run) -> dict[str, float]:
 
 
 def _config(plan: Plan, name: str, conversion: ConvertConfig, stage: Stage) -> RunConfig:
-    """The configuration of one stage of one kernel."""
+    """Return the configuration of one stage of one kernel."""
     folder = plan.folder / name.replace(":", "-")
     weights: Path | None = plan.teacher
     if stage == "features":
@@ -271,7 +273,7 @@ def _config(plan: Plan, name: str, conversion: ConvertConfig, stage: Stage) -> R
 
 
 def table(found: dict[str, Any]) -> Table:
-    """The accuracy of each conversion after each stage, with what the second stage left."""
+    """Tabulate the accuracy after each stage and the distance from the teacher at the end."""
     rows = []
     for name, row in found["rows"].items():
         last = row.get("features", {})
@@ -288,7 +290,7 @@ def table(found: dict[str, Any]) -> Table:
 
 
 def section(found: dict[str, Any]) -> Section:
-    """The picture and the table of the conversions in conversion.json."""
+    """Return the figure and the table of the conversions in conversion.json."""
     names = list(found["rows"])
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9, 1.6 + 0.5 * len(names)))
@@ -312,7 +314,7 @@ def section(found: dict[str, Any]) -> Section:
 
 
 def break_even(plan: Plan, conversion: ConvertConfig) -> vx.BreakEven:
-    """Measure where the kernel of a conversion is faster than softmax on this machine."""
+    """Measure the number of tokens from which the kernel is faster than softmax."""
     model, sizes = load_model(plan.teacher)
     report = vx.convert(
         model, conversion.mixer or "", layers=conversion.layers, image_size=sizes.image_size,
@@ -326,7 +328,7 @@ def main(arguments: list[str]) -> None:
     """The program ``python -m train convert``.
 
     Raises:
-        ValueError: for what cannot be converted or trained.
+        ValueError: for a model that cannot be converted or trained.
     """
     plan = plan_of(arguments)
     try:

@@ -13,7 +13,7 @@ from .config import RunConfig, TrainConfig
 
 
 def pick_device(device: str) -> str:
-    """The kind of device that is meant: "cuda", "mps" or "cpu".
+    """Resolve ``train.device`` to "cuda", "mps" or "cpu".
 
     Raises:
         ValueError: for a device that is missing.
@@ -31,9 +31,9 @@ def pick_device(device: str) -> str:
 
 
 def pick_precision(precision: str, device: str) -> str:
-    """The name of a precision in accelerate; "auto" is the best with native support.
+    """Return the name of a precision in accelerate; "auto" is the fastest with native support.
 
-    On a Mac's GPU that is fp32: lower precisions save memory there, not time.
+    On an Apple GPU that is fp32: lower precisions save memory there, but no time.
     """
     if precision != "auto":
         return {"fp32": "no"}.get(precision, precision)

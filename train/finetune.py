@@ -1,4 +1,4 @@
-"""The start of a run: a model with new or pretrained weights, some of them frozen."""
+"""Build the model of a run, with new or pretrained weights, and freeze parts of it."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 
 def start_model(run: Run, sizes: Sizes) -> nn.Module:
-    """Build the model of a run, with its start weights unless there is a state to resume from.
+    """Build the model of a run, with ``model.weights`` unless there is a state to resume from.
 
     Raises:
-        ValueError: for a model that cannot be built, weights that are not its own, or a part to
+        ValueError: for a model that cannot be built, weights that do not fit it, or a part to
             freeze that it does not have.
     """
     config, state = run.config, run.folder / "state.pt"
@@ -54,39 +54,41 @@ def start_model(run: Run, sizes: Sizes) -> nn.Module:
 
 
 def _pixels(config: ModelConfig, normalize: str) -> tuple[Pixels, str]:
-    """The statistics of ``data.normalize``, and where they come from."""
+    """Return the pixel statistics of ``data.normalize``, and where they come from."""
     if normalize != "auto":
         return NAMED[normalize], f"data.normalize {normalize}"
     if config.weights is not None:
         found = pixels_of_weights(Path(config.weights).expanduser(), config.name)
         if found is not None:
             return found, "as the weights expect"
-    return NAMED["half"], "a guess, data.normalize sets it"
+    return NAMED["half"], "a guess; set data.normalize to change it"
 
 
 def _load(model: nn.Module, config: ModelConfig, file: str, sizes: Sizes) -> str:
-    """Load start weights, and return what was done with them."""
+    """Load pretrained weights, and return a description of what was loaded."""
     path = Path(file).expanduser()
     try:
         if config.convert.mixer is not None and of_converted(path):
             converted(model, config.convert, sizes).load_state_dict(read_weights(path))
-            return "of a converted model"
+            return "all tensors used, of a converted model"
         if not isinstance(model, vx.VisionModel):
             return _load_timm(model, config, path, sizes)
         report = vx.load_weights(model, path, resize=True, strict=False)
-    except (ValueError, RuntimeError) as error:
+    except ValueError as error:  # which names the file
+        raise ValueError(f"model.weights: {error}") from error
+    except RuntimeError as error:
         raise ValueError(f"model.weights {file}: {error}") from error
     total = len(model.state_dict())
     if len(report.missing) > total / 2:
         raise ValueError(
-            f"model.weights {file} fits {total - len(report.missing)} of the {total} tensors of "
-            f"{config.name}, it is of another model: {report}"
+            f"model.weights {file} has only {total - len(report.missing)} of the {total} tensors "
+            f"of {config.name}, so it belongs to another model: {report}"
         )
     return str(report)
 
 
 def _load_timm(model: nn.Module, config: ModelConfig, path: Path, sizes: Sizes) -> str:
-    """Load start weights into a model of timm, which does the same with its pretrained ones."""
+    """Load pretrained weights into a timm model, by timm's own loading of pretrained weights."""
     known: Any = model.pretrained_cfg
     classifiers = known["classifier"]
     first = classifiers if isinstance(classifiers, str) else classifiers[0]
@@ -115,7 +117,7 @@ def freeze(model: nn.Module, names: str) -> None:
         if name not in parts:
             near = difflib.get_close_matches(name, sorted(parts), n=1, cutoff=0)
             raise ValueError(
-                f"train.freeze {name!r} is no part of the model with parameters; "
+                f"train.freeze {name!r} is not a part of the model with parameters; "
                 f"did you mean {near[0]!r}?"
             )
         for own, parameter in parameters.items():
@@ -126,7 +128,7 @@ def freeze(model: nn.Module, names: str) -> None:
 
 
 def _expand(words: Iterable[str]) -> Iterable[str]:
-    """Names with ranges written out."""
+    """Expand ranges such as ``blocks.0-5`` in names."""
     for word in words:
         found = re.fullmatch(r"(.*?)(\d+)-(\d+)(.*)", word)
         if found is None:
@@ -143,7 +145,8 @@ def _expand(words: Iterable[str]) -> Iterable[str]:
 def train_mode(model: nn.Module, loss: str) -> None:
     """Set training mode, except for frozen batch norms, which keep their statistics.
 
-    A model that is matched with a teacher has no dropout: the teacher has none.
+    A model that is matched with its teacher stays in evaluation mode, without dropout, like the
+    teacher.
     """
     model.train(loss == "labels")
     for module in model.modules():

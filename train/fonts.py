@@ -1,4 +1,4 @@
-"""Names that users chose, in figures: as plain text, in fonts that have their characters."""
+"""Draw arbitrary names in figures: as plain text, in fonts that have their characters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 
-PLAIN = {"text.parse_math": False, "text.usetex": False}  # a $ or a % in a name is just that
+PLAIN = {"text.parse_math": False, "text.usetex": False}  # no markup, as names may contain $ or %
 _BOXES = "Last Resort"  # a font that has every character, but draws only boxes
 
 
@@ -20,7 +20,7 @@ def _characters(file: str) -> frozenset[int]:
 
 @functools.cache
 def _installed() -> dict[str, frozenset[int]]:
-    """The characters of each installed family, in all its upright fonts."""
+    """Return the characters that all upright fonts of each installed family have."""
     found: dict[str, frozenset[int]] = {}
     for font in fontManager.ttflist:
         if font.style == "normal" and not font.name.startswith(_BOXES):
@@ -30,7 +30,7 @@ def _installed() -> dict[str, frozenset[int]]:
 
 
 def short(text: str, longest: int) -> str:
-    """The text, or its start and an ellipsis: at most ``longest`` characters."""
+    """Shorten a text to at most ``longest`` characters, with an ellipsis."""
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
@@ -41,9 +41,9 @@ def plain_text(texts: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         texts: any texts.
 
     Returns:
-        Parameters of matplotlib for the figure: no markup, and, next to the default font, installed
-        ones for the characters that it does not have. And the texts, with "?" for characters that
-        no font has; such a text begins with its index, from 0.
+        Parameters of matplotlib that disable markup and add installed fonts for characters that the
+        default font lacks; and the texts, with "?" for characters that no font has. Such a text
+        begins with its index, from 0.
     """
     default = [_characters(findfont(FontProperties(weight=w))) for w in ("normal", "bold")]
     missing = {ord(character) for text in texts for character in text} - {ord("\n")}

@@ -115,7 +115,7 @@ def write_page(path: Path, title: str, sections: Sequence[Section]) -> None:
         f'<meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
         f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1>{body}</html>\n"
     )
-    # file names that are not UTF-8 have characters that UTF-8 does not
+    # file names that are not valid UTF-8 cannot be encoded
     write_whole(path, page.encode("utf-8", "backslashreplace").decode())
 
 

@@ -1,4 +1,4 @@
-"""The lock of a run's folder: one process at a time trains a run."""
+"""Lock the folder of a run, so that only one process at a time trains it."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ LOCK, OWNER = ".lock", ".owner.json"
 
 @contextlib.contextmanager
 def hold(folder: Path, main: bool = True) -> Iterator[None]:
-    """Hold the lock of a folder, which is made if it is missing.
+    """Hold the lock of a folder, which is created if it is missing.
 
-    Of the processes of one run, the main one has the lock, and this does nothing in the others.
+    The operating system releases the lock when the process ends, however it ends. Some network file
+    systems do not share locks between hosts, so a folder that a process on another host has not
+    released counts as locked.
 
-    The operating system releases the lock of a process that ends, however it ends. The process on
-    another host that left its name may be alive although its lock is not seen here: some network
-    file systems keep locks to themselves.
+    Args:
+        folder: to lock.
+        main: whether this is the main process of the run; the others do not lock.
 
     Raises:
-        ValueError: if another process holds the lock, or a process of another host may; it names
+        ValueError: if another process holds the lock, or one on another host may hold it; it names
             the process.
     """
     if not main:
@@ -60,7 +62,7 @@ def hold(folder: Path, main: bool = True) -> Iterator[None]:
 
 
 def _owner(path: Path) -> tuple[str | None, str]:
-    """The host of the process that a file names, and the process in words."""
+    """Return the host of the process that a file names, and the process in words."""
     try:
         owner = read_json(path, dict)
     except FileNotFoundError:

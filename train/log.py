@@ -1,4 +1,4 @@
-"""What a run says while it trains: log.txt, and the text next to the progress bar."""
+"""Messages of a run: log.txt, and the text next to the progress bar."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def log(run: Run, text: str, show: bool = False) -> None:
 
     Args:
         run: the run.
-        text: the line, without its time.
-        show: whether to print the line, too, even if there is a progress bar.
+        text: the line, without the time.
+        show: whether to print the line even if there is a progress bar.
     """
     if not run.main:
         return
@@ -32,7 +32,7 @@ def log(run: Run, text: str, show: bool = False) -> None:
 
 
 def epoch_text(row: Mapping[str, float], epochs: int) -> str:
-    """A row of metrics.csv as a line of the log."""
+    """Format a row of metrics.csv as a line of the log."""
     return (
         f"epoch {row['epoch']:.0f} of {epochs}: train loss {row['train_loss']:.4f}, "
         f"val loss {row['val_loss']:.4f}, val top-1 {row['val_top1']:.2%}, "
@@ -41,12 +41,12 @@ def epoch_text(row: Mapping[str, float], epochs: int) -> str:
 
 
 def status(run: Run, epoch: int, done: int) -> str:
-    """What the progress bar shows next to steps and remaining time.
+    """Return the text that the progress bar shows next to steps and remaining time.
 
     Args:
         run: the run.
         epoch: index of the current epoch.
-        done: steps of it that are done.
+        done: number of its steps that are done.
     """
     val = f", val {run.rows[-1]['val_top1']:.2%}" if run.rows else ""
     rate, loss = run.optimizer.param_groups[-1]["lr"], run.loss_sum / done

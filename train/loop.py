@@ -1,9 +1,8 @@
 """Train, select on validation, test once: read it from top to bottom.
 
-Every step is a function of the seed and the step number: the images, their order, their
-augmentation, dropout. So an interrupted run resumes as if nothing had happened, and several
-processes, each with its rows of the batch, match a single one, except for dropout, augmentation
-policies and mixing, which are drawn per process.
+Every step (images, their order and augmentation, dropout) is a function of the seed and the step
+number, so a run resumes as if it had not been interrupted. Several processes match a single one,
+except for dropout, augmentation policies and mixing, which are drawn per process.
 """
 
 from __future__ import annotations
@@ -83,14 +82,14 @@ class Run:
         self.signals, self.pixels = Signals(self.accelerator), pixels_of(self.model)
         self.step, self.best, self.images_seen, self.seconds = 0, -1.0, 0, 0.0
         self.rows: list[dict[str, float]] = []  # of metrics.csv, one per epoch
-        self.loss_sum, self.no_bar = 0.0, False  # of this epoch; whether its line is printed
+        self.loss_sum, self.no_bar = 0.0, False  # of this epoch; True prints a line per epoch
         self.lock = take_up(self) if self.resumed else contextlib.ExitStack()  # of the folder
 
     # One step
     def loss(self, x: Tensor, labels: Tensor) -> Tensor:
         """The loss () of float images (B, C, H, W) and classes (B,).
 
-        With a teacher, half of it is for the classes that it predicts, or all is ``train.loss``.
+        With a teacher, half of it is for the teacher's predictions, or ``train.loss`` replaces it.
         """
         if self.config.train.loss != "labels":
             return self.net(x)
@@ -199,10 +198,9 @@ class Run:
         return predict(self.best_model, images, self.accelerator, self.batch_size, workers)
 
     # All epochs
-
     @property
     def finished(self) -> bool:
-        """Whether all epochs are done, or ``train.patience`` of them brought nothing better."""
+        """Whether all epochs are done, or ``train.patience`` epochs brought no improvement."""
         c, tops = self.config.train, [row["val_top1"] for row in self.rows]
         waited = len(tops) - 1 - tops.index(max(tops)) if tops else 0
         return len(tops) >= c.epochs or 0 < c.patience <= waited

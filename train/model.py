@@ -23,11 +23,11 @@ from .pixels import NAMED, pixels_of, pixels_of_weights, set_pixels
 
 
 class Sizes(NamedTuple):
-    """What the data determines about a model.
+    """Sizes of a model that the data determines.
 
     Attributes:
         image_size: height and width in pixels.
-        channels: of the images.
+        channels: number of channels of the images.
         classes: number of classes.
     """
 
@@ -51,10 +51,10 @@ def build_model(config: ModelConfig, sizes: Sizes) -> nn.Module:
 
 
 def converted(model: nn.Module, config: ConvertConfig, sizes: Sizes) -> nn.Module:
-    """Convert the attention of a model in place, if its configuration says so.
+    """Convert the attention of a model in place, if the configuration names a kernel.
 
     Raises:
-        ValueError: for a model or kernel that cannot be converted.
+        ValueError: for a model that cannot be converted, or a kernel that does not fit it.
     """
     if config.mixer is not None:
         vx.convert(
@@ -65,7 +65,7 @@ def converted(model: nn.Module, config: ConvertConfig, sizes: Sizes) -> nn.Modul
 
 
 def is_converted(model: nn.Module) -> bool:
-    """Whether there is another kernel inside the attention of a model."""
+    """Whether a model has converted attention layers."""
     return bool(converted_layers(model))
 
 
@@ -81,7 +81,7 @@ def build_base(config: ModelConfig, sizes: Sizes, **timms: Any) -> nn.Module:
     Args:
         config: name and options.
         sizes: what the data determines.
-        timms: more arguments of ``timm.create_model``, for a model of timm.
+        timms: additional arguments of ``timm.create_model``, for a timm model.
 
     Raises:
         ValueError: for an unknown name or option, or one that the data determines.
@@ -106,14 +106,17 @@ def build_base(config: ModelConfig, sizes: Sizes, **timms: Any) -> nn.Module:
 
 
 def _build_timm(config: ModelConfig, sizes: Sizes, more: dict[str, Any]) -> nn.Module:
-    """Build a model of timm, whose options are the keyword arguments of its class."""
+    """Build a timm model; its options are the keyword arguments of its class."""
     import timm
 
     name = config.name.removeprefix("timm:")
     if not timm.is_model(name):
         raise unknown_name_error("model of timm", name, timm.list_models())
     if config.mixer or config.mixer_options:
-        raise ValueError(f"model.mixer {config.mixer}: {config.name} has an attention of its own")
+        raise ValueError(
+            f"model.mixer {config.mixer} and model.mixer_options are not supported for "
+            f"{config.name}: use model.convert"
+        )
     arguments = {"in_chans": sizes.channels, "num_classes": sizes.classes, **config.options, **more}
     try:
         try:
@@ -121,7 +124,7 @@ def _build_timm(config: ModelConfig, sizes: Sizes, more: dict[str, Any]) -> nn.M
         except TypeError as error:
             if "'img_size'" not in str(error):
                 raise
-            return timm.create_model(name, **arguments)  # a convolutional network takes any size
+            return timm.create_model(name, **arguments)  # a model of any image size
     except (TypeError, ValueError, AssertionError) as error:
         raise ValueError(
             f"{config.name} cannot be built with its model.options: {error}"
@@ -129,7 +132,7 @@ def _build_timm(config: ModelConfig, sizes: Sizes, more: dict[str, Any]) -> nn.M
 
 
 def save_weights(model: nn.Module, path: Path, config: ModelConfig, sizes: Sizes) -> None:
-    """Write weights and all that rebuilds the model to a safetensors file, atomically."""
+    """Write the weights, and what is needed to rebuild the model, to a safetensors file."""
     if isinstance(model, vx.VisionModel) and config.convert.mixer is None:
         vx.save_model(model, path)
         return
@@ -142,10 +145,10 @@ def load_model(path: Path) -> tuple[nn.Module, Sizes]:
     """Rebuild a model from a file of :func:`save_weights`, in evaluation mode on the CPU.
 
     Returns:
-        The model, and the sizes of its images.
+        The model and its sizes.
 
     Raises:
-        ValueError: for a file of another origin.
+        ValueError: for a file that was not written by it.
     """
     metadata = read_metadata(path)
     if "recipe" not in metadata:
@@ -161,12 +164,12 @@ def load_model(path: Path) -> tuple[nn.Module, Sizes]:
 
 
 def resized(model: nn.Module, path: Path, image_size: int) -> nn.Module:
-    """A model for images of another size, with the weights of a file of :func:`save_weights`.
+    """Return a model for another image size, with the weights of a file of :func:`save_weights`.
 
-    Tables of positions are resized; a convolutional network takes any size.
+    Position tables are resized.
 
     Raises:
-        ValueError: for a size that the model cannot have.
+        ValueError: for a size that the model does not support.
     """
     if isinstance(model, vx.VisionModel):
         other = vx.create_model(model.config, image_size=image_size)
@@ -181,7 +184,7 @@ def resized(model: nn.Module, path: Path, image_size: int) -> nn.Module:
 
 
 def check_part(model: nn.Module, sizes: Sizes, count: int) -> nn.Module:
-    """The model, if it trains on ``count`` images at a time.
+    """Return the model, after checking that it can be trained on ``count`` images at a time.
 
     Raises:
         ValueError: for a single image and a batch norm with one value per channel.
@@ -220,7 +223,7 @@ def load_teacher(
     if expected != given:
         raise ValueError(
             f"train.teacher {path} expects pixels of {expected}; those of the run have {given}: "
-            "set data.normalize"
+            "set data.normalize to that of the teacher"
         )
     teacher = teacher.to(device)
     if isinstance(model, vx.LeViT) and model.config.distilled:
@@ -230,13 +233,13 @@ def load_teacher(
 
 @torch.no_grad()
 def not_finite(model: nn.Module, x: Tensor, step: int, rate: float) -> ValueError:
-    """The error for a loss that is not finite: it names the first layer that is not.
+    """Return the error for a loss that is not finite; it names the first such layer.
 
     Args:
         model: the model.
         x: images (B, C, H, W) of that step.
         step: number of the step.
-        rate: its learning rate.
+        rate: learning rate of the step.
     """
     culprits: list[str] = []
 

@@ -36,12 +36,18 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Split parameters so that only weights of linear layers and convolutions decay.
 
-    With a ``layer_decay`` below 1 each layer of the model's ``group_matcher`` has its own groups,
-    whose learning rate is scaled by that power of the number of layers above. Frozen parameters are
-    left out. The keys ``lr_scale`` and ``use_fallback`` (for Muon) are timm's.
+    With a ``layer_decay`` below 1, each layer of the model's ``group_matcher`` has its own groups,
+    whose learning rate is scaled by ``layer_decay`` to the power of the number of layers above.
+    Frozen parameters are left out. The keys ``lr_scale`` and ``use_fallback`` (for Muon) are those
+    of timm.
+
+    Args:
+        model: the model.
+        weight_decay: of the weights of linear layers and convolutions.
+        layer_decay: factor of the learning rate from each layer to the one below.
 
     Raises:
-        ValueError: for a ``layer_decay`` of a model without layers.
+        ValueError: if ``layer_decay`` is below 1 and the model has no ``group_matcher``.
     """
     layers: dict[str, int] = {}
     if layer_decay < 1:
@@ -70,8 +76,8 @@ def parameter_groups(
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """Build AdamW, SGD with a Nesterov momentum of 0.9, or Muon (Jordan et al. 2024).
 
-    Muon orthogonalizes the updates of linear layers and convolutions, at the size of AdamW's, and
-    leaves all other parameters to AdamW.
+    Muon orthogonalizes the updates of linear layers and convolutions; all other parameters are
+    trained by AdamW.
     """
     groups = parameter_groups(model, config.weight_decay, config.layer_decay)
     if config.optimizer == "sgd":
@@ -82,7 +88,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> float:
-    """Set the learning rate of the highest layer, and return it; each group's is scaled from it."""
+    """Set the learning rate of all groups, scaled by ``lr_scale``; return the unscaled one."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]
     return rate

@@ -1,4 +1,4 @@
-"""Pixel statistics: what is subtracted from images and what divides them, per channel."""
+"""Pixel statistics: mean and standard deviation by which images are normalized."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .atomic import read_json
 
 
 class Pixels(NamedTuple):
-    """Mean and standard deviation of each channel, of pixels from 0 to 1."""
+    """Mean and standard deviation of each channel, for pixels in [0, 1]."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -29,10 +29,10 @@ class Pixels(NamedTuple):
         return x.float() / (255 * std) - mean / std
 
     def for_channels(self, channels: int) -> Pixels:
-        """The same for images of another number of channels.
+        """Return the statistics for another number of channels.
 
-        One channel has the averages; more channels repeat those that are known, as the first layer
-        of pretrained weights does.
+        They are averaged for one channel and repeated for more channels, as the weights of a
+        pretrained first layer are.
         """
         if channels == 1:
             return Pixels(*((sum(v) / len(v),) for v in self))
@@ -51,7 +51,7 @@ NAMED = {
 
 
 def pixels_of(model: nn.Module) -> Pixels:
-    """The statistics that a model expects; half of the range if it does not say."""
+    """Return the statistics that a model expects; mean and std 0.5 if it does not state them."""
     found: Any = getattr(model, "pretrained_cfg", {})
     if "mean" not in found:
         return NAMED["half"]
@@ -59,20 +59,23 @@ def pixels_of(model: nn.Module) -> Pixels:
 
 
 def set_pixels(model: nn.Module, pixels: Pixels) -> None:
-    """Let a model say which statistics it expects."""
+    """Store the statistics that a model expects in its ``pretrained_cfg``."""
     known: Any = getattr(model, "pretrained_cfg", {})
     model.pretrained_cfg = {**known, **pixels._asdict()}  # type: ignore[assignment]
 
 
 def pixels_of_weights(path: Path, name: str) -> Pixels | None:
-    """The statistics that weights expect, or None if their origin does not say.
+    """Return the statistics that weights expect, or None if they are not known.
 
-    They are in the metadata of our files, and in the config.json next to those of the Hugging Face
-    Hub; otherwise the file or the model may be called by a name of timm.
+    They are read from the metadata of our files, or from the config.json next to files of the
+    Hugging Face Hub, or looked up in timm if the file or the model has a timm name.
 
     Args:
         path: the file of weights.
         name: name of the model.
+
+    Raises:
+        ValueError: for a file that cannot be read.
     """
     found: Any = read_metadata(path)
     if "mean" in found:
@@ -80,7 +83,7 @@ def pixels_of_weights(path: Path, name: str) -> Pixels | None:
     beside = path.with_name("config.json")
     if beside.is_file():
         config = read_json(beside, dict)
-        found = config.get("pretrained_cfg") or config  # older ones have no part for it
+        found = config.get("pretrained_cfg") or config  # older files have no such section
         if "mean" in found:
             return Pixels(tuple(found["mean"]), tuple(found["std"]))
     for known in (path.stem, name.removeprefix("timm:") if name.startswith("timm:") else ""):

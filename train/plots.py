@@ -35,10 +35,10 @@ def save(figure: Figure, path: Path, source: str = "") -> None:
 def draw_run(run: Run, logits: Tensor, labels: Tensor) -> None:
     """Write the figures of a run: curves.png, confusion.png and mistakes.png.
 
-    A figure that cannot be drawn costs a line in the log, and not the run.
+    If a figure cannot be drawn, a warning is logged and the run continues.
 
     Args:
-        run: a run that is trained.
+        run: a trained run.
         logits: (N, classes) of its test images.
         labels: their classes (N,).
     """
@@ -54,7 +54,7 @@ def draw_run(run: Run, logits: Tensor, labels: Tensor) -> None:
     for what, draw in figures.items():
         try:
             save(draw(), run.folder / f"{what}.png")
-        except Exception as error:  # of fonts, images, the disk: the result is there already
+        except Exception as error:  # fonts, images, the disk: the result is already saved
             log(run, f"warning: {what}.png could not be drawn: {error!r}", show=True)
 
 

@@ -11,13 +11,13 @@ from jsonargparse import ActionConfigFile, Namespace
 from .cli import Parser
 from .config import RunConfig, bounds_of, plain_type
 
-_BY_KEY = ("model.options", "model.mixer_options")  # later files add to these
+_BY_KEY = ("model.options", "model.mixer_options")  # merged over several files
 
 
 class _Recipe(ActionConfigFile):
-    """A YAML file over earlier ones; of options with names of their own, it replaces those it has.
+    """A YAML file that overrides earlier ones key by key, also within ``model.options``.
 
-    jsonargparse takes such options for a single value and would drop what the file does not name.
+    jsonargparse treats a dictionary as a single value and would drop the keys of earlier files.
     """
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: Any = None) -> None:
@@ -34,7 +34,7 @@ def fit_parser() -> Parser:
     parser.add_argument(
         "--config",
         action=_Recipe,
-        help="a YAML file of the options below; of several files, the later goes over the earlier, "
+        help="a YAML file of the options below; of several files, later ones override earlier ones "
         "key by key",
     )
     parser.add_class_arguments(RunConfig, as_group=False)
@@ -56,21 +56,26 @@ def parse(arguments: list[str]) -> RunConfig:
 
 
 def options_parser(names: Sequence[str], others: str = "") -> Parser:
-    """A parser of some options of ``fit``, for the commands that use a run.
+    """Build a parser of some options of ``fit``, for the commands that use a run.
 
     Args:
         names: of the options, such as "data.root".
-        others: why there are no other options, in words.
+        others: explanation that is appended to the error for an unknown option.
     """
     parser = Parser(bounds=bounds_of(RunConfig), others=others)
     for name in names:
-        text = "instead of that of the run; see fit --help"
+        text = "overrides the value of the run; see fit --help"
         parser.add_argument(f"--{name}", type=plain_type(RunConfig, name), help=text)
     return parser
 
 
 def with_options(folder: Path, names: Sequence[str], given: Namespace) -> RunConfig:
-    """The configuration of a run, with the options of :func:`options_parser` that were given.
+    """Read the configuration of a run, with the given options of :func:`options_parser`.
+
+    Args:
+        folder: of the run.
+        names: of the options.
+        given: values of the options; None keeps that of the run.
 
     Raises:
         ValueError: for a value out of range; it names the option.

@@ -85,7 +85,7 @@ def curves(runs: Sequence[Run]) -> Figure:
         axis.set(title="Validation accuracy (%)", xlabel="epoch")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         legend = {"frameon": False, "loc": "center left", "bbox_to_anchor": (1, 0.5)}
-        # by hand: as labels, names that begin with _ would be left out
+        # passed explicitly, as matplotlib ignores labels that begin with _
         axis.legend(axis.lines, [short(name, 40) for name in names], **legend)
         figure.tight_layout()
     return figure
@@ -166,12 +166,12 @@ def costs(runs: Sequence[Run]) -> Figure | None:
 
 
 def _drawn(draw: Callable[[Sequence[Run]], Figure | None], runs: Sequence[Run]) -> Figure | None:
-    """The figure; one that cannot be drawn costs a line, and not the page."""
+    """Return a figure, or None after a warning if it cannot be drawn."""
     try:
         figure = draw(runs)
         if figure is not None:
             figure.draw_without_rendering()
-    except Exception as error:  # of fonts or odd values
+    except Exception as error:  # fonts or unusual values
         print(f"warning: {draw.__name__} could not be drawn: {error!r}", file=sys.stderr)
         return None
     return figure

@@ -21,7 +21,7 @@ from .provenance import device_name, note_session
 if TYPE_CHECKING:
     from .loop import Run
 
-# before the first step, and what says how far it got
+# files written before the first step
 _WRITTEN_FIRST = ("config.yaml", "classes.json", "sessions.json", "log.txt", LOCK)
 
 
@@ -40,19 +40,19 @@ def new_folder(config: RunConfig) -> Path:
             )
         return folder
     parts = [config.model.name, config.model.mixer or "", config.data.name, str(config.seed)]
-    # not every system takes the colon of a name such as torchvision:MNIST
+    # Windows does not allow the colon of a name such as torchvision:MNIST
     name = Path("runs") / re.sub(r"[^\w.-]", "-", "-".join(p for p in parts if p).lower())
     numbered = (name.with_name(f"{name.name}-{i}") for i in itertools.count(2))
     return next(f for f in itertools.chain([name], numbered) if not f.exists())
 
 
 def open_folder(run: Run) -> None:
-    """Note the configuration, the classes and this session in the folder of a run.
+    """Write the configuration, the classes and this session to the folder of a run.
 
-    A run that trains longer than before loses its result until it has a new one.
+    The result of a complete run that is trained further is removed until there is a new one.
 
     Raises:
-        ValueError: if another run took the folder in the meantime, or nothing is left to train.
+        ValueError: if another run has taken the folder meanwhile, or nothing is left to train.
     """
     if run.resumed:
         if run.finished and (run.folder / "result.json").is_file():
@@ -60,7 +60,7 @@ def open_folder(run: Run) -> None:
         (run.folder / "result.json").unlink(missing_ok=True)
     elif (run.folder / "config.yaml").exists():
         raise ValueError(f"run_dir {run.folder} already holds a run")
-    run.claimed = not run.resumed  # what is written from here on may be discarded
+    run.claimed = not run.resumed  # so that discard() may remove what is written from here on
     write_whole(run.folder / "config.yaml", resolved(run.config))
     write_whole(run.folder / "classes.json", json.dumps(run.data.classes) + "\n")
     note_session(run.folder / "sessions.json", run.accelerator, run.step)
@@ -73,7 +73,7 @@ def discard(run: Run) -> None:
     """Remove what a new run wrote, unless there is a state to resume from."""
     if not run.claimed or (run.folder / "state.pt").is_file():
         return
-    for tracker in run.accelerator.trackers:  # not every system removes open files
+    for tracker in run.accelerator.trackers:  # Windows cannot remove open files
         tracker.finish()
     for name in _WRITTEN_FIRST:
         (run.folder / name).unlink(missing_ok=True)

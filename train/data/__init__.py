@@ -1,4 +1,4 @@
-"""Datasets: each file with a reader registers it, and ``load_data`` makes three sets of it.
+"""Datasets: each file registers a reader, and ``load_data`` builds three sets from its images.
 
 Training and validation images are a stratified split of the training set with a fixed seed. Models
 are selected on the validation set; the test set is evaluated once, at the end.
@@ -59,7 +59,7 @@ if DataConfig.__doc__ is not None:  # it is the text of --help
 
 
 class Splits(NamedTuple):
-    """Training, validation and test images, and what a model and the augmentation must know.
+    """Training, validation and test images, and what a model and the augmentation depend on.
 
     Args:
         train, val, test: the images, all of one size.
@@ -67,7 +67,7 @@ class Splits(NamedTuple):
         channels: 3 for RGB, 1 for grayscale.
         image_size: height and width in pixels.
         mirror: whether a horizontally flipped image still belongs to its class.
-        notes: lines about the data that a user should know.
+        notes: lines about the data to show to the user.
     """
 
     train: Images
@@ -113,10 +113,10 @@ def load_data(config: DataConfig, device: torch.device | str = "cpu") -> Splits:
 
 
 def reading_of(config: DataConfig, channels: int) -> Reading:
-    """Return how a configuration wants files to become images of 1 or 3 channels.
+    """Return how a configuration reads image files, as images with 1 or 3 channels.
 
     Raises:
-        ValueError: for a ``data.background`` that is no color.
+        ValueError: for a ``data.background`` that is not a color.
     """
     try:
         background = ImageColor.getrgb(config.background)[:3]
@@ -135,7 +135,7 @@ def _read_parts(
     device: torch.device | str,
     fully: bool,
 ) -> tuple[list[Images], Broken]:
-    """Split, and keep or check the images; return the sets and what cannot be read of them."""
+    """Split the images and keep or check them; return the sets and the broken images."""
     train, val, test = source.train, source.val, source.test
     if not test:
         train, test = split(train, TEST_FRACTION)
@@ -146,7 +146,7 @@ def _read_parts(
     in_memory = config.in_memory
     if in_memory is None:
         in_memory = count * source.channels * size * size <= IN_MEMORY
-    few = count < 5000  # too few to need a progress bar
+    few = count < 5000  # no progress bar
     what = "reading" if in_memory else "checking"
     broken: Broken = {}
     with tqdm(total=count, desc=what, unit="image", disable=few or None) as progress:
@@ -175,7 +175,7 @@ def _size_of(samples: Sequence[Sample], reading: Reading) -> int:
     """Return the longer side in pixels of the first image that can be read.
 
     Raises:
-        ValueError: if it is too long to be taken for the size of all images, or if none can be
+        ValueError: if it is too large to guess the size of all images from, or if no image can be
             read.
     """
     problem: ValueError | None = None
@@ -199,13 +199,13 @@ def _size_of(samples: Sequence[Sample], reading: Reading) -> int:
 def split(samples: Sequence[Sample], fraction: float) -> tuple[list[Sample], list[Sample]]:
     """Split samples into two lists, the second with a stratified ``fraction`` of them.
 
-    The only image of a class is in the first.
+    If a class has only one image, it is in the first list.
 
     Raises:
-        ValueError: if there are fewer images than classes in one of the lists.
+        ValueError: if one of the lists would have fewer images than classes.
     """
     counts = Counter(label for _, label in samples)
-    alone = [sample for sample in samples if counts[sample[1]] == 1]  # not to be stratified
+    alone = [sample for sample in samples if counts[sample[1]] == 1]  # cannot be stratified
     rest = [sample for sample in samples if counts[sample[1]] > 1] if alone else samples
     labels = [label for _, label in rest]
     try:

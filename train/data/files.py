@@ -1,4 +1,4 @@
-"""Image files in folders, and those that are left out."""
+"""Find image files in folders, and count the files that are left out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .reading import IMAGE_ENDINGS
 
-SHOWN = 10  # names of a longer list that are printed
+SHOWN = 10  # names that are printed of a longer list
 
 
 def shorten(names: list[str], separator: str = ", ") -> str:
@@ -19,12 +19,12 @@ def shorten(names: list[str], separator: str = ", ") -> str:
 
 
 def visible(name: str) -> bool:
-    """Return whether a file or folder is not one that systems hide or leave in archives."""
+    """Return whether a file or folder is neither hidden nor metadata of a macOS archive."""
     return not name.startswith(".") and name != "__MACOSX"
 
 
 def is_image(name: str) -> bool:
-    """Return whether the ending of a file is that of an image, in upper or lower case."""
+    """Return whether a file has the extension of an image, in upper or lower case."""
     return _ending(name) in IMAGE_ENDINGS
 
 
@@ -37,13 +37,13 @@ def list_images(folder: Path, left_out: Counter[str] | None = None) -> list[Path
 
     Args:
         folder: where to look; links are followed.
-        left_out: counts the other files by reason: an ending, or "dangling links".
+        left_out: is updated with counts of the other files by extension or reason.
     """
     found: list[Path] = []
     counts: Counter[str] = Counter() if left_out is None else left_out
     for entry in _files(folder, set()):
         if not is_image(entry.name):
-            counts[_ending(entry.name) or "no ending"] += 1
+            counts[_ending(entry.name) or "no extension"] += 1
         elif entry.is_file():
             found.append(Path(entry.path))
         else:
@@ -52,7 +52,7 @@ def list_images(folder: Path, left_out: Counter[str] | None = None) -> list[Path
 
 
 def _files(folder: Path | str, seen: set[tuple[int, int]]) -> Iterator[os.DirEntry[str]]:
-    """Yield all entries that are not folders; a link to a folder above is followed once."""
+    """Yield all entries that are not folders; every folder is visited once, even with links."""
     status = os.stat(folder)
     if (status.st_dev, status.st_ino) in seen:
         return

@@ -25,8 +25,8 @@ def read_huggingface(config: DataConfig) -> Source:
     ``huggingface:label=fine_label``. A validation split is the test set if there is no other.
 
     Raises:
-        ValueError: if ``datasets`` is not installed, if ``data.root`` is no such folder, or if it
-            is not clear which columns hold the image and the label.
+        ValueError: if ``datasets`` is not installed, if ``data.root`` is not such a folder, or if
+            the columns of the image and the label are ambiguous.
     """
     parts = _load(Path(config.root).expanduser())
     if "test" not in parts and "val" in parts:
@@ -71,7 +71,7 @@ def _load(root: Path) -> dict[str, Any]:
         loaded = datasets.load_from_disk(str(root))
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"{root} is not a folder that save_to_disk of a Dataset or DatasetDict wrote: {error}"
+            f"{root} is not a folder written by save_to_disk of a Dataset or DatasetDict: {error}"
         ) from error
     if not isinstance(loaded, dict):
         return {"train": loaded}
@@ -122,5 +122,5 @@ def _image(dataset: Any, column: str, index: int) -> Path | io.BytesIO:
     """Return an encoded image, as its bytes or the path of its file."""
     found = dataset[index][column]
     if found is None:
-        raise ValueError("there is none")
+        raise ValueError("the dataset has no image for this row")
     return Path(found["path"]) if found["bytes"] is None else io.BytesIO(found["bytes"])

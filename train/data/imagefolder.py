@@ -10,7 +10,7 @@ from .files import is_image, left_out_note, list_images, shorten, visible
 from .images import Sample
 from .registry import Source, register
 
-# folders of root, in any case; those of validation are alternatives
+# folders in root, in upper or lower case; the validation folder has three possible names
 _SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _RIGHT = "train, val (or valid, or validation) and test"
 
@@ -19,12 +19,12 @@ _RIGHT = "train, val (or valid, or validation) and test"
 def read_image_folder(config: DataConfig) -> Source:
     """Read ``root/train/CLASS/*``, ``root/val`` and ``root/test``, or ``root/CLASS/*`` alone.
 
-    Images in subfolders of a class folder are of that class. The validation folder may also be
+    Images in subfolders of a class folder belong to that class. The validation folder may also be
     named "valid" or "validation"; without ``root/test``, it is the test set.
 
     Raises:
-        ValueError: if a folder is missing, empty or unknown, or if other sets have classes that
-            the training set lacks.
+        ValueError: if a folder is missing, empty or unknown, or if another set has classes that the
+            training set lacks.
     """
     root = Path(config.root).expanduser()
     if not root.is_dir():
@@ -49,8 +49,8 @@ def _split_folders(root: Path) -> dict[str, Path]:
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(
-            f"{root} has {shorten(unknown)} next to {', '.join(known)}: name the folders {_RIGHT}, "
-            f"or, {way_out}"
+            f"{root} has {shorten(unknown)} next to {', '.join(known)}: name the folders {_RIGHT}; "
+            f"{way_out}"
         )
     for name in known:
         part = _SPLITS[name.lower()]
@@ -58,7 +58,7 @@ def _split_folders(root: Path) -> dict[str, Path]:
             raise ValueError(f"{root} has both {found[part].name} and {name}: keep one of them")
         found[part] = root / name
     if "train" not in found:
-        raise ValueError(f"{root} has {', '.join(known)}, but no folder train; {way_out}")
+        raise ValueError(f"{root} has {', '.join(known)} but no folder train; {way_out}")
     return found
 
 
@@ -68,17 +68,17 @@ def _folders(root: Path) -> list[str]:
 
 
 def _count_loose(root: Path, left_out: Counter[str]) -> None:
-    """Count the images next to the class folders, which are of no class."""
+    """Count the images next to the class folders, which belong to no class."""
     for path in root.iterdir():
         if visible(path.name) and is_image(path.name) and not path.is_dir():
-            left_out["images outside of the class folders"] += 1
+            left_out["images outside the class folders"] += 1
 
 
 def _class_folders(root: Path, left_out: Counter[str]) -> tuple[list[Sample], list[str]]:
     """Return the images in the class folders and the names of the classes, sorted."""
     classes = _folders(root)
     if len(classes) < 2:
-        raise ValueError(f"{root} needs a folder for each of at least 2 classes, has {classes}")
+        raise ValueError(f"{root} must have folders of at least 2 classes, not {classes}")
     _count_loose(root, left_out)
     samples: list[Sample] = []
     for label, name in enumerate(classes):
@@ -87,7 +87,7 @@ def _class_folders(root: Path, left_out: Counter[str]) -> tuple[list[Sample], li
         if not files:
             others = left_out_note(root / name, left_out - before)
             hint = f" ({others[0]})" if others else ""
-            raise ValueError(f"no images in the class folder {root / name}{hint}")
+            raise ValueError(f"there are no images in the class folder {root / name}{hint}")
         samples += [(path, label) for path in files]
     return samples, classes
 
@@ -97,8 +97,7 @@ def _held_out(root: Path, classes: list[str], left_out: Counter[str]) -> list[Sa
     unknown = sorted(set(_folders(root)) - set(classes))
     if unknown:
         raise ValueError(
-            f"the training set and {root} differ in their class folders: {shorten(unknown)} is "
-            "only in the latter"
+            f"{root} has class folders that the training set does not have: {shorten(unknown)}"
         )
     _count_loose(root, left_out)
     samples: list[Sample] = [
@@ -108,5 +107,5 @@ def _held_out(root: Path, classes: list[str], left_out: Counter[str]) -> list[Sa
         for path in list_images(root / name, left_out)
     ]
     if not samples:
-        raise ValueError(f"no images in the class folders of {root}")
+        raise ValueError(f"there are no images in the class folders of {root}")
     return samples

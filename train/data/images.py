@@ -1,4 +1,4 @@
-"""Labeled images: sets of them that are kept in memory or read when needed."""
+"""Sets of labeled images, kept in memory or read when they are needed."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from .reading import (
 )
 
 MODE_SAMPLES = 64  # images whose modes decide whether a dataset is grayscale
-AT_ONCE = 1024  # images that wait for a thread
-SKIP_HINT = "--data.skip_broken true passes over such images"
+AT_ONCE = 1024  # images queued for the threads
+SKIP_HINT = "--data.skip_broken true skips such images"
 R = TypeVar("R")
 
 
@@ -51,7 +51,7 @@ class Item:
 
 # uint8 (C, H, W), the path of a file or an item of a dataset; and the label
 Sample = tuple[Tensor | Path | Item, int]
-Broken = dict[Tensor | Path | Item, ValueError]  # what cannot be read, and why
+Broken = dict[Tensor | Path | Item, ValueError]  # images that cannot be read, and why
 
 
 class Images(Dataset[tuple[Tensor, int]]):
@@ -104,8 +104,8 @@ class Images(Dataset[tuple[Tensor, int]]):
 
         Args:
             progress: a bar that counts images.
-            fully: decode all images. Otherwise only the headers of files are read, which is fast,
-                but does not find all that are damaged.
+            fully: decode all images. Otherwise only the headers of files are read, which is faster
+                but does not find all broken images.
         """
         broken: Broken = {}
         checked = self._each(self._decoded if fully else self._opened)
@@ -116,7 +116,7 @@ class Images(Dataset[tuple[Tensor, int]]):
         return broken
 
     def _each(self, function: Callable[[Sample], R]) -> Iterator[R]:
-        """Apply a function to all samples, in threads: files are waited for, decoders are in C."""
+        """Apply a function to all samples in threads: reading and decoding release the GIL."""
         with ThreadPoolExecutor() as pool:
             for start in range(0, len(self), AT_ONCE):
                 yield from pool.map(function, self.samples[start : start + AT_ONCE])
@@ -160,10 +160,10 @@ class Images(Dataset[tuple[Tensor, int]]):
         )
         try:
             for images, labels in loader:
-                # other copies than those from pinned memory are not safe
+                # asynchronous copies are only safe from pinned memory
                 soon = device.type == "cuda"
                 yield images.to(device, non_blocking=soon), labels.to(device, non_blocking=soon)
-        except ValueError as error:  # that of a worker process contains its traceback
+        except ValueError as error:  # its text contains the traceback of the worker process
             sentence = str(error).split("ValueError: ")[-1].strip()
             # the frames of the error would keep the workers alive
             raise ValueError(f"{sentence}; {SKIP_HINT}") from error.with_traceback(None)
@@ -183,7 +183,7 @@ class Images(Dataset[tuple[Tensor, int]]):
 
 
 def _ignore_signals(worker: int) -> None:
-    """Schedulers signal the whole process group, but the run still needs its last batch."""
+    """Ignore signals to the whole process group, as the run still needs its last batch."""
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, signal.SIG_IGN)
 
@@ -239,5 +239,5 @@ def count_channels(read: Callable[[int], Encoded], count: int) -> int:
 def _mode(read: Callable[[int], Encoded], index: int) -> str | None:
     try:
         return image_mode(read(index))
-    except Exception:  # it is damaged, which is said when it is read
+    except Exception:  # the error is reported when the image is read
         return None

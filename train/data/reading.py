@@ -1,4 +1,4 @@
-"""One way from image files to pixels: every format, mode, bit depth and orientation."""
+"""Read image files of every format, mode, bit depth and orientation as 8-bit pixels."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import IO, Any, TypeAlias
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-# Pillow opens these, but cannot decode them itself (EPS starts Ghostscript), cannot tell them from
-# other files (SPIDER), or truncated files from whole ones (PCX, whose palette is at the end).
+# Pillow opens these formats but cannot decode them itself (EPS starts Ghostscript), cannot tell
+# them from other files (SPIDER), or does not detect truncation (PCX, whose palette is at the end).
 _NOT_READ = {"BUFR", "DCX", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "PCX", "SPIDER", "WMF"}
 Image.init()
 FORMATS = [name for name in Image.ID if name not in _NOT_READ]
@@ -26,7 +26,7 @@ IMAGE_ENDINGS = frozenset(
 GRAYSCALE_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 Encoded: TypeAlias = Path | IO[bytes] | Image.Image
 _ORIENTATION = 0x0112
-_END_OF_CODESTREAM = b"\xff\xd9"  # never within the packets of JPEG 2000
+_END_OF_CODESTREAM = b"\xff\xd9"  # does not occur within packets of JPEG 2000
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -36,24 +36,24 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_PHOTOMETRIC = 262  # tag of TIFF; if it is 0, white is 0
-_KEY_SCALES = {"L;2": 85, "L;4": 17}  # Pillow scales such pixels to 8 bits, but not their key
+_PHOTOMETRIC = 262  # TIFF tag; if its value is 0, white is 0
+_KEY_SCALES = {"L;2": 85, "L;4": 17}  # Pillow scales such pixels to 8 bits, but not the color key
 
-# What Pillow says about odd metadata and large images is no news for a training run: a file is
-# read, or refused with an error.
+# Pillow's warnings about odd metadata and large images are not useful in a training run: a file is
+# either read or raises an error.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """How image files become pixels.
+    """How image files are converted to pixels.
 
     Args:
         mode: "RGB" or "L", the mode of the result.
         background: color (R, G, B) behind transparent pixels.
-        max_value: value of white in images of more than 8 bits per channel. If None, it is the
-            largest one of 16 bits, and images of 32 bits are refused.
+        max_value: value of white in images of more than 8 bits per channel. If None, it is 65,535
+            for 16 bits, and images of 32 bits raise an error.
     """
 
     mode: str = "RGB"
@@ -62,14 +62,14 @@ class Reading:
 
 
 class RefusedImageError(ValueError):
-    """Why a sound file is not read: a sentence that lacks its subject, the file."""
+    """Raised for an intact file that is not read; the message follows the name of the file."""
 
 
 def read_image(source: Encoded, reading: Reading) -> Image.Image:
     """Read an image: its first frame, upright, without transparency, with 8 bits per channel.
 
     Raises:
-        RefusedImageError: if its bit depth needs a ``max_value``, or does not allow for one.
+        RefusedImageError: if its bit depth needs a ``max_value``, or does not support one.
         Exception: whatever Pillow raises for a damaged file.
     """
     with _opened(source) as image:
@@ -86,7 +86,7 @@ def read_image(source: Encoded, reading: Reading) -> Image.Image:
 
 
 def check_header(source: Encoded, reading: Reading) -> None:
-    """Raise what :func:`read_image` would, as far as that is known without decoding."""
+    """Raise the errors of :func:`read_image` that can be detected without decoding."""
     with _opened(source) as image:
         _white(image, reading)
 
@@ -98,7 +98,7 @@ def image_mode(source: Encoded) -> str:
 
 
 def image_error(name: object, error: Exception) -> ValueError:
-    """One sentence for whatever a decoder raised: it names the image."""
+    """Turn the exception of a decoder into an error that names the image, in one sentence."""
     reason = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, RefusedImageError):
         return ValueError(f"{name} {reason}")
@@ -107,13 +107,13 @@ def image_error(name: object, error: Exception) -> ValueError:
 
 
 def _opened(source: Encoded) -> contextlib.AbstractContextManager[Image.Image]:
-    """Open a file, which is closed again; an image of a dataset stays open."""
+    """Open a file in a context that closes it; an image of a dataset stays open."""
     if isinstance(source, Image.Image):
         return contextlib.nullcontext(source)
     try:
         return Image.open(source, formats=FORMATS)
     except UnidentifiedImageError as error:
-        raise ValueError("its content is of no known image format") from error
+        raise ValueError("its content has no known image format") from error
 
 
 def _stored(image: Image.Image) -> str:
@@ -134,13 +134,13 @@ def _white(image: Image.Image, reading: Reading) -> float | None:
     if image.mode in ("I", "F"):
         if reading.max_value is None:
             raise RefusedImageError(
-                f"has pixels of mode {image.mode!r}: save it with 8 or 16 bits, or say which value "
-                "is white with data.max_value"
+                f"has pixels of mode {image.mode!r}: save it with 8 or 16 bits, or set "
+                "data.max_value, the value of white"
             )
         return reading.max_value
     if reading.max_value is not None and ";16" in stored:
         raise RefusedImageError(
-            "has 16-bit colors, of which 8 bits are read: data.max_value cannot scale them"
+            "has 16-bit colors, of which the upper 8 bits are read: do not set data.max_value"
         )
     return None
 
@@ -156,7 +156,7 @@ def _color_key(image: Image.Image) -> Any:
 
 
 def _check_end(image: Image.Image) -> None:
-    """Raise an OSError for a JPEG 2000 that was cut off between packets, which decodes to less."""
+    """Raise an OSError for a JPEG 2000 truncated between packets, which Pillow would decode."""
     file: IO[bytes] | None = getattr(image, "fp", None)
     if file is not None:  # it is not decoded yet
         file.seek(0)
@@ -165,10 +165,10 @@ def _check_end(image: Image.Image) -> None:
 
 
 def _turned(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation. Nothing is written back, as odd tags could not be."""
+    """Apply the EXIF orientation; unlike ImageOps, without rewriting tags, which can fail."""
     try:
         turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # damaged metadata around sound pixels
+    except Exception:  # damaged metadata, but intact pixels
         return image
     return image if turn is None else image.transpose(turn)
 
@@ -188,7 +188,7 @@ def _eight_bits(image: Image.Image, white: float, key: int | None) -> Image.Imag
 
 
 def _composite(image: Image.Image, background: tuple[int, ...]) -> Image.Image:
-    """Put what is transparent on a background."""
+    """Composite transparent pixels onto a background."""
     if not image.has_transparency_data:
         return image
     if image.mode in ("La", "PA"):

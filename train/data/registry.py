@@ -22,7 +22,7 @@ class Source(NamedTuple):
         val: validation images. If empty, ``data.val_fraction`` of ``train`` is held out.
         channels: 3 for RGB, 1 for grayscale.
         mirror: whether a horizontally flipped image still belongs to its class.
-        notes: sentences that a user should know, such as which files were left out.
+        notes: sentences to show to the user, such as which files were left out.
     """
 
     train: Sequence[Sample]

@@ -1,4 +1,4 @@
-"""What a user should know about the data: broken images, and the images of each class."""
+"""Summaries of the data for the user: broken images, and the number of images per class."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .registry import Source
 
 
 def list_broken(broken: Broken) -> str:
-    """Return why images cannot be read: the first ten, and the number of the others."""
+    """Return the reasons why images cannot be read: the first ten, and the number of others."""
     errors = [str(error) for error in broken.values()]
     count = f"{len(errors):,} images: " if len(errors) > 1 else ""
     return count + shorten(errors, "; ")
@@ -23,19 +23,19 @@ def without(source: Source, broken: Broken) -> Source:
     """Return a source without images that cannot be read.
 
     Raises:
-        ValueError: if one of its sets has no others.
+        ValueError: if one of its sets has no other images.
     """
     kept: dict[str, Any] = {}
     for name in ("train", "val", "test"):
         part = getattr(source, name)
         kept[name] = [sample for sample in part if sample[0] not in broken]
         if part and not kept[name]:
-            raise ValueError(f"no image of the {name} set can be read: {list_broken(broken)}")
+            raise ValueError(f"no image in the {name} set can be read: {list_broken(broken)}")
     return source._replace(**kept)
 
 
 def count_classes(parts: Sequence[Images], classes: Sequence[str]) -> list[str]:
-    """Return a line with the images per class of each set, and one for each that lacks classes.
+    """Return a line per set with its images per class, and a warning if it lacks classes.
 
     Args:
         parts: the training, validation and test images.

@@ -188,7 +188,7 @@ def _image(dataset: VisionDataset, index: int) -> Image.Image:
 
 
 def _item(dataset: VisionDataset, index: int) -> tuple[Any, Any]:
-    """Return an image and its label, where the label cannot be had alone."""
+    """Return an image and its label; an error of a decoder names the image."""
     try:
         return dataset[index]
     except Exception as error:  # decoders raise exceptions of any type

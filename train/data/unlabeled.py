@@ -1,4 +1,4 @@
-"""A folder of images without classes, for what is trained without labels."""
+"""A folder of images without labels, for training without labels."""
 
 from __future__ import annotations
 
@@ -21,5 +21,5 @@ def read_unlabeled(config: DataConfig) -> Source:
         raise ValueError(f"data.root {root} is not a folder")
     files = list_images(root)
     if not files:
-        raise ValueError(f"there are no images in {root} or in folders below it")
+        raise ValueError(f"there are no images in {root} or its subfolders")
     return Source([(path, 0) for path in files], ["unlabeled"])
