@@ -1,8 +1,8 @@
-"""Which parameters cannot learn, and why; every other one must have a gradient above rounding.
+"""Parameters whose gradient is zero in theory, and why.
 
-The gradient of a parameter without influence is zero, but computed it is rounding noise, and not
-the same on two machines. So the parameters are listed here, and a test compares the list with
-gradients in float64, where noise and gradients are far apart.
+In floating point, such a gradient is rounding noise, which differs between machines. The parameters
+are therefore listed here, and a test compares the list with gradients in float64, in which noise
+and gradients are far apart. Every other parameter must have a gradient above rounding.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import nn
 
 from vision_xformer.backbones.base import LayerScale
 
-NOISE = 1e-13  # of the largest gradient of the module, in float64
+NOISE = 1e-13  # relative to the largest gradient of the module, in float64
 KEYS_UNDER_SOFTMAX = ("softmax", "softmax_eager", "talking_heads", "nystrom", "efficient")
 
 
 def silent(module: nn.Module) -> Iterator[tuple[str, str]]:
-    """Patterns of the parameters whose gradient is zero, each with the reason."""
+    """Yield patterns of the parameters whose gradient is zero, each with the reason."""
     config = getattr(module, "config", None)
     c = {} if config is None else {**vars(config), "backbone": config.backbone}
     mixer, backbone = c.get("mixer"), c.get("backbone")
@@ -33,7 +33,7 @@ def silent(module: nn.Module) -> Iterator[tuple[str, str]]:
         yield "*.projection.k.bias", f"{why}; rotary angles differ between them"
 
     if backbone == "cvt":
-        # The class token bypasses the convolutions, so there a bias is not that of all tokens.
+        # The class token bypasses the convolutions, so a bias there is not added to all tokens.
         alike = [f"stages.{i}.*" for i in range(len(c["dims"]) - c["class_token"])]
         if mixer == "external":
             yield from ((f"{stage}.mixer.conv.norm.bias", why) for stage in alike)
@@ -49,14 +49,14 @@ def silent(module: nn.Module) -> Iterator[tuple[str, str]]:
 
     scales = [m.gamma for m in module.modules() if isinstance(m, LayerScale)]
     if mixer == "mlp" and all((gamma == gamma[0]).all() for gamma in scales):
-        one = "layer norms take away what is added to all channels; in the weights of MLP-Mixer"
+        one = "layer norms cancel what is added to all channels; in the weights of MLP-Mixer"
         yield "blocks.*.mixer.fc2.bias", one
     if mixer == "fourier" and c.get("pool") == "mean" and c["registers"] and not c["class_token"]:
         first = "the transform of a constant is in the first token, which the mean leaves out"
         yield f"blocks.{c['depth'] - 1}.norm1.bias", first
 
     if backbone == "levit" and module.training:
-        after = "the batch norms that follow take it away in training; in the weights of LeViT"
+        after = "the following batch norms cancel it in training; in the weights of LeViT"
         last = f"stages.{len(c['dims']) - 1}.{c['depths'][-1] - 1}"
         if mixer == "fourier":  # which moves it to the first token
             blocks = last
@@ -67,18 +67,18 @@ def silent(module: nn.Module) -> Iterator[tuple[str, str]]:
         yield f"{blocks}.mlp.2.norm.bias", after
 
 
-# In CrossFormer: a unit of the ReLU that is on for all offsets, or for none, only adds a constant.
+# In CrossFormer: a ReLU unit that is active for all offsets, or for none, only adds a constant.
 SOMETIMES_SILENT = ("*.position_bias.layers.7.bias",)
 
 
 def without_influence(module: nn.Module) -> set[str]:
-    """The names of parameters that cannot change the output, in the module's mode."""
+    """Return the names of parameters that cannot change the output, in the module's mode."""
     names = [name for name, _ in module.named_parameters()]
     return {name for pattern, _ in silent(module) for name in fnmatch.filter(names, pattern)}
 
 
 def assert_all_learn(module: nn.Module) -> None:
-    """Every parameter has a finite gradient: above rounding, or below it where it is listed."""
+    """Assert that every gradient is finite, and above rounding unless the parameter is listed."""
     gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
     listed, scale = without_influence(module), 0.0
     for name, gradient in gradients.items():
@@ -91,7 +91,7 @@ def assert_all_learn(module: nn.Module) -> None:
             continue
         size = float(gradient.abs().max())
         if name in listed:
-            assert size <= NOISE * scale, f"{name} is listed as silent, and has a gradient"
+            assert size <= NOISE * scale, f"{name} is listed as silent but has a gradient"
         else:
             assert size > NOISE * scale, f"the gradient of {name} is zero up to rounding"
 

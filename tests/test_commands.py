@@ -44,7 +44,7 @@ def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
-    *_, error = capsys.readouterr().err.splitlines()  # after what is said of the data
+    *_, error = capsys.readouterr().err.splitlines()  # after the notes on the data
     assert error.startswith("error: ")
     return error.removeprefix("error: ")
 
@@ -128,7 +128,7 @@ def test_commands_are_quoted(
 def test_warm_up_leaves_half_of_the_training(
     epochs: int, warmup: float, highest: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """12 steps an epoch: the learning rate peaks in time, and decays."""
+    """With 12 steps per epoch, the learning rate peaks halfway at the latest, and decays."""
     config = config_for(tmp_path)
     config.train.epochs, config.train.warmup_epochs = epochs, warmup
     run, rates = Run(config), []
@@ -199,7 +199,7 @@ def test_patience_ends_a_run_early(tmp_path: Path, capsys: pytest.CaptureFixture
     assert len((tmp_path / "run" / "metrics.csv").read_text("utf-8").splitlines()) == 1 + 6
 
 
-# what can be done with runs
+# commands that use runs
 
 
 @pytest.fixture(scope="module")

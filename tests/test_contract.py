@@ -816,7 +816,7 @@ def test_hidden_width_is_rounded() -> None:
 
 @pytest.mark.parametrize("pool", ["cls", "mean", "seq"])
 def test_biases_of_token_mlps_have_no_influence(pool: str) -> None:
-    """What influence.py says of them."""
+    """Test the list of influence.py."""
     model = vx.create_model("vit_test", mixer="mlp", pool=pool).double().eval()
     x = images(model)
     before = model(x)

@@ -162,7 +162,7 @@ def build(name: str, size: tuple[int, int] = SQUARE) -> nn.Module:
 
 
 def run(model: nn.Module, images: Tensor) -> Tensor:
-    torch.manual_seed(5)  # MAE draws what it hides
+    torch.manual_seed(5)  # MAE masks random patches
     output = model(images)
     return getattr(output, "last_hidden_state", output)
 
@@ -212,7 +212,7 @@ def test_every_kernel_works_in_every_adapter(name: str, kernel: str) -> None:
     assert all(".kernel." in key for key in gained)
     output = run(model, images)
     assert output.isfinite().all()
-    if name != "hf mae":  # which hides other patches of another batch
+    if name != "hf mae":  # which masks other patches in another batch
         alone = torch.cat([run(model, image[None]) for image in images])
         torch.testing.assert_close(alone, output, rtol=1e-9, atol=1e-9)
     (output * torch.randn_like(output)).sum().backward()
@@ -282,7 +282,7 @@ def test_a_scale_that_is_not_the_usual_one_is_kept() -> None:
     torch.testing.assert_close(model(images), before, rtol=1e-10, atol=1e-10)
 
 
-# what is refused, with the model as it was
+# refusals, which leave the model unchanged
 
 
 @pytest.mark.parametrize(
@@ -355,7 +355,7 @@ def test_masks_are_never_dropped() -> None:
         attention(tokens, tokens.clone(), tokens)
 
 
-# transformers' own table
+# attn_implementation of transformers
 
 
 FAMILIES = [name for name in MODELS if name.startswith("hf ")]
@@ -380,7 +380,7 @@ def test_attn_implementation_calls_our_kernels(name: str) -> None:
     third = build(name)
     third.load_state_dict({k: v for k, v in model.state_dict().items() if "kernel" not in k})
     vx.convert(third, "nystrom", landmarks=3)
-    if name != "hf mae":  # the table does not know that patches are missing
+    if name != "hf mae":  # attn_implementation does not know that patches are missing
         torch.testing.assert_close(run(third, images), by_table, rtol=1e-10, atol=1e-10)
 
 
@@ -455,7 +455,7 @@ def test_alignment_brings_a_model_closer_to_its_teacher(name: str, given: bool) 
     assert torch.equal(frozen, kept)
     assert not frozen.requires_grad
     assert all(p.requires_grad for p in model.parameters() if p is not frozen)
-    if teacher is not None and before_all is not None:  # which is left as it was
+    if teacher is not None and before_all is not None:  # which stays unchanged
         for a, b in zip(teacher.parameters(), before_all.parameters(), strict=True):
             assert torch.equal(a, b)
             assert a.requires_grad == b.requires_grad
@@ -542,7 +542,7 @@ def test_files_record_the_conversion(tmp_path: Path) -> None:
         vx.save_converted(build("vit"), path)
 
 
-# what people do to models
+# common uses of converted models
 
 
 @pytest.mark.parametrize("kernel", ["nystrom", "performer", "linear"])

@@ -47,7 +47,7 @@ each_model_angles_slow = pytest.mark.parametrize(
 
 
 def _is_new(name: str) -> bool:
-    """Whether it is a backbone with its own mixer, or ViT with any, behind its own stem."""
+    """Whether it is a backbone with its default mixer, or a ViT with any, and its default stem."""
     parsed = parse_name(name)
     plain = not (parsed.rope or parsed.hybrid)
     return plain and (parsed.backbone == "vit" or parsed.letter in ("t", None))
@@ -226,11 +226,11 @@ def test_batch_norm_of_one_sample_in_any_memory_format(axes: int, training: bool
         assert count > 1
 
 
-# Weights that come in another way
+# Weights that are assigned instead of copied
 
 
 def assigned(model: vx.VisionModel) -> vx.VisionModel:
-    """The same model, built on the meta device and given the tensors of the other."""
+    """The same model, built on the meta device, with the tensors of the other assigned."""
     same = on_meta(model.config)
     same.load_state_dict(model.state_dict(), assign=True)
     return same.eval()

@@ -72,7 +72,7 @@ def weights_in(folder: Path, name: str = "start.safetensors", **fields: int) -> 
 
 
 def config_for(folder: Path, weights: Path | None, **train: Any) -> RunConfig:
-    """On digits: 8 x 8 pixels of one channel, 10 classes; 11 steps an epoch."""
+    """On digits: 8 x 8 pixels, one channel, 10 classes; 11 steps per epoch."""
     options = {**OPTIONS, "norm_eps": 1e-6}
     return RunConfig(
         model=ModelConfig(
@@ -201,7 +201,7 @@ def test_help_explains_fine_tuning(capsys: pytest.CaptureFixture[str]) -> None:
         assert words in text
 
 
-# The start
+# Loading of weights
 
 
 def test_start_weights_of_three_channels_train_one(
@@ -400,7 +400,7 @@ def test_pixel_statistics(name: str, channels: int) -> None:
     off = AugmentConfig(crop=False, flip=False)
     draws = draw(5, torch.Generator())
     assert torch.equal(augment(x, draws, off, mirror=True, pixels=pixels), got)
-    if name == "half":  # as without any choice, bit for bit
+    if name == "half":  # bit for bit as by default
         assert torch.equal(got, x.float() / 127.5 - 1)
     if name == "none":
         assert torch.equal(got, x.float() / 255)
@@ -430,7 +430,7 @@ def test_where_statistics_come_from(tmp_path: Path) -> None:
     stats = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
     weights_in(hub, "model.safetensors")
     want = Pixels((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    other = NAMED["imagenet"]  # a config.json of something else says nothing
+    other = NAMED["imagenet"]  # an unrelated config.json is ignored
     for config, found in (({"pretrained_cfg": stats}, want), (stats, want),
                           ({"pretrained_cfg": None, "x": 1}, other)):  # fmt: skip
         (hub / "config.json").write_text(json.dumps(config))

@@ -41,7 +41,7 @@ def names(images: Images) -> list[str]:
     return sorted(str(path) for path, _ in images.samples)
 
 
-# what is read
+# files and folders
 
 
 def test_images_of_all_extensions_and_subfolders_are_read(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_files_that_are_left_out_are_reported_once(tmp_path: Path) -> None:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"")
     (cat / "gone.png").symlink_to(tmp_path / "nowhere.png")
-    os.mkfifo(cat / "pipe.png")  # to open it would wait for ever
+    os.mkfifo(cat / "pipe.png")  # opening it would block forever
     (cat / "more" / "again").symlink_to(cat)  # which contains it
     write_image(root / "train" / "loose.png", 3)
     for hidden in (cat / ".d.png", cat / "__MACOSX" / "e.png", root / ".cache" / "f.png"):
@@ -138,7 +138,7 @@ def test_class_names_may_be_of_any_script(tmp_path: Path) -> None:
     assert len(data.train.fingerprint()) == 64
 
 
-# classes of different sizes
+# unbalanced classes
 
 
 def test_images_per_class_are_reported_and_missing_classes_named(
@@ -247,7 +247,7 @@ def test_the_weighted_loss_is_that_of_pytorch(smoothing: float) -> None:
     got = cross_entropy(logits, labels, weights, smoothing)
     log = logits.log_softmax(1)
     targets = (1 - smoothing) * F.one_hot(labels, 4) + smoothing / 4
-    want = -(targets * weights * log).sum(1).mean()  # written out
+    want = -(targets * weights * log).sum(1).mean()  # the definition
     torch.testing.assert_close(got, want)
     theirs = F.cross_entropy(logits, labels, weights, label_smoothing=smoothing)
     torch.testing.assert_close(got, theirs * weights[labels].mean())  # it divides by the weights
@@ -274,7 +274,7 @@ def weights_of(run: Run) -> torch.Tensor:
 
 
 class CutError(Exception):
-    """The power is gone."""
+    """Raised in place of a power failure."""
 
 
 @pytest.mark.parametrize("balance", ["sampler", "loss"])
@@ -445,7 +445,7 @@ def test_the_first_image_that_can_be_read_gives_the_size(tmp_path: Path) -> None
 
 
 def test_predict_reads_as_the_run_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """On the background of the run, so that a transparent image is one of that color."""
+    """Transparent images are put on the background of the run, so they have its color."""
     root = tmp_path / "photos"
     for name, color in (("red", (250, 0, 0)), ("green", (0, 250, 0))):
         for i in range(20):

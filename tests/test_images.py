@@ -29,7 +29,7 @@ ORANGE = (250, 120, 10)
 def png(
     depth: int, color: int, width: int, rows: list[bytes], *chunks: tuple[bytes, bytes]
 ) -> bytes:
-    """A PNG file; ``chunks`` stand before the pixels."""
+    """A PNG file with ``chunks`` before the pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return (
@@ -367,7 +367,7 @@ def test_the_modes_of_items_decide_on_grayscale() -> None:
 
 @functools.cache
 def files_of_all_formats() -> list[tuple[str, bytes]]:
-    """Files of every format that Pillow writes and we read, of several modes and compressions."""
+    """Files of every format that Pillow writes and we read, in several modes and compressions."""
     draws = np.random.default_rng(0).integers(0, 9, (23, 31, 3))
     ramp = np.add.outer(np.arange(23) * 5, np.arange(31) * 4)[..., None] + [0, 20, 40] + draws
     rgb = Image.fromarray(ramp.clip(0, 255).astype(np.uint8))
@@ -390,7 +390,7 @@ def files_of_all_formats() -> list[tuple[str, bytes]]:
                 image.save(file, name, **more)
             except (OSError, ValueError):
                 continue  # the format has no such mode
-            if (name, mode) != ("ICNS", "P"):  # Pillow does not read what it wrote
+            if (name, mode) != ("ICNS", "P"):  # Pillow cannot read its own output
                 found.append((name.lower(), file.getvalue()))
     return found
 
@@ -428,7 +428,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
 
 
 def damaged(count: int, seed: int, tmp_path: Path) -> None:
-    """Change bytes, half of the time in the first 200, and read."""
+    """Change random bytes, half of the time in the first 200, and read the file."""
     draws, files = random.Random(seed), list(files_of_all_formats())
     refused = 0
     for _ in range(count):

@@ -46,7 +46,7 @@ def _fresh_accelerate() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-# A Mac's GPU
+# Apple GPUs
 
 
 class NoDoubles(TorchDispatchMode):
@@ -79,7 +79,7 @@ def test_a_run_makes_nothing_in_float64_on_its_device(
 
         return inner
 
-    for name in ("accuracy", "draw_run"):  # of logits that are on the CPU
+    for name in ("accuracy", "draw_run"):  # computed on the CPU
         monkeypatch.setattr(train.loop, name, on_the_host(getattr(train.loop, name)))
     config = config_for(tmp_path, batch_size=400)
     config.model = model
@@ -149,7 +149,7 @@ def refuse_read_only_fsync(descriptor: int) -> None:
 
 
 def open_files(path: str) -> list[str]:
-    """The files of this process under a path."""
+    """The open files of this process under a path."""
     links = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
     targets = [os.readlink(link) for link in links if os.path.islink(link)]
     return [target for target in targets if target.startswith(path)]
@@ -306,7 +306,7 @@ def figures_of(classes: list[str]) -> list[Any]:
 
 
 def drawn_texts(figure: Any, path: Path) -> str:
-    """All texts of a figure, after it was drawn, which may warn or raise."""
+    """All texts of a figure after drawing it, which may warn or raise."""
     plots.save(figure, path)
     return "\n".join(text.get_text() for text in figure.findobj(mpl.text.Text))
 
@@ -325,7 +325,7 @@ def test_names_are_drawn_as_they_are(tmp_path: Path) -> None:
 def test_a_character_without_a_font_is_numbered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No font has U+100001; where none has Chinese either, it is the same for that."""
+    """No font has U+100001; if none has Chinese characters, they are replaced as well."""
     families, shown = fonts.plain_text(["cat", "\U00100001\U00100002", "a \U00100001"])
     assert shown == ["cat", "1: ??", "2: a ?"]
     for figure in figures_of(["cat", "\U00100001\U00100002", "a \U00100001"]):

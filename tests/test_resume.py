@@ -240,7 +240,7 @@ def test_a_run_has_one_process_at_a_time(
     assert f"{folder} is in use by process {os.getpid()} on {socket.gethostname()}" in sentence
     assert_equal(left(folder), left(whole))
     assert not (folder / OWNER).exists()
-    # what a process left that was killed: on this host it is dead, on another it may be alive
+    # the file of a killed process: on this host it is dead, on another it may be alive
     owner = {"host": socket.gethostname(), "process": os.getpid(), "since": "yesterday"}
     (folder / OWNER).write_text(json.dumps(owner), encoding="utf-8")
     with hold(folder):
@@ -356,7 +356,7 @@ def test_killed_at_random_instants(whole: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_resumes_compete_and_are_killed(whole: Path, tmp_path: Path) -> None:
-    """50 times kill -9 at a random instant, while two processes want a run: nothing is lost."""
+    """After kill -9 at 50 random times, while two processes compete for a run, nothing is lost."""
     draws, kills, refused = random.Random(7), 0, 0
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -369,7 +369,7 @@ def test_two_resumes_compete_and_are_killed(whole: Path, tmp_path: Path) -> None
         )  # fmt: skip
 
     def holds(folder: Path, running: list[subprocess.Popen[str]]) -> int | None:
-        """The process that has the run; None if that one is dead."""
+        """The process that holds the run; None if it is dead."""
         with contextlib.suppress(FileNotFoundError):
             owner = json.loads((folder / OWNER).read_text(encoding="utf-8"))["process"]
             return owner if owner in [process.pid for process in running] else None

@@ -809,7 +809,7 @@ def test_a_refused_vit_says_what_to_build(source: str, target: str) -> None:
 @pytest.mark.parametrize("name", ["vit", *TOKENS_AND_POOLS])
 @pytest.mark.parametrize("new", [(24, 36), (10, 15), (28, 30)], ids=str)
 def test_positions_are_resized_as_by_timm(name: str, new: Size) -> None:
-    """Bicubic with antialiasing; rows of tokens stay. timm's own set_input_size is the oracle."""
+    """Bicubic with antialiasing; prefix rows stay. timm's set_input_size is the oracle."""
     case = SMALL[name]
     old = (14, 15) if new == (28, 30) else (12, 18)
     theirs = case.theirs(old)
@@ -837,7 +837,7 @@ CHANNELS = ["levit", "levit, patch 8", "vit", "vit, registers and scales", "cros
 @pytest.mark.parametrize("name", CHANNELS)
 @pytest.mark.parametrize("channels", [1, 3, 4, 5, 7])
 def test_the_first_layer_is_adapted_as_by_timm(name: str, channels: int) -> None:
-    """From two channels; the oracle has timm's adapt_input_conv on its own first convolutions."""
+    """From two channels; the oracle is timm's adapt_input_conv on its own first convolutions."""
     case = SMALL[name]
     size = case.sizes[0]
     theirs = case.theirs(size)
@@ -863,7 +863,7 @@ def test_the_first_layer_is_adapted_as_by_timm(name: str, channels: int) -> None
 @pytest.mark.parametrize("channels", [1, 4])
 @pytest.mark.parametrize("name", [n for n in vx.list_models("*t_test") if "crossformer" not in n])
 def test_our_own_first_layers_are_adapted(name: str, channels: int) -> None:
-    """Of an image whose channels are equal, the sum over a channel's weights is that of one."""
+    """For an image with equal channels, one channel with summed weights gives the same output."""
     source, target = vx.create_model(name).eval(), vx.create_model(name, channels=channels).eval()
     report = vx.load_weights(target, source.state_dict(), resize=True)
     assert report.adapted
@@ -877,7 +877,7 @@ def test_our_own_first_layers_are_adapted(name: str, channels: int) -> None:
 
 
 def test_a_deeper_convolution_is_not_adapted() -> None:
-    """Another width of the stem is another model."""
+    """A stem of another width belongs to another model."""
     source, target = (
         vx.create_model("hybrid_vit_test", stem_options={"channels": c}) for c in ((5, 7), (6, 7))
     )
