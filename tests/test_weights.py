@@ -506,7 +506,7 @@ WRAPPERS = ["model", "state_dict", "state_dict_ema", "model_ema"]
 @pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("name", ["cvt_test", "levit_test", "pvt_test", "cait_test"])
 def test_prefixes_of_modules_around_a_model(name: str, prefix: str) -> None:
-    """Also where the head lies elsewhere, next to the backbone."""
+    """Also if the head is next to the backbone."""
     source = create(name)
     for state in (
         {prefix + k: v for k, v in source.state_dict().items()},
@@ -551,7 +551,7 @@ def test_averaged_weights_come_first() -> None:
 
 
 def test_create_model_carries_weights_over_to_another_input() -> None:
-    """Another size, number of channels and of classes; the report says so, as a warning."""
+    """Another size, number of channels and number of classes; a warning reports it."""
     source = create(num_classes=5)
     message = r"2 resized: position\.grid.*1 adapted to other channels: stem\.proj\.weight; 2 left"
     with pytest.warns(UserWarning, match=message):

@@ -334,7 +334,7 @@ def main(arguments: list[str]) -> None:
     try:
         text = run_plan(plan)
     except Interrupted as interrupted:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; run the same command again to resume", file=sys.stderr)
         raise SystemExit(128 + interrupted.number) from None
     if PartialState().is_main_process:
         print(text)

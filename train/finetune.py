@@ -39,9 +39,9 @@ def start_model(run: Run, sizes: Sizes) -> nn.Module:
         pixels, origin = _pixels(config.model, config.data.normalize)
         pixels = pixels.for_channels(sizes.channels)
         if config.model.weights is not None:
-            told = _load(model, config.model, config.model.weights, sizes)
+            report = _load(model, config.model, config.model.weights, sizes)
             run.accelerator.print(
-                f"model.weights {config.model.weights}: {told}; pixels have {pixels} ({origin})"
+                f"model.weights {config.model.weights}: {report}; pixels have {pixels} ({origin})"
             )
     if not is_converted(model):
         converted(model, config.model.convert, sizes)

@@ -111,7 +111,7 @@ def _build_timm(config: ModelConfig, sizes: Sizes, more: dict[str, Any]) -> nn.M
 
     name = config.name.removeprefix("timm:")
     if not timm.is_model(name):
-        raise unknown_name_error("model of timm", name, timm.list_models())
+        raise unknown_name_error("timm model", name, timm.list_models())
     if config.mixer or config.mixer_options:
         raise ValueError(
             f"model.mixer {config.mixer} and model.mixer_options are not supported for "

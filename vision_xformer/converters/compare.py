@@ -75,7 +75,7 @@ def layers_of_both(model: nn.Module, teacher: nn.Module) -> list[str]:
     """
     names = list(converted_layers(model))
     if not names:
-        raise ValueError(f"{type(model).__name__} has no converted layers: vx.convert it first")
+        raise ValueError(f"{type(model).__name__} has no converted layers: call vx.convert first")
     modules = dict(teacher.named_modules())
     if missing := [name for name in names if name not in modules]:
         raise ValueError(f"the teacher {type(teacher).__name__} has no layer {missing[0]!r}")

@@ -29,7 +29,7 @@ def save_converted(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     layers: dict[str, Any] = converted_layers(model)
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no converted layers: vx.convert it first")
+        raise ValueError(f"{type(model).__name__} has no converted layers: call vx.convert first")
     recipes = {name: layer.kernel.recipe for name, layer in layers.items()}
     write_weights(model.state_dict(), path, {_KEY: json.dumps(recipes)})
 
@@ -57,7 +57,7 @@ def load_converted(path: str | os.PathLike[str], model: M) -> M:
     own = {k: v.shape for k, v in model.state_dict().items()}
     if differing := sorted(expected.items() ^ own.items()):
         raise ValueError(
-            f"{path} is of another model than this {type(model).__name__}: they differ in "
+            f"{path} belongs to another model than this {type(model).__name__}: they differ in "
             f"{len({k for k, _ in differing})} tensor(s), the first is {differing[0][0]}"
         )
     try:

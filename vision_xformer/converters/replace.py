@@ -40,7 +40,7 @@ _REASONS = {
     "SamVisionSdpaAttention": "it adds relative positions to the attention map",
 }
 
-_DONE = "it is converted already"
+_DONE = "it is already converted"
 Layers = Iterable[int] | Callable[[str, nn.Module], bool]
 
 
@@ -106,7 +106,7 @@ def convert(
             if adapter.is_converted(layer):
                 raise RefusedError(_DONE)
             if isinstance(modules[name.rpartition(".")[0]], nn.TransformerEncoderLayer):
-                raise RefusedError("nn.TransformerEncoderLayer does not call it in evaluation")
+                raise RefusedError("nn.TransformerEncoderLayer does not call it in evaluation mode")
             described[name] = adapter.heads(layer)
             found[name] = adapter
         except RefusedError as error:
@@ -129,7 +129,7 @@ def convert(
         layers, [n for n, _ in attention_layers(model) if n in (*found, *done)], modules
     )
     if layers is not None and (again := [n for n in done if n in chosen]):
-        raise ValueError(f"{again[0]} is converted already: vx.revert(model) first")
+        raise ValueError(f"{again[0]} is already converted: call vx.revert(model) first")
     trackers: dict[str, GridTracker] = {}
     kernels: dict[str, ConvertedKernel] = {}
     for name in found:
