@@ -51,8 +51,9 @@ def silent(module: nn.Module) -> Iterator[tuple[str, str]]:
     if mixer == "mlp" and all((gamma == gamma[0]).all() for gamma in scales):
         one = "layer norms cancel what is added to all channels; in the weights of MLP-Mixer"
         yield "blocks.*.mixer.fc2.bias", one
-    if mixer == "fourier" and c.get("pool") == "mean" and c["registers"] and not c["class_token"]:
-        first = "the transform of a constant is in the first token, which the mean leaves out"
+    unread = (c.get("registers") or c.get("class_token")) and not c.get("pool_include_prefix")
+    if mixer == "fourier" and backbone == "vit" and c["pool"] in ("mean", "seq") and unread:
+        first = "the transform of a constant is in the first token, which the pool leaves out"
         yield f"blocks.{c['depth'] - 1}.norm1.bias", first
 
     if backbone == "levit" and module.training:

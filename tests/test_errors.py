@@ -412,7 +412,7 @@ def test_dropout_is_a_probability(name: str, option: str, value: float) -> None:
     ("option", "value", "words"),
     [
         ("segments", "grids", ["'grid'", "'sequence'"]),
-        ("feature_map", "elu", ["'softmax'", "'relu'"]),
+        ("feature_map", "tanh", ["'relu'"]),
         ("stabilizer", "packages", ["'exponent'", "'package'", "'v0.2'"]),
         ("axes", "token", ["'sequence'", "'grid'"]),
         ("norm", "forward", ["'backward'", "'ortho'"]),
@@ -422,6 +422,11 @@ def test_choices(option: str, value: str, words: list[str]) -> None:
     assert with_option(option)
     for name in with_option(option):
         assert_refused([f"{option} {value!r}", *words], make, name, **{option: value})
+
+
+def test_feature_maps_are_those_of_the_kernel() -> None:
+    assert_refused(["feature_map 'elu'", "'softmax'"], make, "performer", feature_map="elu")
+    assert_refused(["feature_map 'softmax'", "'hedgehog'"], make, "linear", feature_map="softmax")
 
 
 @pytest.mark.parametrize("stabilizer", ["exponent", "package", "v0.2"])
