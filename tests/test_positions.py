@@ -10,6 +10,7 @@ import reference
 import torch
 import torch.nn.functional as F
 from reference import assert_same, relative_error
+from rotary_embedding_torch import RotaryEmbedding
 
 from vision_xformer import TokenGrid
 from vision_xformer.biases import PositionBias
@@ -444,3 +445,17 @@ def test_token_table_rows_follow_the_layout():
     table = TokenTable(grid, 7)
     expected = torch.cat((table.prefix, table.grid.reshape(15, 7)))
     assert torch.equal(table(), expected)
+
+
+@pytest.mark.parametrize(("kind", "theta"), [("axial", 100), ("raster", 10000)])
+def test_rotary_angles_are_those_of_the_package(kind: str, theta: float) -> None:
+    table = RotaryPosition(TokenGrid((5, 3), 2), 16, kind)()
+    dim = 8 if kind == "axial" else 16
+    package = RotaryEmbedding(dim, theta=theta, cache_if_possible=False)
+    if kind == "axial":
+        rows, columns = torch.meshgrid(torch.arange(5), torch.arange(3), indexing="ij")
+        expected = torch.cat([package(rows.flatten()), package(columns.flatten())], 1)
+    else:
+        expected = package(torch.arange(2, 17))
+    assert torch.equal(table[:2], torch.zeros(2, 16))
+    torch.testing.assert_close(table[2:], expected.detach(), rtol=1e-6, atol=1e-6)

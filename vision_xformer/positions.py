@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from rotary_embedding_torch import RotaryEmbedding, apply_rotary_emb
+from rotary_embedding_torch import apply_rotary_emb
 from torch import Tensor, nn
 
 from .grid import TokenGrid
@@ -216,12 +216,14 @@ class RotaryPosition(FixedTable):
         lines = [range(g) for g in shape] if axial else [range(prefix, self.tokens.length)]
         with torch.device(device):
             coordinates = torch.meshgrid(*map(torch.tensor, lines), indexing="ij")
-            # it cannot be built for width 2; width 4 begins with the same frequency, 1
-            rotary = RotaryEmbedding(
-                max(4, self.axis_dim), theta=100 if axial else 10000, cache_if_possible=False
-            )
-            angles = [rotary(c.flatten())[:, : self.axis_dim] for c in coordinates]
-            table = torch.cat(angles, 1).detach()
+            # RotaryEmbedding has a parameter, which accelerate's init_empty_weights moves to meta
+            powers = torch.arange(0, self.axis_dim, 2).float() / self.axis_dim
+            frequencies = 1.0 / (100 if axial else 10000) ** powers
+            angles = [
+                torch.outer(c.flatten().float(), frequencies).repeat_interleave(2, 1)
+                for c in coordinates
+            ]
+            table = torch.cat(angles, 1)
         return torch.cat((table.new_zeros(prefix, table.shape[1]), table))
 
 
