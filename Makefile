@@ -13,7 +13,7 @@ test: install
 	$(RUN) -m pytest -q -n 2
 
 test-slow: install
-	$(RUN) -m pytest -q -m slow
+	$(RUN) -m pytest -q -n 2 -m slow
 
 lint: install
 	$(RUN) -m ruff check .
