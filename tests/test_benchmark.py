@@ -41,8 +41,8 @@ from train.benchmark.worker import Worker, _kilobytes
 from train.cli import parse_command
 from train.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from train.loop import Run
-from train.measure import bytes_kept
 from train.report import by_seed, costs, front
+from vision_xformer.memory import bytes_kept
 from vision_xformer.mixers import takes_heads
 
 

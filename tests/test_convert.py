@@ -487,7 +487,7 @@ def test_the_first_stage_trains_projections_and_kernels_only() -> None:
 def test_a_shared_teacher_copies_only_what_is_trained() -> None:
     model = build("timm")
     vx.convert(model, "linear")
-    teacher = softmax_copy(model, shared=True)
+    teacher = softmax_copy(model)
     own = {id(p) for p in model.parameters()}
     theirs = [n for n, p in teacher.named_parameters() if id(p) not in own]
     assert all(".attn.qkv." in n for n in theirs)

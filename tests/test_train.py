@@ -33,10 +33,10 @@ from train.devices import make_accelerator, pick_precision
 from train.evaluation import accuracy, predict
 from train.examples import demo
 from train.loop import Run
-from train.measure import bytes_kept
 from train.model import Sizes, build_model, load_model
 from train.optim import average, learning_rate, make_optimizer, parameter_groups
 from train.run_dir import discard
+from vision_xformer.memory import bytes_kept
 
 ROOT = Path(__file__).parents[1]
 TINY = {"dim": 12, "depth": 1, "heads": 2, "mlp_ratio": 1.2}

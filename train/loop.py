@@ -61,9 +61,8 @@ class Run:
         self.accelerator = make_accelerator(c, self.folder)
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
         with self.accelerator.main_process_first():  # one of them downloads and unpacks
-            self.data = named_by_teacher(
-                load_data(config.data, self.device), config, self.accelerator
-            )
+            data = load_data(config.data, self.device)
+        self.data = named_by_teacher(data, config, self.accelerator)
         sizes = Sizes.of(self.data)
         self.batch_size = min(config.data.batch_size, len(self.data.train))
         self.part_size = part_size(config, self.batch_size, self.accelerator)

@@ -19,7 +19,9 @@ from typing import Any
 
 import torch
 
-from ..measure import bytes_kept, peak_bytes, reset_peak
+from vision_xformer.memory import bytes_kept
+
+from ..measure import peak_bytes, reset_peak
 from .cases import Case, Subject, build, facts
 
 MIB = 2**20

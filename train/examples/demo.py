@@ -20,11 +20,12 @@ import torch
 from matplotlib import pyplot as plt
 from tqdm import tqdm
 
+from vision_xformer.memory import bytes_kept
+
 from ..atomic import write_whole
 from ..augment import plain
 from ..config import AugmentConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
 from ..loop import Run
-from ..measure import bytes_kept
 from ..plots import save
 from ..provenance import fingerprint
 

@@ -1,6 +1,6 @@
 """Replace the softmax attention of pretrained models by other kernels: convert, compare, align."""
 
-from .align import AttentionMatching, FeatureMatching, align, softmax_copy
+from .align import AttentionMatching, FeatureMatching, align
 from .compare import Comparison, compare
 from .files import load_converted, save_converted
 from .replace import convert, revert
@@ -20,5 +20,4 @@ __all__ = [
     "register_transformers",
     "revert",
     "save_converted",
-    "softmax_copy",
 ]

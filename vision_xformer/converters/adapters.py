@@ -14,11 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import Kernel
+from ..kernels.base import merge_heads, split_heads
 from ..kernels.softmax import Softmax, SoftmaxEager
 from ..mixers.attention import Attention
-
-# Maps q (B, H, N, K), k (B, H, N, K) and v (B, H, N, V) to y (B, H, N, V).
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+from ..modes import evaluating
 
 
 class RefusedError(ValueError):
@@ -128,16 +127,6 @@ def refuse_mask(layer: Any, mask: object, is_causal: bool = False) -> None:
             f"{type(layer).__name__} is converted and {what}: its kernel {kernel} has no attention "
             "map to mask; vx.revert(model) restores softmax"
         )
-
-
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    """(B, N, H K) -> (B, H, N, K)."""
-    return x.unflatten(2, (heads, -1)).transpose(1, 2)
-
-
-def merge_heads(x: Tensor) -> Tensor:
-    """(B, H, N, V) -> (B, N, H V)."""
-    return x.transpose(1, 2).flatten(2)
 
 
 class OwnAttention(Adapter):
@@ -262,15 +251,13 @@ class PlainAttention(Adapter):
         if not isinstance(scale, float) or not isinstance(last, nn.Module):
             raise RefusedError("it has no float scale or no proj_drop, unlike attention in DINOv2")
         found = Heads(layer.num_heads, width, width, scale, dropout, weight)
-        training = layer.training
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(2, 12, layer.qkv.in_features, generator=generator).to(weight)
         try:
-            theirs = layer.eval()(x)
+            with evaluating(layer):
+                theirs = layer(x)
         except (TypeError, ValueError, RuntimeError) as error:
             raise RefusedError(f"it fails on tokens (B, N, D) alone: {error}") from error
-        finally:
-            layer.train(training)
         q, k, v = self.operands(layer, x)
         attend = F.scaled_dot_product_attention
         ours = layer.proj(merge_heads(attend(q, k, v, scale=scale)))

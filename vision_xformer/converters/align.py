@@ -44,20 +44,16 @@ def aligned_parameters(model: nn.Module) -> list[nn.Parameter]:
     return list(found.values())
 
 
-def softmax_copy(model: nn.Module, shared: bool = False) -> nn.Module:
-    """A copy of a converted model with softmax, in evaluation mode and without gradients.
+def softmax_copy(model: nn.Module) -> nn.Module:
+    """A copy of a converted model with softmax, which shares what the first stage does not train.
 
     Args:
         model: a converted model whose weights are still those of the teacher.
-        shared: share the weights that the first stage does not train.
     """
     own = {id(p) for p in aligned_parameters(model)}
-    memo = {id(p): p for p in model.parameters() if id(p) not in own} if shared else {}
-    teacher = copy.deepcopy(model, dict(memo))
+    teacher = copy.deepcopy(model, {id(p): p for p in model.parameters() if id(p) not in own})
     revert(teacher)
-    if not shared:
-        teacher.requires_grad_(False)
-    return teacher.eval()
+    return teacher
 
 
 class AttentionMatching(nn.Module):
@@ -77,11 +73,10 @@ class AttentionMatching(nn.Module):
         """Sum the errors of the layers' outputs, given the teacher's inputs."""
         with torch.no_grad(), recorded(self._teacher[0], self.names, self.model) as calls:
             features(self._teacher[0], images)
-        modules = dict(self.model.named_modules())
         losses = []
         for name in self.names:
             args, kwargs, output = calls[name]
-            ours = tokens_of(modules[name](*args, **kwargs))
+            ours = tokens_of(self.model.get_submodule(name)(*args, **kwargs))
             losses.append(F.mse_loss(ours.float(), output.float()))
         return torch.stack(losses).sum()
 
@@ -92,16 +87,12 @@ class FeatureMatching(nn.Module):
     Args:
         model: a converted model.
         teacher: the same model with softmax.
-        attention_weight: weight of the attention term in the loss.
     """
 
-    def __init__(
-        self, model: nn.Module, teacher: nn.Module, attention_weight: float = ATTENTION_WEIGHT
-    ) -> None:
+    def __init__(self, model: nn.Module, teacher: nn.Module) -> None:
         super().__init__()
         self.model, self._teacher = model, [teacher]
         self.names = layers_of_both(model, teacher)
-        self.attention_weight = attention_weight
 
     def forward(self, images: Tensor) -> Tensor:
         """Add the errors of the last features and of attention, averaged over layers."""
@@ -110,7 +101,10 @@ class FeatureMatching(nn.Module):
         with recorded(self.model, self.names) as ours:
             loss = F.mse_loss(features(self.model, images).float(), target.float())
         errors = [F.mse_loss(ours[n].output.float(), theirs[n].output.float()) for n in self.names]
-        return loss + self.attention_weight * torch.stack(errors).mean()
+        return loss + ATTENTION_WEIGHT * torch.stack(errors).mean()
+
+
+Matching = AttentionMatching | FeatureMatching
 
 
 def align(
@@ -160,14 +154,16 @@ def align(
     first = next(_batches(images, batch_size), None)
     if first is None:
         raise ValueError("images is empty: at least one batch is needed")
-    softmax = softmax_copy(model, shared=True) if teacher is None else teacher
+    first = first.to(next(model.parameters()).device)
+    softmax = softmax_copy(model) if teacher is None else teacher
+    kinds: tuple[type[Matching], ...] = (AttentionMatching, FeatureMatching)
     with evaluating(model, softmax), tqdm(total=sum(steps), disable=not progress) as bar:
         try:
             before = compare(model, softmax, first)
         except (RuntimeError, AssertionError) as error:
             shape = tuple(first.shape)
             raise ValueError(f"images of shape {shape} do not fit the model: {error}") from error
-        for stage, kind in enumerate((AttentionMatching, FeatureMatching)):
+        for stage, kind in enumerate(kinds):
             if stage == 1 and teacher is None and steps[1]:
                 softmax = copy.deepcopy(softmax).requires_grad_(False)  # as all weights are trained
             chosen = aligned_parameters(model) if stage == 0 else list(model.parameters())
@@ -186,7 +182,7 @@ def align(
 
 
 def _train(
-    matching: AttentionMatching | FeatureMatching,
+    matching: Matching,
     batches: Iterable[Tensor],
     optimizer: torch.optim.Optimizer,
     steps: int,

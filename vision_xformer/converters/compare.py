@@ -55,10 +55,9 @@ def compare(model: nn.Module, teacher: nn.Module, images: Tensor) -> Comparison:
         with recorded(teacher, names, follower=model) as calls:
             theirs = features(teacher, images)
         errors = {}
-        modules = dict(model.named_modules())
         for name in names:
             args, kwargs, output = calls[name]
-            ours = tokens_of(modules[name](*args, **kwargs))
+            ours = tokens_of(model.get_submodule(name)(*args, **kwargs))
             errors[name] = ((ours - output).norm() / output.norm()).item()
         cosine = F.cosine_similarity(features(model, images), theirs, dim=-1).mean().item()
         logits = [tokens_of(m(images)) for m in (model, teacher)]

@@ -60,12 +60,16 @@ def recorded(
 
         return hook
 
-    modules = dict(model.named_modules())
-    hooks = [modules[n].register_forward_hook(hook_of(n), with_kwargs=True) for n in names]
+    hooks = [
+        model.get_submodule(n).register_forward_hook(hook_of(n), with_kwargs=True) for n in names
+    ]
     if follower is not None:
-        for name, module in follower.named_modules():
-            trackers = [h for h in module._forward_hooks.values() if isinstance(h, GridTracker)]
-            hooks += [modules[name].register_forward_hook(tracker) for tracker in trackers]
+        hooks += [
+            model.get_submodule(name).register_forward_hook(hook)
+            for name, module in follower.named_modules()
+            for hook in module._forward_hooks.values()
+            if isinstance(hook, GridTracker)
+        ]
     try:
         yield calls
     finally:

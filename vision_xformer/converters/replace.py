@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from ..kernels import KERNELS, Kernel, Site
+from ..mixers import list_mixers
+from ..mixers.attention import Attention
 from ..options import check_options, options_of
 from .adapters import Adapter, Heads, OwnAttention, PlainAttention, RefusedError, TorchAttention
 from .report import Report, Row, measure_layer
@@ -40,7 +42,7 @@ _REASONS = {
     "SamVisionSdpaAttention": "it adds relative positions to the attention map",
 }
 
-_DONE = "it is already converted"
+
 Layers = Iterable[int] | Callable[[str, nn.Module], bool]
 
 
@@ -94,73 +96,95 @@ def convert(
             or a kernel that does not fit. The model is then unchanged.
     """
     _check_kernel(mixer, options)
-    modules = dict(model.named_modules())
-    found: dict[str, Adapter] = {}
-    rows: dict[str, Row] = {}
-    described: dict[str, Heads] = {}
-    for name, layer in attention_layers(model):
-        adapter = adapter_of(layer)
+    known = dict(attention_layers(model))
+    done = set(converted_layers(model))
+    candidates, rows, shape = _candidates(model, known, image_size)
+    chosen = _choose(layers, {n: m for n, m in known.items() if n in candidates or n in done})
+    if layers is not None and (again := sorted(done & chosen)):
+        raise ValueError(f"{again[0]} is already converted: call vx.revert(model) first")
+    recipe = {"mixer": mixer, "options": options, "image_size": shape[1:]}
+    trackers: dict[str, GridTracker] = {}
+    kernels: dict[str, ConvertedKernel] = {}
+    for name, candidate in candidates.items():
+        kind = type(candidate.layer).__name__
+        if name not in chosen:
+            rows[name] = Row(name, kind, "kept")
+            continue
+        kernels[name] = _build(recipe, candidate, trackers, center_keys)
+        rows[name] = measure_layer(name, kind, _status(mixer, candidate.heads), kernels[name])
+    if any(kernel.fixed for kernel in kernels.values()):
+        _check_fixed_size(model, mixer, shape)
+    for conv, tracker in trackers.items():
+        model.get_submodule(conv).register_forward_hook(tracker)
+    for name, kernel in kernels.items():
+        candidates[name].adapter.install(candidates[name].layer, kernel)
+    ordered = [rows[name] for name in known]
+    return Report(mixer, dict(options), ordered, next(iter(kernels.values())).site)
+
+
+class _Candidate(NamedTuple):
+    """A layer that can be converted."""
+
+    layer: nn.Module
+    adapter: Adapter
+    heads: Heads
+    call: Call
+
+
+def _candidates(
+    model: nn.Module, known: Mapping[str, nn.Module], image_size: int | tuple[int, ...] | None
+) -> tuple[dict[str, _Candidate], dict[str, Row], tuple[int, ...]]:
+    """Return the layers that can be converted, the rows of all others, and the image shape.
+
+    Raises:
+        ValueError: if no layer can be converted.
+    """
+    found: dict[str, tuple[Adapter, Heads]] = {}
+    refused: dict[str, str] = {}
+    for name, layer in known.items():
         try:
-            if adapter is None:
-                raise RefusedError("its class is not known")
-            if adapter.is_converted(layer):
-                raise RefusedError(_DONE)
-            if isinstance(modules[name.rpartition(".")[0]], nn.TransformerEncoderLayer):
-                raise RefusedError("nn.TransformerEncoderLayer does not call it in evaluation mode")
-            described[name] = adapter.heads(layer)
-            found[name] = adapter
+            found[name] = _describe(layer, model.get_submodule(name.rpartition(".")[0]))
         except RefusedError as error:
-            reason = _known_reason(layer) or str(error)
-            rows[name] = Row(name, type(layer).__name__, f"refused: {reason}")
+            refused[name] = _known_reason(layer) or str(error)
     shape = input_shape(model, image_size) if found else ()
-    calls = observe(model, {n: modules[n] for n in found}, shape) if found else {}
-    for name in list(found):
-        if (misfit := _misfit(calls.get(name))) is not None:
-            rows[name] = Row(name, type(modules[name]).__name__, f"refused: {misfit}")
-            del found[name]
-    if not found:
-        reasons = dict.fromkeys(f"{r.layer}: {r.status}" for r in rows.values())
+    calls = observe(model, {name: known[name] for name in found}, shape) if found else {}
+    candidates = {}
+    for name, (adapter, heads) in found.items():
+        if (misfit := _misfit(calls.get(name))) is None:
+            candidates[name] = _Candidate(known[name], adapter, heads, calls[name])
+        else:
+            refused[name] = misfit
+    rows = {n: Row(n, type(known[n]).__name__, f"refused: {why}") for n, why in refused.items()}
+    if not candidates:
+        reasons = dict.fromkeys(f"{row.layer}: {row.status}" for row in rows.values())
         raise ValueError(
             f"{type(model).__name__} has no attention that can be converted"
             + (f" ({'; '.join(list(reasons)[:5])})" if reasons else "")
         )
-    done = [n for n, row in rows.items() if row.status == f"refused: {_DONE}"]
-    chosen = _choose(
-        layers, [n for n, _ in attention_layers(model) if n in (*found, *done)], modules
-    )
-    if layers is not None and (again := [n for n in done if n in chosen]):
-        raise ValueError(f"{again[0]} is already converted: call vx.revert(model) first")
-    trackers: dict[str, GridTracker] = {}
-    kernels: dict[str, ConvertedKernel] = {}
-    for name in found:
-        layer, heads, call = modules[name], described[name], calls[name]
-        if name not in chosen:
-            rows[name] = Row(name, type(layer).__name__, "kept")
-            continue
-        tracker = None
-        if call.conv is not None and not isinstance(found[name], OwnAttention):
-            tracker = trackers.setdefault(call.conv, GridTracker(call.grid.shape))
-        inner = _build(mixer, options, layer, heads, call)
-        centered = not shift_invariant(inner) if center_keys is None else center_keys
-        recipe = {
-            "mixer": mixer,
-            "options": options,
-            "center_keys": centered,
-            "image_size": shape[1:],
-        }
-        scale = heads.scale * heads.key_dim**0.5
-        scale = 1.0 if abs(scale - 1) < 1e-9 else scale
-        kernel = ConvertedKernel(inner, tracker, scale, centered, recipe)
-        kernels[name] = kernel.to(heads.weight.dtype).train(layer.training)
-        rows[name] = measure_layer(name, type(layer).__name__, mixer, kernels[name])
-    if any(kernel.fixed for kernel in kernels.values()):
-        _check_fixed_size(model, mixer, shape)
-    for conv, tracker in trackers.items():
-        modules[conv].register_forward_hook(tracker)
-    for name, kernel in kernels.items():
-        found[name].install(modules[name], kernel)
-    ordered = [rows[name] for name, _ in attention_layers(model) if name in rows]
-    return Report(mixer, dict(options), ordered, next(iter(kernels.values())).site)
+    return candidates, rows, shape
+
+
+def _describe(layer: nn.Module, parent: nn.Module) -> tuple[Adapter, Heads]:
+    """Return the adapter of a layer and its heads.
+
+    Raises:
+        RefusedError: for a layer that cannot be converted.
+    """
+    adapter = adapter_of(layer)
+    if adapter is None:
+        raise RefusedError("its class is not known")
+    if adapter.is_converted(layer):
+        raise RefusedError("it is already converted")
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        raise RefusedError("nn.TransformerEncoderLayer does not call it in evaluation mode")
+    return adapter, adapter.heads(layer)
+
+
+def _status(mixer: str, heads: Heads) -> str:
+    """Return the kernel, and what of the layer it has no counterpart for."""
+    if heads.dropout and "dropout" not in options_of(KERNELS[mixer]):
+        return f"{mixer}, without dropout {heads.dropout:g} of attention weights"
+    return mixer
 
 
 def revert(model: nn.Module) -> None:
@@ -222,27 +246,25 @@ def _misfit(call: Call | None) -> str | None:
 
 
 def _check_kernel(mixer: str, options: dict[str, Any]) -> None:
-    if mixer not in KERNELS:
-        from ..mixers import list_mixers
-
-        if mixer in list_mixers():
-            raise ValueError(
-                f"mixer {mixer!r} has no queries and keys, so it cannot use those of the model; "
-                f"kernels: {', '.join(KERNELS.names())}"
-            )
+    if mixer not in KERNELS and mixer in list_mixers():
+        raise ValueError(
+            f"mixer {mixer!r} has no queries and keys, so it cannot use those of the model; "
+            f"kernels: {', '.join(KERNELS.names())}"
+        )
     check_options(f"kernel {mixer!r}", options, options_of(KERNELS[mixer]))
 
 
-def _choose(layers: Layers | None, names: list[str], modules: dict[str, nn.Module]) -> set[str]:
+def _choose(layers: Layers | None, known: Mapping[str, nn.Module]) -> set[str]:
     """Return the names of the layers to convert, out of those that can be or are converted.
 
     Raises:
         ValueError: for an index out of range, or if none is chosen.
     """
+    names = list(known)
     if layers is None:
         return set(names)
     if callable(layers):
-        chosen = {name for name in names if layers(name, modules[name])}
+        chosen = {name for name in names if layers(name, known[name])}
     else:
         indices = list(layers)
         if wrong := [i for i in indices if not -len(names) <= i < len(names)]:
@@ -256,20 +278,30 @@ def _choose(layers: Layers | None, names: list[str], modules: dict[str, nn.Modul
 
 
 def _build(
-    mixer: str,
-    options: dict[str, Any],
-    layer: nn.Module,
-    heads: Heads,
-    call: Call,
-) -> Kernel:
-    """Build the kernel of one layer, on its device.
+    recipe: Mapping[str, Any],
+    candidate: _Candidate,
+    trackers: dict[str, GridTracker],
+    center_keys: bool | None,
+) -> ConvertedKernel:
+    """Build the kernel of one layer, on its device and in its dtype.
+
+    Args:
+        recipe: name and options of the kernel.
+        candidate: the layer.
+        trackers: by convolution, to which that of the layer is added.
+        center_keys: see :func:`convert`.
 
     Raises:
         ValueError: for options that do not fit the layer.
     """
-    site = Site(*heads[:3], call.grid, call.grid)
-    if isinstance(own := getattr(layer, "kernel", None), Kernel):
-        site = own.site
+    layer, _, heads, call = candidate
+    mixer, options, tracker = recipe["mixer"], recipe["options"], None
+    if isinstance(layer, Attention):
+        site = layer.kernel.site  # its grid is passed to it
+    else:
+        site = Site(*heads[:3], call.grid, call.grid)
+        if call.conv is not None:
+            tracker = trackers.setdefault(call.conv, GridTracker(call.grid.shape))
     if heads.dropout and "dropout" in options_of(KERNELS[mixer]):
         options = {"dropout": heads.dropout, **options}
     with torch.device(heads.weight.device):
@@ -277,7 +309,11 @@ def _build(
     if inner.operand_widths != Kernel(site).operand_widths:
         raise ValueError(f"{mixer} with {options} needs keys or values of other widths")
     inner.start_from_softmax()
-    return inner
+    centered = not shift_invariant(inner) if center_keys is None else center_keys
+    scale = heads.scale * heads.key_dim**0.5
+    scale = 1.0 if abs(scale - 1) < 1e-9 else scale
+    kernel = ConvertedKernel(inner, tracker, scale, centered, {**recipe, "center_keys": centered})
+    return kernel.to(heads.weight.dtype).train(layer.training)
 
 
 def _check_fixed_size(model: nn.Module, mixer: str, shape: tuple[int, ...]) -> None:

@@ -17,6 +17,7 @@ from ..flops import count_flops
 from ..grid import TokenGrid
 from ..kernels import KERNELS, Kernel, Site
 from ..kernels.softmax import Softmax
+from ..memory import bytes_kept
 
 TOKENS = (64, 128, 256, 512, 1024, 2048, 4096)
 _ROUNDS = 7
@@ -173,11 +174,11 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measure_layer(name: str, layer: str, mixer: str, kernel: Kernel) -> Row:
+def measure_layer(name: str, layer: str, status: str, kernel: Kernel) -> Row:
     """Return the row of a converted layer, with the cost of softmax and of its kernel."""
     weight = next(kernel.parameters(), next(kernel.buffers(), torch.empty(0)))
     flops, kept = zip(*(_cost(k, weight) for k in (Softmax(kernel.site), kernel)), strict=True)
-    return Row(name, layer, mixer, kernel.site.queries.length, flops, kept)
+    return Row(name, layer, status, kernel.site.queries.length, flops, kept)
 
 
 def _cost(kernel: Kernel, like: Tensor) -> tuple[int, int]:
@@ -189,21 +190,4 @@ def _cost(kernel: Kernel, like: Tensor) -> tuple[int, int]:
             for grid, width in ((queries, key_dim), (keys, key_dim), (keys, value_dim))
         )
         operands = (q, k, v, queries, keys)
-        return count_flops(kernel, *operands), _bytes_kept(kernel, operands)
-
-
-def _bytes_kept(kernel: Kernel, operands: tuple[Any, ...]) -> int:
-    """Count the bytes of all storages that autograd holds, including q, k and v."""
-    held: dict[int, int] = {}
-    alive: list[Tensor] = []  # so that no address is reused
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        held[storage._cdata] = storage.nbytes()
-        alive.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        kernel(*operands)
-    own = {t.untyped_storage()._cdata for t in (*kernel.parameters(), *kernel.buffers())}
-    return sum(size for storage, size in held.items() if storage not in own)
+        return count_flops(kernel, *operands), bytes_kept(kernel, lambda: kernel(*operands))

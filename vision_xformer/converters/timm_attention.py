@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .adapters import Adapter, Heads, RefusedError, merge_heads, refuse_mask, split_heads
+from ..kernels.base import merge_heads, split_heads
+from .adapters import Adapter, Heads, RefusedError, refuse_mask
 
 
 def _finish(layer: Any, y: Tensor, gate: Tensor | None) -> Tensor:

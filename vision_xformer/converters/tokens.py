@@ -121,10 +121,15 @@ def input_shape(model: nn.Module, image_size: int | tuple[int, ...] | None) -> t
         image_size: height and width in pixels; None reads them from the model.
 
     Raises:
-        ValueError: if ``image_size`` is None and the model does not state it.
+        ValueError: if ``image_size`` is None and the model does not state it, or if it is not
+            that of a model of this package.
     """
     if isinstance(model, VisionModel):
-        return model.config.input_shape
+        channels, *own = model.config.input_shape
+        given = (image_size,) * len(own) if isinstance(image_size, int) else image_size
+        if given is not None and tuple(given) != tuple(own):
+            raise ValueError(f"image_size {image_size}: the model is built for {tuple(own)}")
+        return (channels, *own)
     conv = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     places = [
         (getattr(model, "patch_embed", None), "img_size"),
@@ -184,7 +189,7 @@ def observe(
                 grid = TokenGrid(sizes[conv], count - TokenGrid(sizes[conv]).length)
             masked = next(
                 (n for n, v in given.items()
-                 if ("mask" in n or "bias" in n) and v is not None and n != "need_weights"),
+                 if ("mask" in n or "bias" in n) and v is not None),
                 None,
             )  # fmt: skip
             operands = [given[n] for n in ("query", "key", "value") if n in given]

@@ -111,7 +111,8 @@ class TransformersAttention(Adapter):
 
     def is_converted(self, layer: nn.Module) -> bool:
         """See :class:`Adapter`."""
-        return hasattr(layer, "kernel") and self.matches(layer)
+        kernel = getattr(layer, "kernel", None)  # one of register_transformers has no recipe
+        return self.matches(layer) and bool(getattr(kernel, "recipe", None))
 
 
 def _first(layer: Any, *names: str) -> Any:

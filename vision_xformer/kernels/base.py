@@ -91,4 +91,14 @@ class Kernel(nn.Module):
         raise NotImplementedError
 
 
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, N, H K) -> (B, H, N, K)."""
+    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, H, N, V) -> (B, N, H V)."""
+    return x.transpose(1, 2).flatten(2)
+
+
 KERNELS: Registry[Kernel] = Registry("kernel")

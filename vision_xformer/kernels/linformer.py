@@ -13,7 +13,7 @@ from torch import Tensor
 from ..grid import TokenGrid, grid_parts, segment_means
 from ..options import check_at_least
 from ..positions import TokenTable
-from .base import KERNELS, Site
+from .base import KERNELS, Site, merge_heads, split_heads
 from .softmax import MapKernel, attend
 
 
@@ -41,11 +41,6 @@ class LengthProjection(TokenTable):
 def _shorten(x: Tensor, weights: Tensor) -> Tensor:
     """Sum over tokens, (B, M, C), (M, R) -> (B, R, C); a broadcasting matmul would copy x."""
     return torch.bmm(weights.mT.expand(x.shape[0], -1, -1), x)
-
-
-def _merge_heads(x: Tensor) -> Tensor:
-    """(B, G, M, C) -> (B, M, G C)."""
-    return x.transpose(1, 2).flatten(2)
 
 
 @KERNELS.register("linformer")
@@ -133,9 +128,9 @@ class Linformer(MapKernel):
                 f"{keys}: build it for that; load_weights(..., resize=True) carries its tables over"
             )
         if not shortened:
-            merged_k = _merge_heads(k)
-            short = self.shorten(merged_k, merged_k if v is k else _merge_heads(v))
-            k, v = (x.unflatten(2, (self.kv_heads, -1)).transpose(1, 2) for x in short)
+            merged_k = merge_heads(k)
+            short = self.shorten(merged_k, merged_k if v is k else merge_heads(v))
+            k, v = (split_heads(x, self.kv_heads) for x in short)
         one_head = k.shape[1] != q.shape[1]
         if one_head:  # fold the query heads into the sequence
             q = q.transpose(1, 2).flatten(1, 2)[:, None]
