@@ -783,7 +783,7 @@ PLAIN_VIT = ("vit", *(n for n in TOKENS_AND_POOLS if "DINO" not in n and "both" 
 def test_a_refused_vit_says_what_to_build(source: str, target: str) -> None:
     """A strict load gives timm's logits, or names the fields with which it does.
 
-    But for one thing, that keys do not say: which tokens are pooled after the norm.
+    The keys do not show which tokens are pooled after the norm.
     """
     old = (14, 15) if len(source) % 2 else (12, 18)
     theirs = SMALL[source].theirs(old).double()

@@ -1,0 +1,242 @@
+"""``python -m train convert``: both stages, the results, and runs without labels."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import vision_xformer as vx
+from train import convert
+from train.__main__ import main
+from train.config import ConvertConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
+from train.convert import conversion_of
+from train.loop import Run
+from train.model import load_model
+from train.signals import Interrupted
+from vision_xformer.converters.replace import converted_layers
+
+ROOT = Path(__file__).parents[1]
+TIMM = {"patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 2}
+OWN = {"patch_size": 4, "dim": 12, "depth": 2, "heads": 2, "mlp_ratio": 1.2}
+DATA = {"name": "digits", "workers": 0, "batch_size": 200}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs of a model of timm, with dropped patches, and of one of ours."""
+    found = {}
+    for name, model, options in (
+        ("timm", "timm:vit_tiny_patch16_224", {**TIMM, "patch_drop_rate": 0.5}),
+        ("own", "vit", OWN),
+    ):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        found[name] = tmp_path_factory.mktemp("teachers") / name
+        config = RunConfig(
+            ModelConfig(model, options=options), DataConfig(**DATA),
+            train=TrainConfig(epochs=1, precision="fp32"), run_dir=str(found[name]),
+        )  # fmt: skip
+        Run(config).fit()
+    return found
+
+
+def arguments(model: Path, folder: Path, *more: str) -> list[str]:
+    return ["convert", "--model", str(model), "--mixer", "nystrom:landmarks=2",
+            "linear:feature_map=t2r:layers=1", "--epochs", "1", "1", "--run_dir", str(folder),
+            "--train.precision", "fp32", *more]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["timm", "own"])
+def test_kernels_are_converted_trained_and_compared(
+    name: str, teachers: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    even = vx.BreakEven("nystrom", 5, [(64, 1.0, 2.0)])
+    monkeypatch.setattr(convert, "break_even", lambda plan, conversion: even)
+    main(arguments(teachers[name], tmp_path, "--scratch"))
+    printed = capsys.readouterr().out
+    assert "nystrom, landmarks=2" in printed
+    assert "not faster than softmax" in printed
+    found = json.loads((tmp_path / "conversion.json").read_text(encoding="utf-8"))
+    teacher = json.loads((teachers[name] / "result.json").read_text(encoding="utf-8"))
+    assert found["teacher"] == pytest.approx(teacher["test_top1"])
+    assert list(found["rows"]) == ["nystrom:landmarks=2", "linear:feature_map=t2r:layers=1"]
+    for row, layers in zip(found["rows"].values(), (2, 1), strict=True):
+        assert list(row) == ["swap", "attention", "features", "scratch"]
+        folder = tmp_path / list(found["rows"])[2 - layers].replace(":", "-")
+        for stage in ("attention", "features"):
+            result = json.loads((folder / stage / "result.json").read_text(encoding="utf-8"))
+            assert row[stage]["test_top1"] == result["test_top1"]
+        model, _ = load_model(folder / "features" / "best.safetensors")
+        assert len(converted_layers(model)) == layers
+        before = load_file(teachers[name] / "best.safetensors")
+        first, second = (load_file(folder / s / "best.safetensors") for s in convert._STAGES)
+        moved = {key for key, value in before.items() if not torch.equal(value, first[key])}
+        assert moved
+        assert all("qkv" in key for key in moved)
+        assert not all(torch.equal(first[key], second[key]) for key in before.keys() - moved)
+        head = [key for key in before if key.startswith("head")]
+        assert head
+        assert all(torch.equal(before[key], second[key]) for key in head)
+    assert (tmp_path / "conversion.html").is_file()
+    main(arguments(teachers[name], tmp_path, "--scratch"))  # nothing is left to do
+    assert json.loads((tmp_path / "conversion.json").read_text(encoding="utf-8")) == found
+
+
+def test_an_interrupted_conversion_resumes(
+    teachers: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(convert, "break_even", lambda plan, conversion: "")
+    main(arguments(teachers["timm"], tmp_path / "whole"))
+    save_epoch, calls = Run.end_epoch, []
+
+    def interrupt(run: Run) -> None:
+        save_epoch(run)
+        calls.append(run.folder.name)
+        if len(calls) == 2:
+            raise Interrupted(2)
+
+    monkeypatch.setattr(Run, "end_epoch", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        main(arguments(teachers["timm"], tmp_path / "cut"))
+    assert stop.value.code == 130
+    assert calls == ["attention", "features"]
+    main(arguments(teachers["timm"], tmp_path / "cut"))
+    whole, cut = (
+        json.loads((tmp_path / name / "conversion.json").read_text(encoding="utf-8"))
+        for name in ("whole", "cut")
+    )
+    for name, row in whole["rows"].items():
+        for stage, values in row.items():
+            assert {k: v for k, v in values.items() if k != "minutes"} == {
+                k: v for k, v in cut["rows"][name][stage].items() if k != "minutes"
+            }
+
+
+def test_weights_of_timm_are_the_teacher(
+    teachers: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(convert, "break_even", lambda plan, conversion: "")
+    root = tmp_path / "photos"
+    for i in range(12):
+        path = root / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.effect_noise((16, 16), 9 * i).convert("RGB").save(path)
+    model = convert.build_base(
+        ModelConfig("timm:vit_tiny_patch16_224", options=TIMM), convert.Sizes(16, 3, 5)
+    )
+    weights = tmp_path / "weights.safetensors"
+    save_file(model.state_dict(), weights)
+    main(
+        ["convert", "--model", "timm:vit_tiny_patch16_224", "--weights", str(weights), "--mixer",
+         "performer", "--model.options", json.dumps(TIMM), "--data.name", "unlabeled",
+         "--data.root", str(root), "--data.image_size", "16", "--data.batch_size", "4",
+         "--data.val_fraction", "0.3", "--run_dir", str(tmp_path / "run"), "--train.precision",
+         "fp32", "--epochs", "1", "1"]
+    )  # fmt: skip
+    found = json.loads((tmp_path / "run" / "conversion.json").read_text(encoding="utf-8"))
+    assert found["teacher"] == 1  # its own predictions are the labels
+    teacher, sizes = load_model(tmp_path / "run" / "teacher.safetensors")
+    assert sizes == (16, 3, 5)
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in teacher.state_dict().items())
+
+
+def test_conversions_are_parsed() -> None:
+    assert conversion_of("performer") == ConvertConfig("performer")
+    assert conversion_of("nystrom:landmarks=16:layers=1-3:center_keys=false") == ConvertConfig(
+        "nystrom", {"landmarks": 16}, [1, 2, 3], False
+    )
+    assert conversion_of("linear:layers=2").layers == [2]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--model", "OWN", "--mixer", "nistrom"], "did you mean 'nystrom'"),
+        (["--model", "OWN", "--mixer", "nystrom:landmarks"], "must have the form option=value"),
+        (["--model", "OWN", "--mixer", "linear:layers=a"], "must be an index or a range"),
+        (["--model", "OWN", "--mixer", "nystrom:landmark=3"], "did you mean 'landmarks'"),
+        (["--model", "nowhere", "--mixer", "linear"], "is not a run with weights"),
+        (["--model", "timm:vit_tiny_patch16_224", "--mixer", "linear"], "--weights is needed"),
+        (["--model", "OWN", "--mixer", "linear", "--augment.mixup", "1"], "augment.mixup has no"),
+    ],
+)
+def test_a_wrong_conversion_is_one_sentence(
+    words: list[str], sentence: str, teachers: dict[str, Path], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    words = [str(teachers["own"]) if word == "OWN" else word for word in words]
+    with pytest.raises(SystemExit) as stop:
+        main(["convert", *words, "--run_dir", str(tmp_path / "run")])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert sentence in error
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"teacher": None}, "needs train.teacher"),
+        ({"mixer": None}, "needs model.convert.mixer"),
+        ({"label_smoothing": 0.1}, "train.label_smoothing has no effect"),
+    ],
+)
+def test_losses_without_labels_need_a_teacher(
+    changes: dict[str, Any], sentence: str, tmp_path: Path
+) -> None:
+    mixer = changes.pop("mixer", "linear")
+    train = TrainConfig(loss="features", **{"teacher": "x", **changes})
+    model = ModelConfig("vit", convert=ConvertConfig(mixer))
+    with pytest.raises(ValueError, match=sentence):
+        RunConfig(model, train=train).check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["attention", "features"])
+def test_two_processes_end_with_the_weights_of_one(
+    loss: str, teachers: dict[str, Path], tmp_path: Path
+) -> None:
+    root = tmp_path / "photos"
+    root.mkdir()
+    for i in range(40):
+        Image.effect_noise((8, 8), 20 + 5 * i).save(root / f"{i}.png")
+    digits = load_model(teachers["own"] / "best.safetensors")[0]
+    rgb = vx.create_model({**digits.config.to_dict(), "input_shape": (3, 8, 8)})
+    teacher = tmp_path / "teacher.safetensors"
+    vx.save_model(rgb, teacher)
+    weights = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone",
+             f"--nproc_per_node={processes}", "-m", "train", "fit", "--model.name", "vit",
+             "--model.options", json.dumps(OWN), "--model.weights", str(teacher),
+             "--model.convert.mixer", "linear", "--model.convert.options.feature_map", "hedgehog",
+             "--train.teacher", str(teacher), "--train.loss", loss, "--data.name", "unlabeled",
+             "--data.root", str(root), "--data.image_size", "8", "--data.batch_size", "8",
+             "--data.val_fraction", "0.2", "--train.epochs", "2", "--train.precision", "fp32",
+             "--run_dir", str(folder)],
+            cwd=ROOT, check=True, timeout=240,
+            env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        weights.append(load_file(folder / "last.safetensors"))
+    start = load_file(teacher)
+    assert not all(torch.equal(weights[0][key], value) for key, value in start.items())
+    for key, value in weights[0].items():
+        torch.testing.assert_close(weights[1][key], value, rtol=0, atol=1e-6)
