@@ -12,6 +12,7 @@ from blocks import DEVICE, RESULTS, ROOT, between, blocks, layers, learned_error
 from PIL import Image
 
 import vision_xformer as vx
+from train import convert
 from train.__main__ import command_line, parse, with_command
 from train.benchmark.__main__ import command_line as benchmark_line
 from train.benchmark.cases import Case, facts
@@ -329,9 +330,20 @@ def test_training_commands_are_there() -> None:
         name, *rest = with_command(words)
         if name == "fit":
             parse([str(ROOT / w) if w.startswith("configs/") else w for w in rest])
+        elif name == "convert":
+            own, others = convert.parser().parse_known_args(rest)
+            assert all(convert.conversion_of(text).mixer for text in own.mixer)
+            parse(others)
         else:
             command_line().parse_args([name, *rest])
-    assert {words[0] for words in found} >= {"fit", "resume", "evaluate", "predict", "report"}
+    assert {words[0] for words in found} >= {
+        "fit",
+        "resume",
+        "evaluate",
+        "predict",
+        "report",
+        "convert",
+    }
 
 
 def test_benchmark_commands_are_there() -> None:

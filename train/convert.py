@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import matplotlib as mpl
 import torch
@@ -24,7 +24,7 @@ from vision_xformer.weights import read_weights
 
 from .atomic import read_json, write_whole
 from .augment import plain
-from .config import AugmentConfig, ConvertConfig, DataConfig, ModelConfig, RunConfig
+from .config import ConvertConfig, DataConfig, ModelConfig, RunConfig
 from .devices import pick_device
 from .evaluation import accuracy, predict
 from .html import Section, Table, write_page
@@ -149,21 +149,21 @@ def plan_of(arguments: list[str]) -> Plan:
         teacher = run / "best.safetensors"
         if not teacher.is_file():
             raise ValueError(f"--model {run} is not a run with weights: it has no {teacher.name}")
-        base = parse(["--config", str(run / "config.yaml")])
-        model, config = base.model, _over(base, others)
+        config = _over(parse(["--config", str(run / "config.yaml")]), others)
+        model = config.model
     config = dataclasses.replace(config, model=dataclasses.replace(model, weights=str(teacher)))
     return Plan(config, teacher, mixers, own.epochs, own.lr, own.scratch, folder)
 
 
 def _over(base: RunConfig, others: list[str]) -> RunConfig:
-    """Parse options of ``fit``, with the data and augmentation of a run as defaults."""
+    """Parse options of ``fit``, with model, data and augmentation of a run as defaults."""
     augment = dataclasses.replace(base.augment, mixup=0.0, cutmix=0.0)
     balance = "none" if base.data.balance == "loss" else base.data.balance
     data = dataclasses.replace(base.data, balance=balance)
-    parts: dict[str, DataConfig | AugmentConfig] = {"data": data, "augment": augment}
+    parts = {"model": base.model, "data": data, "augment": augment}
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "recipe.yaml"
-        text = yaml.safe_dump({name: dataclasses.asdict(part) for name, part in parts.items()})
+        text = yaml.safe_dump({n: dataclasses.asdict(cast(Any, p)) for n, p in parts.items()})
         recipe.write_text(text, encoding="utf-8")
         return parse(["--config", str(recipe), *others])
 

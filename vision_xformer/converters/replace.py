@@ -15,7 +15,7 @@ from ..options import check_options, options_of
 from .adapters import Adapter, Heads, OwnAttention, PlainAttention, RefusedError, TorchAttention
 from .report import Report, Row, measure_layer
 from .timm_attention import TimmAttention, TimmRotary
-from .tokens import Call, ConvertedKernel, GridTracker, input_shape, observe, shift_invariant
+from .tokens import Call, ConvertedKernel, GridTracker, input_shape, needs_centered_keys, observe
 from .transformers_attention import TransformersAttention
 
 ADAPTERS: tuple[Adapter, ...] = (
@@ -85,7 +85,7 @@ def convert(
             all.
         image_size: height and width in pixels, for a model that does not state it.
         center_keys: subtract the mean of the keys over the tokens before the kernel. This does not
-            change softmax; by default it is done for the kernels that it does change.
+            change softmax. By default it is done for "linear", which then starts closer to softmax.
         options: of the kernel.
 
     Returns:
@@ -309,7 +309,7 @@ def _build(
     if inner.operand_widths != Kernel(site).operand_widths:
         raise ValueError(f"{mixer} with {options} needs keys or values of other widths")
     inner.start_from_softmax()
-    centered = not shift_invariant(inner) if center_keys is None else center_keys
+    centered = needs_centered_keys(inner) if center_keys is None else center_keys
     scale = heads.scale * heads.key_dim**0.5
     scale = 1.0 if abs(scale - 1) < 1e-9 else scale
     kernel = ConvertedKernel(inner, tracker, scale, centered, {**recipe, "center_keys": centered})

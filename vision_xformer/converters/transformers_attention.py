@@ -18,7 +18,7 @@ from ..grid import TokenGrid
 from ..kernels import KERNELS, Site
 from ..options import check_options, options_of
 from .adapters import Adapter, Heads, RefusedError, refuse_mask
-from .tokens import ConvertedKernel, GridTracker, shift_invariant
+from .tokens import ConvertedKernel, GridTracker, needs_centered_keys
 
 _OVER = "vision_xformer_over_"
 _CLASSES = {
@@ -169,7 +169,7 @@ def _attention_of(
         inner = KERNELS.create(mixer, Site(heads, width, width, grid, grid), options=options)
         inner.start_from_softmax()
         scale = 1.0 if scaling is None else scaling * width**0.5
-        kernel = ConvertedKernel(inner, GridTracker(), scale, not shift_invariant(inner), {})
+        kernel = ConvertedKernel(inner, GridTracker(), scale, needs_centered_keys(inner), {})
         module.kernel = kernel.to(query.device, query.dtype).train(module.training)
     patches = query.shape[2] - _prefix(module.config)
     module.kernel.tracker.shape = _shape(module.config, patches)
