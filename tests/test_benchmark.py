@@ -42,7 +42,7 @@ from train.cli import parse_command
 from train.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from train.loop import Run
 from train.report import by_seed, costs, front
-from vision_xformer.memory import bytes_kept
+from vision_xformer.memory_use import bytes_kept
 from vision_xformer.mixers import takes_heads
 
 
@@ -278,8 +278,11 @@ def test_a_step_of_minutes_ends_with_the_process_that_asked() -> None:
         (["mixers", "--only", "performr"], "performr"),
         (["models", "--names", "vig"], "--names vig: no model matches"),
         (["plan", "--memory", "much", "--name", "vit"], "--memory much must be a number with"),
-        (["plan", "--memory", "1GB", "--name", "vi?"], "unknown model 'vi?'"),
-        (["plan", "--memory", "1GB", "--name", "vin_test", "--image-size", "7"], "7x7 is not"),
+        (["plan", "--measure", "--memory", "1GB", "--name", "vi?"], "unknown model 'vi?'"),
+        (
+            ["plan", "--measure", "--memory", "1GB", "--name", "vin_test", "--image-size", "7"],
+            "7x7 is not",
+        ),
         (["compare", "a.csv", "b.csv", "--threshold", "nan"], "threshold nan must be at least 0"),
         (["page", "--runs", "nowhere", "--", "a.csv"], "--runs nowhere is not a folder"),
         (["compare", "a.csv", "b.csv"], "a.csv is not a file"),
@@ -509,7 +512,7 @@ def test_plan_says_what_fits_in_a_table_and_below_it_why_others_do_not(
         return {"status": "ok", "parameters": 0, "kept_mib": 0, "peak_mib": 64.0 * case.batch}
 
     monkeypatch.setattr(program, "measure_one", measure)
-    program.main(["plan", "--memory", "1GB", "--name", "vin_test"])
+    program.main(["plan", "--measure", "--memory", "1GB", "--name", "vin_test"])
     head, _, *lines = capsys.readouterr().out.splitlines()
     assert "vin_test at 32 pixels in 1GB, fp32, measured on" in head
     assert lines[0].split() == ["its", "own", "0", "64.0", "16"]

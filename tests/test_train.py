@@ -36,7 +36,7 @@ from train.loop import Run
 from train.model import Sizes, build_model, load_model
 from train.optim import average, learning_rate, make_optimizer, parameter_groups
 from train.run_dir import discard
-from vision_xformer.memory import bytes_kept
+from vision_xformer.memory_use import bytes_kept
 
 ROOT = Path(__file__).parents[1]
 TINY = {"dim": 12, "depth": 1, "heads": 2, "mlp_ratio": 1.2}

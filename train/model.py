@@ -105,13 +105,25 @@ def build_base(config: ModelConfig, sizes: Sizes, **timms: Any) -> nn.Module:
     )
 
 
+def timm_name(name: str) -> str:
+    """Return NAME of ``timm:NAME``.
+
+    Raises:
+        ValueError: for a model that timm does not have.
+    """
+    import timm
+
+    name = name.removeprefix("timm:")
+    if not timm.is_model(name):
+        raise unknown_name_error("timm model", name, timm.list_models())
+    return name
+
+
 def _build_timm(config: ModelConfig, sizes: Sizes, more: dict[str, Any]) -> nn.Module:
     """Build a timm model; its options are the keyword arguments of its class."""
     import timm
 
-    name = config.name.removeprefix("timm:")
-    if not timm.is_model(name):
-        raise unknown_name_error("timm model", name, timm.list_models())
+    name = timm_name(config.name)
     if config.mixer or config.mixer_options:
         raise ValueError(
             f"model.mixer {config.mixer} and model.mixer_options are not supported for "

@@ -35,6 +35,7 @@ from .kernels.linformer import Linformer
 from .kernels.nystrom import Nystrom
 from .kernels.performer import Performer, redraw_features
 from .kernels.softmax import Softmax
+from .memory_use import Memory, memory
 from .mixers import MIXERS, Mixer, create_mixer, list_mixers, mixer_options
 from .mixers.attention import Attention, Projection
 from .mixers.fourier import Fourier
@@ -68,6 +69,7 @@ __all__ = [
     "LeViT",
     "Linformer",
     "LoadReport",
+    "Memory",
     "Mixer",
     "MlpMixer",
     "Nystrom",
@@ -100,6 +102,7 @@ __all__ = [
     "load_converted",
     "load_model",
     "load_weights",
+    "memory",
     "mixer_options",
     "redraw_features",
     "register_transformers",

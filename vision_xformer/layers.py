@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from .derivatives import is_transformed
+from .planning import device_type
 
 # by number of axes
 CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -72,7 +73,7 @@ class _GridBatchNorm(nn.modules.batchnorm._BatchNorm):
         if is_transformed(x):  # with a single axis, there is only one memory format
             return super().forward(x.flatten(2)).unflatten(2, x.shape[2:])
         y = super().forward(x)
-        alone = x.shape[0] == 1 and x.device.type == "cpu" and y.requires_grad
+        alone = x.shape[0] == 1 and device_type(x) == "cpu" and y.requires_grad
         return _InFormatOf.apply(y, x) if alone and not torch.jit.is_tracing() else y
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -123,7 +124,7 @@ class ConvNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Convolve and normalize: (B, C, *grid) -> (B, E, *ceil(grid / stride))."""
         learns = x.requires_grad and not torch.jit.is_tracing()  # traces are checked under no_grad
-        if x.device.type != "cpu" or not (self.strided_depthwise and learns):
+        if device_type(x) != "cpu" or not (self.strided_depthwise and learns):
             return self.norm(self.conv(x))
         # On CPU, the half-precision input gradient of a strided depth-wise conv is 15x slower.
         with torch.autocast("cpu", enabled=False):

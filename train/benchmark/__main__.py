@@ -30,7 +30,7 @@ from .errors import METHOD as ERROR_METHOD
 from .errors import fields, measure_errors, trained
 from .page import write
 from .pictures import wins
-from .plan import HEADINGS, parse_memory, plan
+from .plan import HEADINGS, add_options, computed, parse_memory, plan
 from .plan import cases_of as plan_cases
 from .rows import (
     COLUMNS,
@@ -150,16 +150,11 @@ def command_line() -> Parser:
     for one in (mixers, models):
         one.add_argument("--batch", type=PositiveInt, default=8, help="batch size")
         one.add_argument("--compile", action="store_true", help="also measure under torch.compile")
-    planned.add_argument("--memory", required=True, help="memory of the device, such as 16GB")
-    planned.add_argument("--name", required=True, help="model name")
-    planned.add_argument(
-        "--image-size", type=PositiveInt, default=32,
-        help="height and width of the images",
-    )  # fmt: skip
+    add_options(planned)
     errors.add_argument(
         "--run", type=Path, help="training run; its model's attention is measured as well"
     )
-    for one in (mixers, models, planned):
+    for one in (mixers, models):
         one.add_argument("--dtype", choices=DTYPES, default="fp32",
                          help="precision; bf16 and fp16 use autocast")  # fmt: skip
     for one in (mixers, models, errors):
@@ -184,7 +179,7 @@ def command_line() -> Parser:
         {
             "mixers": ("measure single layers: every mixer at every length", mixers),
             "models": ("measure whole models: inference and training step", models),
-            "plan": ("estimate the largest batch size that fits into memory", planned),
+            "plan": ("compute memory and the largest batch size, without a GPU", planned),
             "errors": ("measure the error of approximations of exact attention", errors),
             "compare": ("report regressions; exit code 1 if one exceeds the threshold", compared),
             "page": ("write all tables and figures to one HTML page", page),
@@ -260,6 +255,29 @@ def measure_one(bar: Any, case: Case) -> Row:
         bar.update()
 
 
+def measured_plan(args: Namespace) -> str:
+    """Measure how large a batch fits, with every mixer.
+
+    Raises:
+        ValueError: for more than one model, image size or memory.
+    """
+    for option in ("name", "image_size", "memory"):
+        if len(args[option]) != 1:
+            raise ValueError(f"--measure needs one --{option.replace('_', '-')}")
+    [name], [size], [memory] = args.name, args.image_size, args.memory
+    cases = plan_cases(name, size, args.precision)
+    with tqdm(total=len(cases), unit="step", disable=None) as bar:
+        lines = []
+        for line in plan(cases, parse_memory(memory), lambda case: measure_one(bar, case)):
+            lines.append(line)
+            bar.write(f"{line[0]}: {line[-1]}", file=sys.stderr)
+    where = machine()[0].partition(": ")[2]
+    head = f"{name} at {size} pixels in {memory}, {args.precision}"
+    table = Table(HEADINGS, [line for line in lines if line[1]]).text()
+    notes = [f"{line[0]}: {line[-1]}" for line in lines if not line[1]]
+    return "\n".join([f"{head}, measured on {where}", table, *notes])
+
+
 def answer(command: str, args: Namespace, arguments: Sequence[str]) -> str:
     """Run a command.
 
@@ -294,18 +312,7 @@ def answer(command: str, args: Namespace, arguments: Sequence[str]) -> str:
         written = write(files, cost_sections(runs), args.out)
         return f"{written[0]} and {len(written) - 1} figures next to it"
     if command == "plan":
-        memory = parse_memory(args.memory)
-        cases = plan_cases(args.name, args.image_size, args.dtype)
-        with tqdm(total=len(cases), unit="step", disable=None) as bar:
-            lines = []
-            for line in plan(cases, memory, lambda case: measure_one(bar, case)):
-                lines.append(line)
-                bar.write(f"{line[0]}: {line[-1]}", file=sys.stderr)
-        where = machine()[0].partition(": ")[2]
-        head = f"{args.name} at {args.image_size} pixels in {args.memory}, {args.dtype}"
-        table = Table(HEADINGS, [line for line in lines if line[1]]).text()
-        notes = [f"{line[0]}: {line[-1]}" for line in lines if not line[1]]
-        return "\n".join([f"{head}, measured on {where}", table, *notes])
+        return measured_plan(args) if args.measure else computed(args)
     out = args.out or default_out(command)
     if out.is_dir() or (args.out and not out.parent.is_dir()):
         raise ValueError(f"--out {out} must be a file in a folder that exists")

@@ -167,9 +167,15 @@ def build(case: Case, device: str) -> Subject:
         ValueError: if the combination of name, size and mixer is invalid.
     """
     module, x, rest = make(case, case.batch)
+    return ready(case, module.to(device), x.to(device), rest)
+
+
+def ready(case: Case, module: nn.Module, x: Tensor, rest: tuple[vx.TokenGrid, ...] = ()) -> Subject:
+    """Prepare the passes of a case, for its module and input (see :func:`make`) on one device."""
+    device = x.device.type
     if case.checkpointing and isinstance(module, vx.VisionModel):
         module.set_grad_checkpointing()
-    module, x = module.to(device), x.to(device).requires_grad_(case.kind == "mixer")
+    x.requires_grad_(case.kind == "mixer")
     labels = torch.randint(CLASSES, (case.batch,), device=device)
     parameters = list(module.parameters())
     optimizer = torch.optim.AdamW(parameters, fused=True) if case.kind == "model" else None

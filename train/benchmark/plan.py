@@ -1,23 +1,234 @@
-"""Estimate of the largest batch size that fits into memory, for a model with each mixer."""
+"""The largest batch size that fits into memory, for a model with each mixer."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
+from jsonargparse import Namespace
+from jsonargparse.typing import PositiveInt
+from tqdm import tqdm
 
 import vision_xformer as vx
 
-from .cases import Case, mixer_of
-from .rows import Row
+from ..cli import Parser
+from ..config import ModelConfig
+from ..html import Table
+from ..model import Sizes, build_base, timm_name
+from .cases import CLASSES, DTYPES, Case, mixer_of
+from .rows import Row, machine, write_csv
 
 MIB = 2**20
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _STATE_BYTES = 16  # per parameter: weight, gradient and the two moments of AdamW, in float32
 HEADINGS = ("mixer", "model, MiB", "each image, MiB", "largest batch")
 _BATCHES = 2, 4  # not 1: batch norm cannot train on a single value
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A model whose memory is computed.
+
+    Attributes:
+        name: of the model, or "timm:NAME".
+        mixer: "" for its own.
+        size: of the images, in pixels.
+        options: of :func:`vision_xformer.memory`.
+        checkpointing: whether activations of the blocks are recomputed in the backward pass.
+    """
+
+    name: str
+    mixer: str
+    size: int
+    options: dict[str, Any]
+    checkpointing: bool = False
+
+    @property
+    def label(self) -> str:
+        """Name and mixer."""
+        return ", ".join(filter(None, (self.name, self.mixer)))
+
+    def build(self) -> torch.nn.Module:
+        """Build the model, without data where its mixer allows that.
+
+        Raises:
+            ValueError: if model, mixer and image size do not fit together.
+        """
+        # performer-pytorch cannot be built on the meta device
+        device = "cpu" if self.mixer == "performer-pytorch" else "meta"
+        with torch.device(device):
+            model: Any = build_base(
+                ModelConfig(self.name, self.mixer or None), Sizes(self.size, 3, CLASSES)
+            )
+        if self.checkpointing:
+            if not hasattr(model, "set_grad_checkpointing"):
+                raise ValueError(f"--checkpointing: {self.name} has no set_grad_checkpointing")
+            model.set_grad_checkpointing()
+        return model
+
+
+def models_of(patterns: list[str]) -> list[tuple[str, str]]:
+    """Names and mixers: of one name with every mixer, of a pattern all models that match it.
+
+    Raises:
+        ValueError: for an unknown model of timm, or a pattern that matches no model.
+    """
+    found: list[tuple[str, str]] = []
+    for pattern in patterns:
+        if pattern.startswith("timm:"):
+            timm_name(pattern)
+            found.append((pattern, ""))
+            continue
+        names = vx.list_models(pattern)
+        if not names:
+            raise ValueError(f"--name {pattern}: no model matches")
+        own = mixer_of(names[0])
+        every = ["", *(mixer for mixer in vx.list_mixers() if own and mixer != own)]
+        found += [
+            (name, mixer) for name in names for mixer in (every if names == [pattern] else [""])
+        ]
+    return list(dict.fromkeys(found))
+
+
+def largest_batch(planned: Planned, memories: list[int]) -> tuple[vx.Memory, float, list[int]]:
+    """Search the largest batch sizes that fit into memories of some sizes, in bytes.
+
+    The memory is nearly linear in the batch size: an estimate from two batch sizes is corrected
+    until that batch fits and one more image does not.
+
+    Returns:
+        The memory of the smaller of the two, the bytes of each image, and the largest batch sizes,
+        0 where not even one image fits.
+
+    Raises:
+        ValueError: if model, mixer and image size do not fit together.
+    """
+    model = planned.build()
+    known: dict[int, vx.Memory] = {}
+
+    def peak(batch: int) -> int:
+        if batch not in known:
+            shape = (batch, 3, planned.size, planned.size)
+            known[batch] = vx.memory(model, shape, **planned.options)
+        return known[batch].peak
+
+    one, two = _BATCHES
+    each = max(1.0, (peak(two) - peak(one)) / (two - one))
+
+    def largest(memory: int) -> int:
+        batch = one + int((memory - peak(one)) // each)
+        if batch <= two:
+            return max(batch, 0)
+        slope = (peak(batch) - peak(one)) / (batch - one)
+        while (step := int((memory - peak(batch)) // slope)) not in (0, -1):
+            batch += step
+        while peak(batch) > memory:
+            batch -= 1
+        while peak(batch + 1) <= memory:
+            batch += 1
+        return batch
+
+    return known[one], each, [largest(memory) for memory in memories]
+
+
+_KEYS = ("name", "mixer", "size", "status")
+
+
+def _figures(planned: Planned, memories: dict[str, int], batch: int) -> Row:
+    """Compute the columns of a row: the largest batch in each memory, or the parts for one batch.
+
+    Raises:
+        ValueError: if model, mixer and image size do not fit together.
+    """
+    if memories:
+        first, each, found = largest_batch(planned, list(memories.values()))
+        held = first.weights + first.gradients + first.optimizer + first.average
+        batches = {f"batch in {text}": n for text, n in zip(memories, found, strict=True)}
+        return {"model_mib": held / MIB, "image_mib": each / MIB, **batches}
+    shape = (batch, 3, planned.size, planned.size)
+    memory = vx.memory(planned.build(), shape, **planned.options)
+    parts = ("weights", "gradients", "optimizer", "kept", "peak")
+    found_mib = {f"{part}_mib": getattr(memory, part) / MIB for part in parts}
+    return {**found_mib, "peak in": memory.peak_module}
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.1f}"
+    return value if isinstance(value, str) else f"{value:,}" if value else "does not fit"
+
+
+def add_options(parser: Parser) -> None:
+    """Add the options of the command ``plan``."""
+    add = parser.add_argument
+    add(
+        "--name", "--model", nargs="+", required=True, metavar="NAME",
+        help="a model, which is planned with every mixer; a pattern for list_models; or timm:NAME",
+    )  # fmt: skip
+    add("--image-size", nargs="+", type=PositiveInt, default=[32], metavar="PIXELS",
+        help="height and width of the images")  # fmt: skip
+    add("--memory", nargs="+", default=[], metavar="SIZE",
+        help="memory of devices, such as 16GB, to find the largest batch sizes for")  # fmt: skip
+    add("--batch", type=PositiveInt, default=8, help="batch size, without --memory")
+    add("--precision", choices=DTYPES, default="fp32",
+        help="precision; bf16 and fp16 use autocast")  # fmt: skip
+    add("--optimizer", choices=("adamw", "sgd", "muon", "none"), default="adamw",
+        help="optimizer, whose state is counted")  # fmt: skip
+    add("--checkpointing", action="store_true",
+        help="recompute activations in the backward pass")  # fmt: skip
+    add("--accumulate", action="store_true", help="count gradients of earlier batches")
+    add("--average", action="store_true",
+        help="count an exponential moving average of the weights")  # fmt: skip
+    add("--inference", action="store_true", help="inference instead of a training step")
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="device, whose operators differ")
+    add("--out", type=Path, help="CSV file of the results")
+    add("--measure", action="store_true",
+        help="measure training steps with batches of 2 and 4 on this machine instead")  # fmt: skip
+
+
+def computed(args: Namespace) -> str:
+    """Tabulate the memory of models, or how large a batch fits.
+
+    Raises:
+        ValueError: for an invalid memory size, a pattern that matches no model, or sizes that none
+            of the models takes.
+    """
+    options = {
+        "precision": args.precision, "optimizer": args.optimizer, "training": not args.inference,
+        "average": args.average, "accumulate": args.accumulate, "device": args.device,
+    }  # fmt: skip
+    memories = {text: parse_memory(text) for text in args.memory}
+    planned = [
+        Planned(name, mixer, size, options, args.checkpointing)
+        for name, mixer in models_of(args.name)
+        for size in args.image_size
+    ]
+    rows: list[Row] = []
+    with tqdm(planned, unit="model", disable=None) as bar:
+        for one in bar:
+            bar.set_postfix_str(f"{one.label}, {one.size}")
+            row: Row = {"name": one.name, "mixer": one.mixer, "size": one.size, "status": "ok"}
+            try:
+                rows.append(row | _figures(one, memories, args.batch))
+            except ValueError as error:
+                rows.append(row | {"status": str(error)})
+    if all(row["status"] != "ok" for row in rows):
+        raise ValueError(rows[0]["status"])
+    numbers = [name for name in dict.fromkeys(n for row in rows for n in row) if name not in _KEYS]
+    if args.out is not None:
+        what = f"{'inference' if args.inference else 'training step'}, {args.precision}"
+        write_csv(args.out, [*machine(), what], [*_KEYS, *numbers], rows)
+    table = Table(
+        ("model", "pixels", *(n.replace("_mib", ", MiB").replace("_", " ") for n in numbers)),
+        [[one.label, f"{one.size:,}", *(_cell(row[n]) for n in numbers)]
+         for one, row in zip(planned, rows, strict=True) if row["status"] == "ok"],
+    )  # fmt: skip
+    failed = [(p, r["status"]) for p, r in zip(planned, rows, strict=True) if r["status"] != "ok"]
+    return "\n".join([table.text(), *(f"{p.label} at {p.size:,}: {why}" for p, why in failed)])
 
 
 def parse_memory(text: str) -> int:

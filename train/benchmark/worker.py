@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from vision_xformer.memory import bytes_kept
+from vision_xformer.memory_use import bytes_kept
 
 from ..measure import peak_bytes, reset_peak
 from .cases import Case, Subject, build, facts

@@ -20,7 +20,7 @@ import torch
 from matplotlib import pyplot as plt
 from tqdm import tqdm
 
-from vision_xformer.memory import bytes_kept
+from vision_xformer.memory_use import bytes_kept
 
 from ..atomic import write_whole
 from ..augment import plain

@@ -17,7 +17,7 @@ from ..flops import count_flops
 from ..grid import TokenGrid
 from ..kernels import KERNELS, Kernel, Site
 from ..kernels.softmax import Softmax
-from ..memory import bytes_kept
+from ..memory_use import bytes_kept
 
 TOKENS = (64, 128, 256, 512, 1024, 2048, 4096)
 _ROUNDS = 7

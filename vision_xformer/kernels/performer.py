@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..derivatives import is_transformed, plain_second
 from ..grid import TokenGrid
 from ..options import check_at_least
+from ..planning import device_type
 from ..precision import to_accumulate, without_autocast
 from .base import KERNELS, Kernel, Site
 
@@ -134,7 +135,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, w: Tensor, form: str, eps: float) -
 
 def _blocks(q: Tensor, k: Tensor, w: Tensor) -> Iterator[slice]:
     """Slices of heads processed together."""
-    elements = _BLOCK_ELEMENTS.get(q.device.type, _BLOCK_ELEMENTS_DEFAULT)
+    elements = _BLOCK_ELEMENTS.get(device_type(q), _BLOCK_ELEMENTS_DEFAULT)
     block = max(1, elements // (max(q.shape[1], k.shape[1]) * w.shape[0]))
     return (slice(i, i + block) for i in range(0, q.shape[0], block))
 
@@ -288,9 +289,9 @@ class Performer(Kernel):
             if exporting or self.form == "v0.2" or is_transformed(q_, k_, v_):
                 out = plain(q_, k_, v_)
             else:
-                operands = (t.flatten(0, 1) for t in (q_, k_, v_))
+                operands = [t.flatten(0, 1) for t in (q_, k_, v_)]
                 out, *_ = _blocked(*operands, w, self.form, self.eps)
-                out = plain_second(out.unflatten(0, q.shape[:2]), plain, q_, k_, v_)
+                out = plain_second(out, plain, *operands).unflatten(0, q.shape[:2])
         return out.to(v.dtype)
 
     def flops(

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..derivatives import is_transformed, plain_second
 from ..grid import TokenGrid
 from ..options import check_probability
+from ..planning import device_type
 from .base import KERNELS, Kernel, Site
 
 _SMALL_MAP = 2**18  # entries of a head's map: 2 bytes each fit in the cache of one core
@@ -30,7 +31,7 @@ def attend(
     fused = dropout == 0 and bias is None and v.shape[-1] == q.shape[-1]
     small = q.shape[-2] * k.shape[-2] <= _SMALL_MAP and q.element_size() == 2
     learns = q.requires_grad and not torch.jit.is_tracing()  # traces are checked under no_grad
-    slower = q.device.type == "cpu" and (not fused or (small and learns))
+    slower = device_type(q) == "cpu" and (not fused or (small and learns))
     if slower or is_transformed(q, k, v):
         return _attend_explicitly(q, k, v, bias, dropout)
     out = F.scaled_dot_product_attention(q, k, v, bias, dropout)

@@ -1,0 +1,56 @@
+"""Memory of benchmark cases, computed from shapes without running them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import vision_xformer as vx
+from vision_xformer.memory_use import (
+    MIB,
+    StorageCounter,
+    bytes_kept,
+    caches_kept,
+    without_data,
+)
+from vision_xformer.planning import planned_for
+
+from .cases import DIM, Case, build_mixer, grid_of, make, ready
+from .rows import Row
+
+
+def estimate(case: Case, device: str = "cpu") -> Row:
+    """Compute the columns kept_mib and peak_mib of a row, as they are measured.
+
+    Args:
+        case: an eager case.
+        device: "cpu" or "cuda", whose operators are used.
+
+    Raises:
+        ValueError: if the combination of name, size and mixer is invalid.
+    """
+    module, x, rest = sketch(case)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with caches_kept():
+        twin = without_data(module, fake)
+        with fake, planned_for(device):
+            given = torch.empty((case.batch, *x.shape[1:]), device="cpu")
+            subject = ready(case, twin, given, rest)
+            kept = bytes_kept(twin, subject.forward)
+            with StorageCounter() as counter:
+                subject.step()  # creates the optimizer state
+                counter.restart()
+                subject.step()
+    return {"kept_mib": kept / MIB, "peak_mib": counter.peak / MIB}
+
+
+def sketch(case: Case) -> tuple[nn.Module, torch.Tensor, tuple[vx.TokenGrid, ...]]:
+    """Build the module and the input of a case (see :func:`make`), if possible without data."""
+    if "performer-pytorch" in (case.name, case.mixer):  # cannot be built on the meta device
+        return make(case, 1)
+    with torch.device("meta"):
+        if case.kind == "model":
+            return make(case, 1)
+        mixer = build_mixer(case.name, case.size)
+        return mixer, torch.empty(1, case.size, DIM), (grid_of(case.size),)
