@@ -20,6 +20,7 @@ from train import convert
 from train.__main__ import main
 from train.config import ConvertConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
 from train.convert import conversion_of
+from train.convert_cost import image_sizes
 from train.loop import Run
 from train.model import load_model
 from train.signals import Interrupted
@@ -67,7 +68,8 @@ def test_kernels_are_converted_trained_and_compared(
 ) -> None:  # fmt: skip
     even = vx.BreakEven("nystrom", 5, [(64, 1.0, 2.0)])
     monkeypatch.setattr(convert, "break_even", lambda plan, conversion: even)
-    main(arguments(teachers[name], tmp_path, "--scratch"))
+    costs = ("--tokens", "4", "16")
+    main(arguments(teachers[name], tmp_path, "--scratch", *costs))
     printed = capsys.readouterr().out
     assert "nystrom, landmarks=2" in printed
     assert "not faster than softmax" in printed
@@ -92,9 +94,27 @@ def test_kernels_are_converted_trained_and_compared(
         head = [key for key in before if key.startswith("head")]
         assert head
         assert all(torch.equal(before[key], second[key]) for key in head)
-    assert (tmp_path / "conversion.html").is_file()
-    main(arguments(teachers[name], tmp_path, "--scratch"))  # nothing is left to do
+    names = ["softmax", *found["rows"]]
+    assert [(row["tokens"], row["name"]) for row in found["cost"]] == [
+        (n, name) for n in (4, 16) for name in names
+    ]
+    assert "faster from" in printed
+    for file in ("conversion.html", "conversions.png", "cost.png"):
+        assert (tmp_path / file).is_file()
+    main(arguments(teachers[name], tmp_path, "--scratch", *costs))  # nothing is left to do
     assert json.loads((tmp_path / "conversion.json").read_text(encoding="utf-8")) == found
+
+
+def test_tokens_that_no_image_size_has_are_refused_before_training(
+    teachers: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments(teachers["own"], tmp_path / "out", "--tokens", "4", "5"))
+    assert "--tokens 5 must be the square of a number of patches" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "conversion.json").exists()
+    assert image_sizes(32, 256, [64, 1024]) == [16, 64]
+    with pytest.raises(ValueError, match="--tokens 9 must be"):  # half a pixel for each patch
+        image_sizes(7, 196, [9])
 
 
 def test_an_interrupted_conversion_resumes(

@@ -5,33 +5,33 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import matplotlib as mpl
 import torch
 import yaml
 from accelerate import PartialState
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import vision_xformer as vx
 from vision_xformer.options import unknown_name_error
 from vision_xformer.weights import read_weights
 
+from . import convert_page
 from .atomic import read_json, write_whole
 from .augment import plain
 from .config import ConvertConfig, DataConfig, ModelConfig, RunConfig
+from .convert_cost import TEACHER, image_sizes, measure_cost
+from .convert_page import COLUMNS
 from .devices import pick_device
 from .evaluation import accuracy, predict
-from .html import Section, Table, write_page
 from .loop import Run
 from .model import Sizes, build_base, load_model, save_weights
 from .pixels import NAMED, pixels_of_weights, set_pixels
-from .plots import STYLE
 from .recipes import parse
 from .run_dir import discard
 from .signals import Interrupted
@@ -39,16 +39,6 @@ from .signals import Interrupted
 Stage = Literal["attention", "features", "scratch"]
 _STAGES: tuple[Stage, ...] = ("attention", "features")
 _COMPARED = 64  # validation images whose features are compared with the teacher's
-_NOTE = (
-    "error: |ours - theirs| / |theirs| of the attention output, given the teacher's input, mean "
-    "over layers; cosine: similarity of the last features; agreement: fraction of equal "
-    "predictions; all on validation images after stage 2. The minutes do not include training from "
-    "scratch."
-)
-_COLUMNS = {
-    "swap": "after the swap", "attention": "after stage 1", "features": "after stage 2",
-    "scratch": "from scratch",
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +51,7 @@ class Plan:
         mixers: conversions by name.
         epochs: number of epochs of the two stages.
         lr: peak learning rates of the two stages.
+        tokens: numbers of tokens at which time and memory are measured.
         scratch: whether each kernel is also trained from scratch with labels, for as many epochs.
         folder: folder of all runs and results.
     """
@@ -70,6 +61,7 @@ class Plan:
     mixers: dict[str, ConvertConfig]
     epochs: Sequence[int]
     lr: Sequence[float]
+    tokens: Sequence[int]
     scratch: bool
     folder: Path
 
@@ -91,6 +83,10 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--epochs", type=int, nargs=2, default=(1, 2), help="of the two stages")
     parser.add_argument("--lr", type=float, nargs=2, default=(1e-3, 3e-4), help="of the two stages")
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=(), metavar="N",
+        help="numbers of tokens at which to measure time and memory before and after",
+    )  # fmt: skip
     parser.add_argument(
         "--scratch", action="store_true",
         help="also train each kernel from scratch with labels, for as many epochs",
@@ -152,7 +148,7 @@ def plan_of(arguments: list[str]) -> Plan:
         config = _over(parse(["--config", str(run / "config.yaml")]), others)
         model = config.model
     config = dataclasses.replace(config, model=dataclasses.replace(model, weights=str(teacher)))
-    return Plan(config, teacher, mixers, own.epochs, own.lr, own.scratch, folder)
+    return Plan(config, teacher, mixers, own.epochs, own.lr, own.tokens, own.scratch, folder)
 
 
 def _over(base: RunConfig, others: list[str]) -> RunConfig:
@@ -190,8 +186,9 @@ def run_plan(plan: Plan) -> str:
     """Convert, train and compare all kernels of a plan; write conversion.json and the page.
 
     Returns:
-        The table of results.
+        The tables of results.
     """
+    sizes = _image_sizes(plan)
     path = plan.folder / "conversion.json"
     plan.folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = read_json(path, dict) if path.is_file() else {"rows": {}}
@@ -201,9 +198,41 @@ def run_plan(plan: Plan) -> str:
         for stage in stages:
             if stage not in row:
                 _train(plan, name, conversion, stage, found)
-    if PartialState().is_main_process:
-        write_page(plan.folder / "conversion.html", "Conversions", [section(found)])
-    return table(found).text()
+    if not PartialState().is_main_process:
+        return ""
+    if sizes:
+        _add_cost(plan, sizes, found)
+    convert_page.write(plan.folder, found)
+    tables = [convert_page.table(found)]
+    if sizes:
+        tables.append(convert_page.cost_table(found["cost"]))
+    return "\n\n".join(f"{table.caption}\n{table.text()}" for table in tables)
+
+
+def _image_sizes(plan: Plan) -> dict[int, int]:
+    """Return the image size in pixels for each number of tokens of a plan.
+
+    Raises:
+        ValueError: for a number of tokens that no image size has.
+    """
+    if not plan.tokens:
+        return {}
+    model, sizes = load_model(plan.teacher)
+    first = next(iter(plan.mixers.values()))
+    report = vx.convert(model, first.mixer or "", image_size=sizes.image_size, **first.options)
+    now = math.prod(report.site.queries.shape)
+    return dict(zip(plan.tokens, image_sizes(sizes.image_size, now, plan.tokens), strict=True))
+
+
+def _add_cost(plan: Plan, sizes: dict[int, int], found: dict[str, Any]) -> None:
+    """Measure time and memory at the numbers of tokens that lack a result of a kernel."""
+    known = {(row["name"], row["tokens"]) for row in found.get("cost", [])}
+    names = {TEACHER, *plan.mixers}
+    left = {n: size for n, size in sizes.items() if any((name, n) not in known for name in names)}
+    rows = measure_cost(plan.config, plan.mixers, left, load_model(plan.teacher)[1])
+    kept = [row for row in found.get("cost", []) if row["tokens"] not in left]
+    found["cost"] = sorted([*kept, *rows], key=lambda row: row["tokens"])
+    write_whole(plan.folder / "conversion.json", json.dumps(found, indent=2) + "\n")
 
 
 def _train(
@@ -219,7 +248,7 @@ def _train(
         row[what] = {"test_top1": top1, **more, **_distance(run)}
         if run.main:
             write_whole(path, json.dumps(found, indent=2) + "\n")
-            print(f"{name}: test top-1 {top1:.2%} {_COLUMNS[what]}", flush=True)
+            print(f"{name}: test top-1 {top1:.2%} {COLUMNS[what]}", flush=True)
 
     try:
         if run.teacher is not None and "teacher" not in found:
@@ -270,47 +299,6 @@ def _config(plan: Plan, name: str, conversion: ConvertConfig, stage: Stage) -> R
         plan.config.model, weights=str(weights) if weights else None, convert=conversion
     )
     return dataclasses.replace(plan.config, model=model, train=train, run_dir=str(folder / stage))
-
-
-def table(found: dict[str, Any]) -> Table:
-    """Tabulate the accuracy after each stage and the distance from the teacher at the end."""
-    rows = []
-    for name, row in found["rows"].items():
-        last = row.get("features", {})
-        minutes = sum(row.get(stage, {}).get("minutes", 0.0) for stage in _STAGES)
-        rows.append(
-            [name.replace(":", ", ")]
-            + [f"{row[c]['test_top1']:.2%}" if c in row else "" for c in _COLUMNS]
-            + [f"{last[c]:.3f}" if c in last else "" for c in ("error", "cosine")]
-            + [f"{last['agreement']:.1%}" if "agreement" in last else "", f"{minutes:.1f}"]
-        )
-    heads = ["mixer", *_COLUMNS.values(), "error", "cosine", "agreement", "minutes"]
-    caption = f"test top-1; the teacher has {found['teacher']:.2%}"
-    return Table(heads, [["teacher", f"{found['teacher']:.2%}", *[""] * 7], *rows], caption)
-
-
-def section(found: dict[str, Any]) -> Section:
-    """Return the figure and the table of the conversions in conversion.json."""
-    names = list(found["rows"])
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(9, 1.6 + 0.5 * len(names)))
-        axis = figure.subplots()
-        axis.axvline(100 * found["teacher"], color="#57606a", linestyle="--", label="teacher")
-        for (key, label), marker in zip(_COLUMNS.items(), "xos^", strict=True):
-            points = [
-                (100 * row[key]["test_top1"], i)
-                for i, row in enumerate(found["rows"].values())
-                if key in row
-            ]
-            if points:
-                axis.plot(*zip(*points, strict=True), marker, label=label, markersize=8)
-        axis.set_yticks(range(len(names)), [name.replace(":", ", ") for name in names])
-        axis.set_ylim(len(names) - 0.5, -0.5)
-        axis.set_xlabel("test top-1, %")
-        axis.grid(axis="x", color="#eaeef2")
-        figure.legend(*axis.get_legend_handles_labels(), ncols=5, frameon=False, loc="upper left")
-        figure.tight_layout(rect=(0, 0, 1, 1 - 0.4 / figure.get_figheight()))
-    return Section("Conversions", figure, [table(found)], [_NOTE])
 
 
 def break_even(plan: Plan, conversion: ConvertConfig) -> vx.BreakEven:
