@@ -12,14 +12,14 @@ is scaled for each matrix separately, so the output for an image does not depend
 from __future__ import annotations
 
 import math
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from ..derivatives import is_transformed
+from ..derivatives import is_transformed, plain_second
 from ..grid import TokenGrid, grid_parts, pool_grid
 from ..options import check_at_least
 from ..precision import to_accumulate, without_autocast
@@ -34,15 +34,56 @@ def newton_schulz_pinv(a: Tensor, iterations: int) -> Tensor:
 
     Shape: (*, m, m) -> same, with at least one leading axis and rows that sum to 1
     """
-    norms = a.abs().sum(-1).amax(-1) * a.abs().sum(-2).amax(-1)
-    z = (a.mT / norms[..., None, None]).flatten(0, -3)
-    flat = a.flatten(0, -3)
-    for _ in range(iterations):  # z (13 - az (15 - az (7 - az))) / 4 as fused products
-        az = flat @ z
-        inner = torch.baddbmm(az, az, az, beta=-7)
-        inner = torch.baddbmm(az, az, inner, beta=15)
-        z = torch.baddbmm(z, z, inner, beta=3.25, alpha=-0.25)
+    flat, z = _start(a)
+    for _ in range(iterations):
+        z = _step(z, flat @ z)
     return z.view_as(a)
+
+
+def _start(a: Tensor) -> tuple[Tensor, Tensor]:
+    """Flatten the leading axes of a; the initial value is scaled for each matrix separately."""
+    norms = a.abs().sum(-1).amax(-1) * a.abs().sum(-2).amax(-1)
+    return a.flatten(0, -3), (a.mT / norms[..., None, None]).flatten(0, -3)
+
+
+def _step(z: Tensor, az: Tensor) -> Tensor:
+    """z (13 - az (15 - az (7 - az))) / 4 as fused products, (A, m, m)."""
+    inner = torch.baddbmm(az, az, az, beta=-7)
+    inner = torch.baddbmm(az, az, inner, beta=15)
+    return torch.baddbmm(z, z, inner, beta=3.25, alpha=-0.25)
+
+
+class _NewtonSchulz(torch.autograd.Function):
+    """All steps of :func:`newton_schulz_pinv`, which store one matrix each instead of four.
+
+    The gradient of X = a z passes through X^3 - 7 X^2 + 15 X in the form of Horner, so that a step
+    takes eleven products in the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, z: Tensor, iterations: int) -> Tensor:
+        values = [z]
+        for _ in range(iterations):
+            values.append(_step(values[-1], a @ values[-1]))
+        ctx.save_for_backward(a, *values[:-1])
+        return values[-1]
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
+        a, *values = ctx.saved_tensors
+        da = torch.zeros_like(a)
+        for z in reversed(values):
+            x = a @ z
+            inner = torch.baddbmm(x, x, x, beta=-7)
+            inner = torch.baddbmm(x, x, inner, beta=15)
+            by_inner = z.mT @ d  # -4 times the gradient of inner
+            right = by_inner @ x.mT - 7 * by_inner
+            dx = torch.baddbmm(15 * by_inner, right, x.mT)
+            dx = torch.baddbmm(dx, x.mT, torch.baddbmm(right, x.mT, by_inner))
+            da = torch.baddbmm(da, dx, z.mT, alpha=-0.25)
+            d = torch.baddbmm(3.25 * d, d, inner.mT, alpha=-0.25)
+            d = torch.baddbmm(d, a.mT, dx, alpha=-0.25)
+        return da, d, None
 
 
 def depthwise_conv(v: Tensor, taps: Tensor) -> Tensor:
@@ -175,15 +216,12 @@ class Nystrom(Kernel):
         with without_autocast(q):  # entries of the inverse are large and cancel
             ql, kl, c = to_accumulate(q_marks, k_marks, context)
             core = (ql @ kl.mT * self.site.key_dim**-0.5).softmax(-1)
-            if is_transformed(core):  # torch.func does not support checkpoints
-                inverse = newton_schulz_pinv(core, self.iterations)
+            plain = partial(newton_schulz_pinv, iterations=self.iterations)
+            if is_transformed(core):
+                inverse = plain(core)
             else:
-                # Recomputed in the backward pass: the five matrices of each step dominate memory
-                # up to about 500 tokens with 64 landmarks.
-                inverse = checkpoint(
-                    newton_schulz_pinv, core, self.iterations,
-                    use_reentrant=False, preserve_rng_state=False,
-                )  # fmt: skip
+                inverse = _NewtonSchulz.apply(*_start(core), self.iterations).view_as(core)
+                inverse = plain_second(inverse, plain, core)
             context = inverse @ c
         out = attend(q, k_marks, context.to(q.dtype))
         if self.residual is None:
