@@ -195,17 +195,18 @@ def by_size(
     return Table([heading, *(f"{size:,}" for size in sizes)], body, caption)
 
 
+def cell(row: Row, column: str) -> str | None:
+    """Format a value, or return None if it is unknown; ~ marks noisy medians."""
+    if row.get(column) is None:
+        return None
+    noisy = column.endswith("_ms_p50") and is_noisy(row, column)
+    return number(row[column]) + ("~" if noisy else "")
+
+
 def column_table(rows: Sequence[Row], column: str, caption: str) -> Table:
     """Tabulate a column with :func:`by_size`; ~ marks noisy medians."""
-
-    def figure(row: Row) -> str | None:
-        if row.get(column) is None:
-            return None
-        noisy = column.endswith("_ms_p50") and is_noisy(row, column)
-        return number(row[column]) + ("~" if noisy else "")
-
     heading = "tokens" if rows[0]["kind"] == "mixer" else "pixels on a side"
-    return by_size(rows, figure, heading, caption)
+    return by_size(rows, lambda row: cell(row, column), heading, caption)
 
 
 def package_table(rows: Sequence[Row]) -> Table:
