@@ -157,15 +157,17 @@ function explore(section, library) {
     const { layout } = plot;
     if (NARROW.matches || layout.meta?.names !== true) return;
     const [low, high] = layout.yaxis.range;
+    const [bottom, top] = layout.yaxis.domain;
     const last = Math.max(...plot.data.map((trace) => Math.max(...trace.x)));
     const ends = [];
     for (const trace of plot.data) {
       const value = trace.yaxis === "y2" ? null : trace.y[trace.x.indexOf(last)];
       if (trace.visible === "legendonly" || value === null || value === undefined) continue;
-      const y = (Math.log10(value) - low) / (high - low);
-      if (y >= 0 && y <= 1) ends.push({ y, trace });
+      const share = (Math.log10(value) - low) / (high - low);
+      if (share >= 0 && share <= 1) ends.push({ y: bottom + share * (top - bottom), trace });
     }
     ends.sort((a, b) => a.y - b.y);
+    if (ends.length > 14) return; // the pointer tells them apart
     const gap = 16 / (layout.height - layout.margin.t - layout.margin.b);
     for (let round = 0; round < 50; round++) {
       for (let i = 1; i < ends.length; i++) {
@@ -180,7 +182,8 @@ function explore(section, library) {
       xref: "paper", x: 1, xanchor: "left", xshift: 6, yref: "paper", y, yanchor: "middle",
       text: trace.name, font: { color: trace.line.color, size: 12 }, showarrow: false,
     }));
-    Plotly.relayout(plot, { annotations });
+    const longest = Math.max(0, ...ends.map(({ trace }) => trace.name.length));
+    Plotly.relayout(plot, { annotations, "margin.r": 20 + 7 * longest });
   }
 
   async function draw() {
@@ -193,10 +196,12 @@ function explore(section, library) {
       return;
     }
     if (NARROW.matches) {
-      Object.assign(figure.layout.margin, { l: 50, r: 12 });
+      Object.assign(figure.layout.margin, { l: 50, r: figure.layout.meta?.names ? 26 : 54 });
+      figure.layout.title.font.size = 15;
       figure.layout.dragmode = false; // so that a finger scrolls the page
     }
     const config = { displaylogo: false, responsive: true, displayModeBar: !NARROW.matches,
+                     showSendToCloud: false, // no data leave this page
                      modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
     await Plotly.react(plot, figure.data, figure.layout, config);
     nameCurves();

@@ -12,6 +12,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from ..html import Table, View
+from ..plots import BLUE
 from .cases import BASE
 from .controls import CONTROLS
 from .pictures import HEADLINE, PEERS, colors, wins
@@ -29,17 +30,19 @@ from .rows import (
 )
 
 Rows = Mapping[tuple[Any, ...], Row]  # by key, to find those of fused softmax
-CHOICES = ("machine", "measured", "precision", "shown", "at")
+CHOICES = ("machine", "measured", "precision", "quantity", "size")
 FEW = 8  # curves shown at first if none of the headline's is there
 LIMITS = (
     "~ marks a time whose 20th and 80th percentiles differ by more than 15% of the median, and a "
     "ratio that involves such a time. Empty cells were not measured, OOM ran out of memory. Axes "
-    "are logarithmic, so a value of 0 is in the table alone. Weights are random; the costs "
-    "measured here do not depend on them."
+    "are logarithmic, so a value of 0 is in the table alone. Ratios to fused softmax are between "
+    "rows that were both compiled or both not. Weights are random; the costs measured here do not "
+    "depend on them."
 )
 _DASHES = {"packages": "dash", "controls": "dot", "compiled": "dashdot"}
 _GRID = {"gridcolor": "#eaeef2", "linecolor": "#9aa5b1", "zeroline": False, "automargin": True}
-_ASIDE = {"range": [0, 1], "fixedrange": True, "visible": False}  # axis of what has no value
+_ASIDE = {"fixedrange": True, "visible": False}  # axis of what has no value
+_LOG = {"type": "log", "tickformat": ",~r", "dtick": "D2", **_GRID}  # ticks at 1, 2 and 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +85,7 @@ class Quantity:
         low, high = (row.get(self.column.replace("p50", p)) for p in ("p20", "p80"))
         if self.relative or "p50" not in self.column or low is None or high is None:
             return said
-        return f"{said} ({number(low)} to {number(high)})"
+        return f"{said} (p20 to p80: {number(low)} to {number(high)})"
 
 
 QUANTITIES = (
@@ -136,10 +139,11 @@ def _hues(rows: Collection[Row]) -> dict[str, str]:
 def _layout(quantity: Quantity, where: str, height: int) -> dict[str, Any]:
     """Describe what both kinds of figures share."""
     title = quantity.heading[0].upper() + quantity.heading[1:]
+    below = "<br>".join(html.escape(line, quote=False) for line in where.splitlines())
     return {
-        "template": {}, "height": height, "margin": {"l": 60, "r": 140, "t": 74, "b": 50},
-        "title": {"text": title, "subtitle": {"text": html.escape(where, quote=False)}, "x": 0,
-                  "xref": "container", "font": {"size": 17}},
+        "template": {}, "height": height, "margin": {"l": 60, "r": 140, "t": 92, "b": 50},
+        "title": {"text": title, "subtitle": {"text": below}, "x": 0, "xref": "container",
+                  "font": {"size": 17}},
         "font": {"family": "system-ui, sans-serif", "color": "#1f2328"}, "showlegend": False,
         "plot_bgcolor": "white", "hoverlabel": {"namelength": -1, "bgcolor": "white"},
     }  # fmt: skip
@@ -180,17 +184,20 @@ def curves(rows: Rows, quantity: Quantity, where: str) -> go.Figure:
         )
         if lost := [n for n in sizes if n in at and at[n]["status"] == "out of memory"]:
             figure.add_scatter(
-                x=lost, y=[0.97 - 0.06 * lost_at[n] for n in lost], yaxis="y2",
+                x=lost, y=[lost_at[n] for n in lost], yaxis="y2",
                 customdata=["out of memory"] * len(lost), mode="markers+text",
                 text=[f"{common['name']}: out of memory "] * len(lost),
                 textposition="middle left", textfont={"color": hues[name]},
                 marker={"symbol": "x", "size": 9}, **common,
             )  # fmt: skip
             lost_at.update((n, lost_at[n] + 1) for n in lost)
+    most = max(lost_at.values())
+    strip = min(0.05 * most, 0.3)  # above the curves
     unit = "tokens" if next(iter(rows.values()))["kind"] == "mixer" else "pixels"
     figure.update_layout(
-        meta={"names": True}, hovermode="x unified", yaxis2={"overlaying": "y", **_ASIDE},
-        yaxis={"type": "log", "tickformat": ",~r", **_GRID},
+        meta={"names": True}, hovermode="x unified",
+        yaxis2={"range": [most - 0.4, -0.6], "domain": [1 - strip, 1], **_ASIDE},
+        yaxis={**_LOG, "domain": [0, 1 - strip]},
         xaxis={
             "type": "log", "tickvals": sizes, "ticktext": [f"{n:,}" for n in sizes],
             "title": {"text": "tokens N" if unit == "tokens" else "image size (pixels)"},
@@ -212,8 +219,9 @@ def dots(some: Sequence[Row], rows: Rows, quantity: Quantity, where: str) -> go.
         quantity: what to plot.
         where: machine, precision, batch size and size, for the subtitle.
     """
-    hues = _hues(rows.values())
     found = {label(row): (quantity.value(row, rows), row) for row in some}
+    mixers = some[0]["kind"] == "mixer"
+    hues = _hues(rows.values()) if mixers else dict.fromkeys(found, BLUE)
     known = sorted((value, name) for name, (value, _) in found.items() if value)
     lost = [name for name, (_, row) in found.items() if row["status"] == "out of memory"]
     names = {name: html.escape(name, quote=False) for name in (*(n for _, n in known), *lost)}
@@ -233,9 +241,10 @@ def dots(some: Sequence[Row], rows: Rows, quantity: Quantity, where: str) -> go.
     ends = [math.log10(value) for value, _ in (known[0], known[-1])]
     room = 0.06 * (ends[1] - ends[0]) + 0.05
     figure.update_layout(
-        hovermode="closest", xaxis2={"overlaying": "x", **_ASIDE}, margin={"r": 70},
-        xaxis={"type": "log", "tickformat": ",~r", "range": [ends[0] - room, ends[1] + room],
-               "side": "bottom", **_GRID},
+        hovermode="closest", margin={"r": 70},
+        xaxis2={"overlaying": "x", "range": [0, 1], **_ASIDE},
+        xaxis={**_LOG, "range": [ends[0] - room, ends[1] + room],
+               "dtick": 1 if ends[1] - ends[0] > 1 else "D2"},  # the values are written out
         yaxis={"type": "category", "categoryorder": "array", "autorange": "reversed",
                "categoryarray": list(names.values()), **_GRID},
     )  # fmt: skip
@@ -256,7 +265,8 @@ def at_size(some: Sequence[Row], rows: Rows, quantities: Sequence[Quantity]) -> 
     for name, (row, *_) in by_label(some).items():
         lost = row["status"] == "out of memory"
         cells = ["OOM" if lost else quantity.cell(row, rows) or "" for quantity in quantities]
-        lines.append([name, *cells])
+        if any(cells):
+            lines.append([name, *cells])
     return Table([some[0]["kind"], *(q.heading for q in quantities)], lines, size_of(some[0]))
 
 
@@ -274,7 +284,7 @@ def views(machine: str, measured: str, rows: Sequence[Row], comments: Sequence[s
     """
     mixers, index = rows[0]["kind"] == "mixer", {key(row): row for row in rows}
     group = (machine, measured, f"{rows[0]['dtype']}, batch {rows[0]['batch']}")
-    where = f"{machine}, {group[-1]}"
+    where = f"{machine}\n{group[-1]}"
     sizes: dict[int, list[Row]] = {}
     for row in rows:
         sizes.setdefault(row["size"], []).append(row)

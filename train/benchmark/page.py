@@ -110,7 +110,7 @@ def write(files: Sequence[Path], more: Sequence[Section], out: Path) -> list[Pat
                 raise ValueError(f"{other} and {file} would both write {min(same)}.png: rename one")
         drawn[file] = mine
     if shown:
-        sections.insert(0, Section("Explore", choices=CHOICES, views=shown))
+        sections.insert(0, Section("Layers and models", choices=CHOICES, views=shown))
     out.mkdir(parents=True, exist_ok=True)
     written = [out / "index.html"]
     for file, named in drawn.items():

@@ -36,6 +36,7 @@ METHOD = (
 )
 NOISY = 0.15  # spread above which tables mark a time
 _TEXT = {"kind", "name", "dtype", "mode", "mixer", "checkpointing", "status", "backbone"}
+_KNOWN = {"kind": {"mixer", "model"}, "mode": {"eager", "compiled"}}
 _NUMBERS = set(COLUMNS) - _TEXT - {"revision"}
 
 
@@ -114,6 +115,9 @@ def read_rows(path: Path) -> tuple[list[str], list[Row]]:
         raise ValueError(f"{path} cannot be read as measured rows: {error}") from error
     if len({key(row) for row in rows}) < len(rows) or not all(row["size"] for row in rows):
         raise ValueError(f"{path} has duplicate rows or a row without a size")
+    for column, known in _KNOWN.items():
+        if odd := {row[column] for row in rows} - known:
+            raise ValueError(f"{path} has {column} {min(odd)!r}, not {' or '.join(sorted(known))}")
     return comments, rows
 
 
