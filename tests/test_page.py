@@ -236,7 +236,7 @@ def test_tables_have_headings_to_sort_by(tmp_path: Path) -> None:
     [
         (lambda text: "", "has no rows of python -m train.benchmark"),
         (lambda text: text[:-30], "has an incomplete row"),
-        (lambda text: text.replace("mixer,", "layer,"), "has kind 'layer', not mixer or model"),
+        (lambda text: text.replace("\nmixer,", "\nlayer,"), "has kind 'layer', not mixer or model"),
         (lambda text: text.replace("eager", "fast"), "has mode 'fast', not compiled or eager"),
     ],
 )  # fmt: skip

@@ -159,15 +159,17 @@ function explore(section, library) {
     const [low, high] = layout.yaxis.range;
     const [bottom, top] = layout.yaxis.domain;
     const last = Math.max(...plot.data.map((trace) => Math.max(...trace.x)));
+    const [start, end] = layout.xaxis.range;
+    const inside = start <= Math.log10(last) && Math.log10(last) <= end; // not zoomed away
     const ends = [];
     for (const trace of plot.data) {
       const value = trace.yaxis === "y2" ? null : trace.y[trace.x.indexOf(last)];
       if (trace.visible === "legendonly" || value === null || value === undefined) continue;
       const share = (Math.log10(value) - low) / (high - low);
-      if (share >= 0 && share <= 1) ends.push({ y: bottom + share * (top - bottom), trace });
+      if (inside && share >= 0 && share <= 1) ends.push({ y: bottom + share * (top - bottom), trace });
     }
     ends.sort((a, b) => a.y - b.y);
-    if (ends.length > 14) return; // the pointer tells them apart
+    if (ends.length > 14) ends.length = 0; // the pointer tells them apart
     const gap = 16 / (layout.height - layout.margin.t - layout.margin.b);
     for (let round = 0; round < 50; round++) {
       for (let i = 1; i < ends.length; i++) {

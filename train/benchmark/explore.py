@@ -245,8 +245,8 @@ def dots(some: Sequence[Row], rows: Rows, quantity: Quantity, where: str) -> go.
         xaxis2={"overlaying": "x", "range": [0, 1], **_ASIDE},
         xaxis={**_LOG, "range": [ends[0] - room, ends[1] + room],
                "dtick": 1 if ends[1] - ends[0] > 1 else "D2"},  # the values are written out
-        yaxis={"type": "category", "categoryorder": "array", "autorange": "reversed",
-               "categoryarray": list(names.values()), **_GRID},
+        yaxis={"type": "category", "categoryorder": "array",
+               "categoryarray": list(names.values()), "range": [len(names) - 0.3, -0.7], **_GRID},
     )  # fmt: skip
     if quantity.relative:
         figure.add_vline(1, line={"color": "#57606a", "width": 1, "dash": "dot"}, layer="below")
