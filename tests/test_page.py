@@ -207,7 +207,7 @@ def test_rows_without_a_value_have_a_table_and_no_figure(tmp_path: Path) -> None
 def test_names_are_text(tmp_path: Path) -> None:
     name = "<b>A</b> & 'B' \"C\"</script><!--<script>"
     file = mixers(tmp_path / "mixers.csv", f"device: {name}", "versions: torch 2")
-    text = file.read_text(encoding="utf-8").replace("talking_heads", "<img src=x>")
+    text = file.read_text(encoding="utf-8").replace("talking_heads", "</script><img src=x>")
     file.write_text(text, encoding="utf-8")
     page = page_of([file], tmp_path / "page.html")
     assert {view["choice"][0] for view in page.views} == {f"{name}, torch 2"}
@@ -218,7 +218,8 @@ def test_names_are_text(tmp_path: Path) -> None:
     layout = page.view(STEP, "all lengths")["figure"]["layout"]
     assert layout["title"]["subtitle"]["text"].startswith("&lt;b&gt;A&lt;/b&gt; &amp; 'B'")
     data = page.view(STEP, "all lengths")["figure"]["data"]
-    assert "&lt;img src=x&gt;" in {trace["name"] for trace in data}
+    assert "&lt;/script&gt;&lt;img src=x&gt;" in {trace["name"] for trace in data}
+    assert "</script><img src=x>" in {trace["meta"]["curve"] for trace in data}
 
 
 def test_tables_have_headings_to_sort_by(tmp_path: Path) -> None:
