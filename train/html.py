@@ -95,8 +95,8 @@ class View:
         if self.notes:
             parts.append(_notes(self.notes))
         if self.figure is not None:
-            # "</script>" and "<!--" would end or change the element
-            data = self.figure.to_json().replace("<", "\\u003c")
+            # to_json() escapes "<", so that no name ends the element
+            data = self.figure.to_json()
             parts.append(f'<script type="application/json">{data}</script>')
         return f'<div class="view" data-choice="{_attribute(self.choice)}">{"".join(parts)}</div>'
 
