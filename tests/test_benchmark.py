@@ -603,7 +603,7 @@ def test_errors_of_a_trained_model_and_the_page(
     _, _, costs_of_runs = text.partition("<h2>Accuracy and cost")
     assert "mine: " in costs_of_runs  # its command
     images = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
-    assert len(images) == 6  # the last is accuracy against cost
+    assert len(images) == 2  # errors, and accuracy against cost; the others are interactive
     for image in images:
         with Image.open(io.BytesIO(base64.b64decode(image))) as opened:
             assert opened.width > 700

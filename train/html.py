@@ -1,32 +1,29 @@
-"""Tables, and self-contained HTML pages of tables and figures."""
+"""Tables, and self-contained HTML pages of tables and figures.
+
+Tables sort by a click on a heading (``page.js``). A section is static, or has views to choose from,
+each with an interactive figure.
+"""
 
 from __future__ import annotations
 
 import base64
 import dataclasses
+import gzip
 import html
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 
 from .atomic import write_whole
 
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem;
-       color: #1f2328; }
-h2 { margin-top: 3rem; }
-table { border-collapse: collapse; font-size: 0.9rem; }
-caption { text-align: left; font-weight: 600; padding: 1rem 0 0.3rem; }
-th, td { padding: 0.35rem 0.8rem; text-align: right; border-bottom: 1px solid #d8dee4;
-         white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-.wide { overflow-x: auto; }
-img { width: 100%; min-width: 44rem; height: auto; }
-code { font-size: 0.85rem; overflow-wrap: anywhere; }
-.notes { font-size: 0.9rem; color: #57606a; }
-"""
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure as Interactive
+
+_STYLE, _SCRIPT = (Path(__file__).with_name(f"page.{kind}") for kind in ("css", "js"))
 
 
 @dataclasses.dataclass
@@ -61,14 +58,47 @@ class Table:
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
     def html(self) -> str:
-        """Format the table as HTML that scrolls on narrow screens."""
-        head = "".join(f"<th>{html.escape(h)}</th>" for h in self.headings)
+        """Format the table as HTML that sorts by its columns and scrolls on narrow screens."""
+        head = "".join(
+            f'<th><button type="button">{html.escape(h)}</button></th>' for h in self.headings
+        )
         body = "".join(
             "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
             for row in self.rows
         )
         caption = f"<caption>{html.escape(self.caption)}</caption>" if self.caption else ""
-        return f'<div class="wide"><table>{caption}<tr>{head}</tr>{body}</table></div>'
+        rows = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+        return f'<div class="wide"><table>{caption}{rows}</table></div>'
+
+
+@dataclasses.dataclass
+class View:
+    """What a section shows for one combination of choices.
+
+    Args:
+        choice: one value for each choice of the section; None is shown with all of them.
+        figure: interactive figure. A trace whose ``meta`` names a ``curve`` and its ``group`` gets
+            a button that switches it on and off, with all other traces of this curve; ``names`` in
+            the ``meta`` of the layout writes their names at their ends.
+        tables: tables below the figure.
+        notes: lines in small print.
+    """
+
+    choice: Sequence[str | None]
+    figure: Interactive | None = None
+    tables: Sequence[Table] = ()
+    notes: Sequence[str] = ()
+
+    def html(self) -> str:
+        """Format the view as HTML; its figure is data that the script of the page draws."""
+        parts = [table.html() for table in self.tables]
+        if self.notes:
+            parts.append(_notes(self.notes))
+        if self.figure is not None:
+            # to_json() escapes "<", so that no name ends the element
+            data = self.figure.to_json()
+            parts.append(f'<script type="application/json">{data}</script>')
+        return f'<div class="view" data-choice="{_attribute(self.choice)}">{"".join(parts)}</div>'
 
 
 @dataclasses.dataclass
@@ -80,15 +110,19 @@ class Section:
         figure: figure below the heading.
         tables: tables below the figure.
         notes: lines in small print that describe how the results were obtained.
+        choices: names of the choices between the views, in order.
+        views: what to show for each combination; at least one must be without None.
     """
 
     title: str
     figure: Figure | None = None
     tables: Sequence[Table] = ()
     notes: Sequence[str] = ()
+    choices: Sequence[str] = ()
+    views: Sequence[View] = ()
 
     def html(self) -> str:
-        """Format the section as HTML, with its figure embedded."""
+        """Format the section as HTML, with its figures embedded."""
         title = html.escape(self.title)
         parts = [f"<h2>{title}</h2>"]
         if self.figure is not None:
@@ -96,8 +130,14 @@ class Section:
             parts.append(f'<div class="wide">{image}</div>')
         parts += [table.html() for table in self.tables]
         if self.notes:
-            lines = "<br>".join(html.escape(note) for note in self.notes)
-            parts.append(f'<p class="notes"><code>{lines}</code></p>')
+            parts.append(_notes(self.notes))
+        if self.views:
+            parts += [
+                f'<section data-choices="{_attribute(self.choices)}"><div class="choices"></div>',
+                '<div class="curves"></div><div class="plot"></div>',
+                *(view.html() for view in self.views),
+                "</section>",
+            ]
         return "".join(parts)
 
 
@@ -110,13 +150,34 @@ def write_page(path: Path, title: str, sections: Sequence[Section]) -> None:
         sections: sections, in order.
     """
     body = "".join(section.html() for section in sections)
+    if any(view.figure is not None for section in sections for view in section.views):
+        body += f'<script type="text/plain" id="plotly">{_plotly()}</script>'
+    style, script = (file.read_text(encoding="utf-8") for file in (_STYLE, _SCRIPT))
     page = (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
-        f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1>{body}</html>\n"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{style}</style>"
+        f"<h1>{html.escape(title)}</h1>{body}<script>{script}</script></html>\n"
     )
     # file names that are not valid UTF-8 cannot be encoded
     write_whole(path, page.encode("utf-8", "backslashreplace").decode())
+
+
+def _notes(lines: Sequence[str]) -> str:
+    """Format lines in small print."""
+    return f'<p class="notes"><code>{"<br>".join(map(html.escape, lines))}</code></p>'
+
+
+def _attribute(values: Sequence[str | None]) -> str:
+    """Encode values as an attribute that holds JSON."""
+    return html.escape(json.dumps(list(values)))
+
+
+def _plotly() -> str:
+    """Encode the library that draws interactive figures; compressed, it is 2 MB instead of 5."""
+    from plotly.offline import get_plotlyjs  # the report of runs does without it
+
+    return base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode()
 
 
 def _inline(figure: Figure) -> str:

@@ -1,4 +1,4 @@
-"""Tables and figures of the measurements: PNG files and one self-contained HTML page."""
+"""Figures of the measurements: PNG files and one self-contained HTML page to explore them."""
 
 from __future__ import annotations
 
@@ -6,29 +6,20 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..html import Section, write_page
+from matplotlib.figure import Figure
+
+from ..html import Section, View, write_page
 from ..plots import save
 from ..provenance import fingerprint
 from .errors import error_section
-from .pictures import bars, lengths, wins
-from .rows import Row, column_table, package_table, read_csv, read_rows, refusals
+from .explore import CHOICES, views
+from .pictures import bars, lengths
+from .rows import Row, read_csv, read_rows
 
 PANELS = {
     "Memory": [("kept_mib", "saved for backward, MiB"), ("peak_mib", "peak of a step, MiB")],
     "Time": [("step_ms_p50", "training step, ms"), ("infer_ms_p50", "inference, ms")],
 }
-_TABLES = {
-    "Memory": {"kept_mib": "saved for backward, MiB", "peak_mib": "peak of a training step, MiB",
-               "reserved_mib": "reserved by the allocator, MiB",
-               "device_mib": "GPU memory in use according to the driver, MiB"},
-    "Time": {"step_ms_p50": "training step, median ms", "infer_ms_p50": "inference, median ms",
-             "images_per_second": "images/s in training"},
-}  # fmt: skip
-LIMITS = (
-    "~ marks a time whose 20th and 80th percentiles differ by more than 15% of the median, and a "
-    "ratio that involves such a time. Empty cells were not measured. Weights are random; the costs "
-    "measured here do not depend on them."
-)
 
 
 def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -40,39 +31,47 @@ def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return found
 
 
-def sections(file: Path) -> dict[str, Section]:
-    """Build the sections of one CSV file, keyed by the name of their figure.
-
-    Raises:
-        ValueError: if the file is not one of the benchmark.
-    """
-    comments, found = read_csv(file)
-    stem = f"{file.absolute().parent.name}-{file.stem}"
-    if "error" in found[0]:
-        try:
-            return {stem: error_section(comments, found)}
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from error
-    _, rows = read_rows(file)
-    device = comments[0].partition(": ")[2]
-    made = {}
+def pictures(file: Path, device: str, rows: Sequence[Row]) -> dict[str, Figure | None]:
+    """Draw the static figures of a file, by name; None if nothing was measured."""
+    made: dict[str, Figure | None] = {}
     for shared, some in groups(rows).items():
-        title = f"{shared}, on {device}"
         eager = [row for row in some if row["mode"] == "eager"]
         measured = [row for row in eager or some if row["status"] == "ok"]
         draw = lengths if len({row["size"] for row in measured}) > 1 else bars
         for name, columns in PANELS.items():
             panels = [c for c in columns if any(row[c[0]] for row in measured)]
-            tables = [column_table(some, *pair) for pair in _TABLES[name].items()]
-            if name == "Time" and some[0]["kind"] == "mixer":
-                tables += [package_table(some), wins(eager)]
-            words = f"{stem} {shared.removeprefix(f'{file.stem},')} {name}".lower()
-            made["-".join(re.findall(r"[\w.]+", words))] = Section(
-                f"{name}: {file.stem}",
-                draw(measured, panels, title) if panels else None,
-                [table for table in tables if table.rows],
-                [*comments, *refusals(some), LIMITS],
+            words = f"{stem_of(file)} {shared.removeprefix(f'{file.stem},')} {name}".lower()
+            made["-".join(re.findall(r"[\w.]+", words))] = (
+                draw(measured, panels, f"{shared}, on {device}") if panels else None
             )
+    return made
+
+
+def stem_of(file: Path) -> str:
+    """Return the first part of the names of a file's figures: its folder and its own name."""
+    return f"{file.absolute().parent.name}-{file.stem}"
+
+
+def choices(
+    file: Path, comments: Sequence[str], rows: Sequence[Row], taken: set[str]
+) -> list[View]:
+    """Build the views of a file, for the interactive part of the page.
+
+    Args:
+        file: the file.
+        comments: its comment lines.
+        rows: its rows.
+        taken: descriptions of machine and file that are in use; those of this file are added.
+    """
+    device, versions = (line.partition(": ")[2] for line in comments[:2])
+    torch = [version for version in versions.split(", ") if version.startswith("torch ")]
+    machine = ", ".join([device, *torch])
+    name = file.stem if f"{machine}/{file.stem}" not in taken else stem_of(file)
+    taken.add(f"{machine}/{name}")
+    made = []
+    for some in groups(rows).values():
+        kind = "single layers" if some[0]["kind"] == "mixer" else "whole models"
+        made += views(machine, f"{kind}: {name}", some, comments)
     return made
 
 
@@ -90,20 +89,34 @@ def write(files: Sequence[Path], more: Sequence[Section], out: Path) -> list[Pat
     Raises:
         ValueError: if a file cannot be read, or if two files would write the same figure.
     """
-    made: dict[Path, dict[str, Section]] = {}
+    drawn: dict[Path, dict[str, Figure | None]] = {}
+    shown: list[View] = []
+    taken: set[str] = set()
+    sections: list[Section] = []
     for file in files:
-        mine = sections(file)
-        for other, named in made.items():
+        comments, found = read_csv(file)
+        if "error" in found[0]:
+            try:
+                sections.append(error_section(comments, found))
+            except ValueError as error:
+                raise ValueError(f"{file}: {error}") from error
+            mine = {stem_of(file): sections[-1].figure}
+        else:
+            comments, rows = read_rows(file)
+            mine = pictures(file, comments[0].partition(": ")[2], rows)
+            shown += choices(file, comments, rows, taken)
+        for other, named in drawn.items():
             if same := mine.keys() & named.keys():
                 raise ValueError(f"{other} and {file} would both write {min(same)}.png: rename one")
-        made[file] = mine
+        drawn[file] = mine
+    if shown:
+        sections.insert(0, Section("Layers and models", choices=CHOICES, views=shown))
     out.mkdir(parents=True, exist_ok=True)
     written = [out / "index.html"]
-    for file, named in made.items():
-        for name, section in named.items():
-            if section.figure is not None:
+    for file, named in drawn.items():
+        for name, figure in named.items():
+            if figure is not None:
                 written.append(out / f"{name}.png")
-                save(section.figure, written[-1], source=fingerprint(file))
-    shown = [section for named in made.values() for section in named.values()]
-    write_page(out / "index.html", "Memory and time of token mixers", [*shown, *more])
+                save(figure, written[-1], source=fingerprint(file))
+    write_page(out / "index.html", "Memory and time of token mixers", [*sections, *more])
     return written

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -27,12 +28,12 @@ _COLORS = {
 _MORE = (  # for all other mixers
     "#8250df", "#0a7d8c", "#d4498e", "#6e4c1e", "#7ab8f5", "#9bd08f", "#e8a87c", "#b08fd8",
 )  # fmt: skip
-_HEADLINE = {
+HEADLINE = {
     "softmax": "softmax (fused)", "linformer": "Linformer", "performer": "Performer",
     "nystrom": "Nyströmformer", "fourier": "Fourier",
 }  # fmt: skip
 _PRECISION = {"fp32": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autocast"}
-_PEERS = {peer: ours for ours, (peer, *_) in PAIRS.items()}
+PEERS = {peer: ours for ours, (peer, *_) in PAIRS.items()}
 
 
 def series(rows: Sequence[Row], column: str) -> dict[str, Points]:
@@ -46,6 +47,16 @@ def series(rows: Sequence[Row], column: str) -> dict[str, Points]:
         if value:
             found.setdefault(label(row), []).append((row["size"], float(value)))
     return {name: sorted(points) for name, points in found.items()}
+
+
+def colors(names: Iterable[str]) -> dict[str, str]:
+    """Choose a color for each mixer or model; packages get that of our mixer."""
+    ours = {name: PEERS.get(name, name) for name in names}
+    found, more = dict(_COLORS), itertools.cycle(_MORE)
+    for name in ours.values():
+        if name not in found:
+            found[name] = "#c9d1d9" if name in CONTROLS else next(more)
+    return {name: found[plain] for name, plain in ours.items()}
 
 
 def exponent(points: Points) -> float | None:
@@ -101,34 +112,30 @@ def lengths(rows: Sequence[Row], panels: Sequence[tuple[str, str]], title: str) 
         panels: (column, heading) of each panel.
         title: title of the figure.
     """
-    more = iter(_MORE * len(rows))
-    colors = dict(_COLORS)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7 * len(panels), 7.2))
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
-        for axis, (column, heading) in zip(axes, panels, strict=True):
-            lines = series(rows, column)
+        drawn = [series(rows, column) for column, _ in panels]
+        color = colors(name for lines in drawn for name in lines)
+        for axis, (_, heading), lines in zip(axes, panels, drawn, strict=True):
             lines.pop("identity", None)
             for name, points in lines.items():
-                ours = _PEERS.get(name, name)
-                if ours not in colors:
-                    colors[ours] = "#c9d1d9" if ours in CONTROLS else next(more)
                 points = [(n, y) for n, y in points if y < math.inf]
                 if not points:
                     continue
                 power = exponent(points)
-                style = ":" if name in CONTROLS else "--" if name in _PEERS else "-"
+                style = ":" if name in CONTROLS else "--" if name in PEERS else "-"
                 axis.plot(
                     *zip(*points, strict=True), linestyle=style, marker="o", markersize=4,
                     label=name if power is None else f"{name}  $N^{{{power:.2f}}}$",
-                    color=colors[ours], linewidth=2.8 if name in (BASE, EAGER) else 1.7,
+                    color=color[name], linewidth=2.8 if name in (BASE, EAGER) else 1.7,
                 )  # fmt: skip
                 place = crossing(points, lines.get(BASE, []))
                 if place is not None and name in PAIRS and points[0][0] < place < math.inf:
-                    axis.axvline(place, color=colors[ours], linewidth=0.9, linestyle=":")
+                    axis.axvline(place, color=color[name], linewidth=0.9, linestyle=":")
                     axis.annotate(
                         f"{place:,.0f}", (place, 0.01), xycoords=("data", "axes fraction"),
-                        rotation=90, fontsize=9, color=colors[ours], ha="right", va="bottom",
+                        rotation=90, fontsize=9, color=color[name], ha="right", va="bottom",
                     )  # fmt: skip
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
@@ -162,7 +169,7 @@ def headline(rows: Sequence[Row], device: str) -> Figure:
     Raises:
         ValueError: if batch sizes or precisions differ, or if fused softmax is missing.
     """
-    rows = [r for r in rows if r["name"] in _HEADLINE and r["mode"] == "eager"]
+    rows = [r for r in rows if r["name"] in HEADLINE and r["mode"] == "eager"]
     if len({(row["batch"], row["dtype"]) for row in rows}) != 1 or BASE not in series(
         rows, "step_ms_p50"
     ):
@@ -198,7 +205,7 @@ def headline(rows: Sequence[Row], device: str) -> Figure:
             for name, height in heights.items():
                 x, y = ends[name]
                 axis.annotate(
-                    f"{_HEADLINE[name]}  {number(y)}", (x, y), (1.02, height),
+                    f"{HEADLINE[name]}  {number(y)}", (x, y), (1.02, height),
                     textcoords="axes fraction", color=_COLORS[name], va="center", fontsize=11,
                     weight="bold" if name == BASE else "normal", annotation_clip=False,
                 )  # fmt: skip

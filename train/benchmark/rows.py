@@ -36,6 +36,7 @@ METHOD = (
 )
 NOISY = 0.15  # spread above which tables mark a time
 _TEXT = {"kind", "name", "dtype", "mode", "mixer", "checkpointing", "status", "backbone"}
+_KNOWN = {"kind": {"mixer", "model"}, "mode": {"eager", "compiled"}}
 _NUMBERS = set(COLUMNS) - _TEXT - {"revision"}
 
 
@@ -114,6 +115,9 @@ def read_rows(path: Path) -> tuple[list[str], list[Row]]:
         raise ValueError(f"{path} cannot be read as measured rows: {error}") from error
     if len({key(row) for row in rows}) < len(rows) or not all(row["size"] for row in rows):
         raise ValueError(f"{path} has duplicate rows or a row without a size")
+    for column, known in _KNOWN.items():
+        if odd := {row[column] for row in rows} - known:
+            raise ValueError(f"{path} has {column} {min(odd)!r}, not {' or '.join(sorted(known))}")
     return comments, rows
 
 
@@ -195,17 +199,18 @@ def by_size(
     return Table([heading, *(f"{size:,}" for size in sizes)], body, caption)
 
 
+def cell(row: Row, column: str) -> str | None:
+    """Format a value, or return None if it is unknown; ~ marks noisy medians."""
+    if row.get(column) is None:
+        return None
+    noisy = column.endswith("_ms_p50") and is_noisy(row, column)
+    return number(row[column]) + ("~" if noisy else "")
+
+
 def column_table(rows: Sequence[Row], column: str, caption: str) -> Table:
     """Tabulate a column with :func:`by_size`; ~ marks noisy medians."""
-
-    def figure(row: Row) -> str | None:
-        if row.get(column) is None:
-            return None
-        noisy = column.endswith("_ms_p50") and is_noisy(row, column)
-        return number(row[column]) + ("~" if noisy else "")
-
     heading = "tokens" if rows[0]["kind"] == "mixer" else "pixels on a side"
-    return by_size(rows, figure, heading, caption)
+    return by_size(rows, lambda row: cell(row, column), heading, caption)
 
 
 def package_table(rows: Sequence[Row]) -> Table:
