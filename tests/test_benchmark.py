@@ -108,13 +108,13 @@ def test_bytes_kept_grow_as_the_papers_say(name: str) -> None:
     assert low <= math.log(kept(64) / kept(32), 4) <= high
 
 
-def test_nystrom_keeps_nothing_of_the_steps_of_its_inverse() -> None:
+def test_nystrom_keeps_one_matrix_of_each_step_of_its_inverse() -> None:
     layout, x = vx.TokenGrid((8, 8)), torch.randn(1, 64, 64, requires_grad=True)
     kept = []
     for iterations in (1, 12):
         mixer = vx.create_mixer("nystrom", dim=64, heads=2, grid=layout, iterations=iterations)
         kept.append(bytes_kept(mixer, lambda mixer=mixer: mixer(x, layout)))
-    assert kept[0] == kept[1]
+    assert kept[1] - kept[0] == 11 * 2 * 64 * 64 * x.element_size()  # steps, heads, entries
 
 
 @pytest.mark.skipif(torch.__version__ < (2, 12), reason="PyTorch takes it for an export")

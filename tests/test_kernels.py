@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from reference import assert_same, relative_error, site
 from torch.autograd import forward_ad
 
-from vision_xformer import KERNELS, TokenGrid, create_mixer
+from vision_xformer import KERNELS, Site, TokenGrid, create_mixer
 from vision_xformer.grid import grid_parts, pool_grid, segment_means
-from vision_xformer.kernels import performer
+from vision_xformer.kernels import nystrom, performer
 from vision_xformer.kernels.nystrom import depthwise_conv, newton_schulz_pinv
 
 HEADS, K, V = 3, 5, 7
@@ -691,3 +691,31 @@ def test_pool_grid_is_its_loop(shape, parts, prefix):
         (x,),
         1e-12,
     )
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_nystrom_kernel_has_the_gradients_of_its_plain_equations(autocast: bool) -> None:
+    """The backward passes that are written out, against autograd."""
+    torch.manual_seed(0)
+    grid = TokenGrid((6, 7))
+    where = Site(2, 8, 8, grid, grid)
+    kernel = nystrom.Nystrom(where, landmarks=6, residual_kernel=5)
+    dtype = torch.float32 if autocast else torch.float64
+    kernel.to(dtype)
+    operands = [torch.randn(3, 2, 42, 8, dtype=dtype, requires_grad=True) for _ in range(3)]
+    weight = torch.randn(3, 2, 42, 8, dtype=dtype)
+    inputs = (*operands, kernel.residual)
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = kernel(*operands, grid, grid)
+        return torch.autograd.grad(out, inputs, weight.to(out.dtype))
+
+    ours = gradients()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nystrom, "is_transformed", lambda *tensors: True)
+        plain = gradients()
+    for mine, theirs in zip(ours, plain, strict=True):
+        assert mine.dtype == theirs.dtype == dtype
+        tolerance = 2e-2 if autocast else 1e-12
+        assert (mine - theirs).norm() <= tolerance * theirs.norm()

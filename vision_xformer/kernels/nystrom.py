@@ -94,23 +94,49 @@ def depthwise_conv(v: Tensor, taps: Tensor) -> Tensor:
 
     Shape: (B, H, M, V), (H, T) -> (B, H, M, V)
     """
-    (batch, heads, length, channels), width = v.shape, taps.shape[1]
-    if batch == 0:
+    if v.shape[0] == 0:
         return v * taps.sum()
+    length, width = v.shape[2], taps.shape[1]
     block = max(_BLOCK, width)
-    blocks = -(-length // block)
     # Row i of the matrix holds the taps from column i on. A row padded to one more than the width
     # of the matrix, repeated, and read at that width is shifted by one in each row.
     band = F.pad(taps, (0, 2 * block + 1 - width)).repeat(1, block)
-    band = band[:, : 2 * block * block].view(heads, block, 2 * block)
-    # (H, block, B * blocks * V): one product for all blocks, each with the block after it. The
-    # result that spans two samples is discarded.
-    before = width // 2
-    x = F.pad(v, (0, 0, before, (blocks + 1) * block - length - before))
-    x = x.unflatten(2, (blocks + 1, block)).permute(1, 3, 0, 2, 4).flatten(2)
+    band = band[:, : 2 * block * block].view(-1, block, 2 * block)
+    # one product for all blocks, each with the block after it; the result that spans two samples is
+    # discarded
+    x, channels = _blocks(v, width // 2, block), v.shape[3]
     y = torch.baddbmm(band[..., :block] @ x[..., :-channels], band[..., block:], x[..., channels:])
-    y = F.pad(y, (0, channels)).unflatten(2, (batch, blocks + 1, channels))[:, :, :, :blocks]
+    y = F.pad(y, (0, channels)).unflatten(2, (v.shape[0], -1, channels))[:, :, :, :-1]
     return y.permute(2, 0, 3, 1, 4).flatten(2, 3)[:, :, :length]
+
+
+def _blocks(v: Tensor, before: int, block: int) -> Tensor:
+    """Pad a sequence, and split it into blocks: (B, H, M, V) -> (H, block, B * blocks * V)."""
+    blocks = -(-v.shape[2] // block) + 1
+    x = F.pad(v, (0, 0, before, blocks * block - v.shape[2] - before))
+    return x.unflatten(2, (blocks, block)).permute(1, 3, 0, 2, 4).flatten(2)
+
+
+class _DepthwiseConv(torch.autograd.Function):
+    """:func:`depthwise_conv`, which stores v but not its padded copy."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, taps: Tensor) -> Tensor:
+        ctx.save_for_backward(v, taps)
+        return depthwise_conv(v, taps)
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, Tensor]:
+        v, taps = ctx.saved_tensors
+        (heads, width), channels = taps.shape, v.shape[3]
+        block = max(_BLOCK, width)
+        # autocast, if it is on in the forward pass, gives d a lower precision
+        x, y = _blocks(v.to(d), width // 2, block), _blocks(d, 0, block)[..., :-channels]
+        band = torch.cat((y @ x[..., :-channels].mT, y @ x[..., channels:].mT), -1)
+        del x, y
+        shifted = F.pad(band.flatten(1), (0, block)).view(heads, block, -1)  # undoes the shift
+        dv = depthwise_conv(d, taps.flip(1).to(d))
+        return dv.to(v), shifted[..., :width].sum(1).to(taps)
 
 
 def nearest_keys(queries: TokenGrid, keys: TokenGrid, device: torch.device) -> Tensor:
@@ -226,7 +252,11 @@ class Nystrom(Kernel):
         out = attend(q, k_marks, context.to(q.dtype))
         if self.residual is None:
             return out
-        local = depthwise_conv(v, self.residual)
+        if is_transformed(v, self.residual):
+            local = depthwise_conv(v, self.residual)
+        else:
+            local = _DepthwiseConv.apply(v, self.residual)
+            local = plain_second(local, depthwise_conv, v, self.residual)
         if queries != keys:
             local = local[:, :, nearest_keys(queries, keys, v.device)]
         return out + local
