@@ -13,6 +13,7 @@ from ..plots import save
 from ..provenance import fingerprint
 from .errors import error_section
 from .explore import CHOICES, views
+from .fits import fits_section
 from .pictures import bars, lengths
 from .rows import Row, read_csv, read_rows
 
@@ -20,6 +21,8 @@ PANELS = {
     "Memory": [("kept_mib", "saved for backward, MiB"), ("peak_mib", "peak of a step, MiB")],
     "Time": [("step_ms_p50", "training step, ms"), ("infer_ms_p50", "inference, ms")],
 }
+# the sections of files that hold no measured rows, by a column that only they have
+_SECTIONS = {"error": error_section, "image_mib": fits_section}
 
 
 def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -95,9 +98,10 @@ def write(files: Sequence[Path], more: Sequence[Section], out: Path) -> list[Pat
     sections: list[Section] = []
     for file in files:
         comments, found = read_csv(file)
-        if "error" in found[0]:
+        section = next((make for column, make in _SECTIONS.items() if column in found[0]), None)
+        if section is not None:
             try:
-                sections.append(error_section(comments, found))
+                sections.append(section(comments, found))
             except ValueError as error:
                 raise ValueError(f"{file}: {error}") from error
             mine = {stem_of(file): sections[-1].figure}

@@ -156,6 +156,11 @@ def _figures(planned: Planned, memories: dict[str, int], batch: int) -> Row:
     return {**found_mib, "peak in": memory.peak_module}
 
 
+def _columns(rows: list[Row]) -> list[str]:
+    """The columns of figures, in order."""
+    return [name for name in dict.fromkeys(n for row in rows for n in row) if name not in _KEYS]
+
+
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.1f}"
@@ -207,6 +212,9 @@ def computed(args: Namespace) -> str:
         for name, mixer in models_of(args.name)
         for size in args.image_size
     ]
+    kind = "inference" if args.inference else f"training step with {args.optimizer}"
+    more = [name for name in ("checkpointing", "accumulate", "average") if args[name]]
+    what = ", ".join([f"memory of {kind}", args.precision, *more, f"computed for {args.device}"])
     rows: list[Row] = []
     with tqdm(planned, unit="model", disable=None) as bar:
         for one in bar:
@@ -216,12 +224,11 @@ def computed(args: Namespace) -> str:
                 rows.append(row | _figures(one, memories, args.batch))
             except ValueError as error:
                 rows.append(row | {"status": str(error)})
+            if args.out is not None:
+                write_csv(args.out, [*machine(), what], [*_KEYS, *_columns(rows)], rows)
     if all(row["status"] != "ok" for row in rows):
         raise ValueError(rows[0]["status"])
-    numbers = [name for name in dict.fromkeys(n for row in rows for n in row) if name not in _KEYS]
-    if args.out is not None:
-        what = f"{'inference' if args.inference else 'training step'}, {args.precision}"
-        write_csv(args.out, [*machine(), what], [*_KEYS, *numbers], rows)
+    numbers = _columns(rows)
     table = Table(
         ("model", "pixels", *(n.replace("_mib", ", MiB").replace("_", " ") for n in numbers)),
         [[one.label, f"{one.size:,}", *(_cell(row[n]) for n in numbers)]
