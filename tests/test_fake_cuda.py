@@ -19,10 +19,18 @@ import vision_xformer as vx
 from vision_xformer import TokenGrid
 from vision_xformer.kernels import performer
 from vision_xformer.layers import ConvNorm
+from vision_xformer.memory_use import caches_kept
 from vision_xformer.mixers import takes_heads
 
 _WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2"}
 HEADS = (2, 4)  # of a mixer, whose number of operators is the same with both
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_fakes_left() -> Iterator[None]:
+    """Caches of libraries that hold fake tensors are cleared for the tests of other files."""
+    with caches_kept():
+        yield
 
 
 class OnTheGpu(TorchDispatchMode):

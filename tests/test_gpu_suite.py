@@ -19,7 +19,7 @@ from train import provenance
 from train.__main__ import main
 from train.atomic import read_state
 from train.benchmark import __main__ as program
-from train.benchmark import checks, measuring, suite, training
+from train.benchmark import checks, measuring, suite, training, worker
 from train.benchmark.budget import GUESSES, Budget
 from train.benchmark.cases import Case
 from train.benchmark.rows import key, machine, read_csv, read_rows
@@ -461,6 +461,26 @@ def test_files_name_the_card_and_its_driver(monkeypatch: pytest.MonkeyPatch) -> 
     device, versions = machine()
     assert device == "device: NVIDIA H100"
     assert versions.endswith(", cuda 13.0, driver 580.1")
+
+
+def test_steps_on_a_gpu_are_timed_with_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that takes 2 ms for each call, and is waited for twice only."""
+    calls, waits = [], []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = 2.0 * len(calls)
+
+        def elapsed_time(self, other: Event) -> float:
+            return other.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(1))
+    assert worker._seconds(lambda: calls.append(1), 3, "cuda") == [0.002] * 3
+    assert (len(calls), len(waits)) == (4, 2)  # the first call is a warm-up
 
 
 def test_a_driver_that_does_not_answer_is_unknown() -> None:

@@ -146,17 +146,19 @@ def work(case: Case, device: str, threads: int, pipe: Connection) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(threads)
     try:
-        pipe.recv()
         if device == "cpu":
             _malloc(2**16)  # makes resident memory follow the size of the tensors
             _limit_memory()
         known = facts(case)
+        pipe.recv()
+        if device == "cpu":
+            _limit_memory()  # available memory may have changed
         subject = build(case, device)
         memory = _memory(subject, device)
         pipe.send(known | memory | {"status": "ok"})
         while (repeats := pipe.recv()) is not None:
             if device == "cpu":
-                _limit_memory()  # available memory may have changed
+                _limit_memory()
             times = [_seconds(f, repeats, device) for f in (subject.infer, subject.step)]
             if device == "cuda":
                 torch.cuda.empty_cache()  # leaves memory to the other processes
