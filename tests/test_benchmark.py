@@ -20,6 +20,7 @@ from test_train import TINY
 
 import vision_xformer as vx
 from train.benchmark import __main__ as program
+from train.benchmark import measuring
 from train.benchmark.cases import DIM, PAIRS, Case, build, facts, grid_of, with_weights
 from train.benchmark.controls import CONTROLS
 from train.benchmark.errors import error_of, fields, measure_errors, picture, trained
@@ -238,7 +239,7 @@ def test_a_process_that_is_killed_is_a_row_and_none_is_left() -> None:
 
         def set_postfix_str(self, text: str) -> None:
             self.turns += 1
-            if self.turns == 2:  # while the second is there and not yet prepared
+            if self.turns == 4:  # while the second is there and not yet prepared
                 raise KeyboardInterrupt
 
         def update(self) -> None:
@@ -246,7 +247,7 @@ def test_a_process_that_is_killed_is_a_row_and_none_is_left() -> None:
 
     before = {child.pid for child in torch.multiprocessing.active_children()}
     with pytest.raises(KeyboardInterrupt):
-        program.measure([Case("mixer", "identity", 16, n) for n in (1, 2)], Bar())
+        measuring.measure([Case("mixer", "identity", 16, n) for n in (1, 2)], Bar())
     assert {child.pid for child in torch.multiprocessing.active_children()} <= before
 
 
@@ -324,9 +325,9 @@ def test_rows_that_ran_out_of_memory_stay_until_they_are_measured_again(
             raise KeyboardInterrupt
         return [row(size=case.size) for case in some]
 
-    monkeypatch.setattr(program, "measure", measure)
+    monkeypatch.setattr(measuring, "measure", measure)
     with pytest.raises(KeyboardInterrupt):
-        program.run(cases, tmp_path / "a.csv", [])
+        measuring.run(cases, tmp_path / "a.csv", "")
     again = {r["size"]: r["status"] for r in read_rows(tmp_path / "a.csv")[1]}
     assert again == {4: "ok", 16: "ok", 64: "out of memory"}
 
@@ -511,7 +512,7 @@ def test_plan_says_what_fits_in_a_table_and_below_it_why_others_do_not(
             return {"status": "not with a class token"}
         return {"status": "ok", "parameters": 0, "kept_mib": 0, "peak_mib": 64.0 * case.batch}
 
-    monkeypatch.setattr(program, "measure_one", measure)
+    monkeypatch.setattr(program, "measure_memory", measure)
     program.main(["plan", "--measure", "--memory", "1GB", "--name", "vin_test"])
     head, _, *lines = capsys.readouterr().out.splitlines()
     assert "vin_test at 32 pixels in 1GB, fp32, measured on" in head

@@ -349,5 +349,5 @@ def test_training_commands_are_there() -> None:
 def test_benchmark_commands_are_there() -> None:
     found = [words[1:] for words in commands("python -m train") if words[0] == "benchmark"]
     assert {benchmark_line().parse_args(words).command for words in found} == {
-        "mixers", "models", "plan", "errors", "compare", "page"
+        "mixers", "models", "plan", "errors", "compare", "page", "gpu"
     }  # fmt: skip

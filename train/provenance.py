@@ -50,14 +50,27 @@ def git_revision() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of this package, of Python and of the packages that affect results."""
+    """Return the versions of what affects results: packages and, on a GPU, CUDA and its driver."""
     found = {"vision_xformer": vx.__version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
+    if torch.cuda.is_available():
+        found |= {"cuda": str(torch.version.cuda or torch.version.hip), "driver": driver_version()}
     return found
+
+
+def driver_version() -> str:
+    """Return the version of NVIDIA's driver, or "unknown"."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    except Exception:  # not installed, another vendor's GPU, or no permission
+        return "unknown"
 
 
 def device_name(device: torch.device) -> str:

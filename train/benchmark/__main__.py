@@ -1,14 +1,11 @@
-"""Command line: ``python -m train.benchmark {mixers,models,plan,errors,compare,page}``."""
+"""Command line: ``python -m train.benchmark {mixers,models,plan,errors,compare,page,gpu}``."""
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from jsonargparse import Namespace
@@ -19,110 +16,26 @@ import vision_xformer as vx
 
 from ..cli import Parser, parse_command, with_commands
 from ..commands import folder_of, read_runs
+from ..config import Positive
 from ..html import Table
 from ..recipes import parse
 from ..report import cost_sections
-from .cases import BASE, DTYPES, EAGER, Case, grid_of, mixer_of
+from .cases import DTYPES, Case, mixer_cases, model_cases
 from .compare import compare
 from .controls import CONTROLS
 from .errors import COLUMNS as ERROR_COLUMNS
 from .errors import METHOD as ERROR_METHOD
 from .errors import fields, measure_errors, trained
+from .measuring import measure_memory, run
 from .page import write
 from .pictures import wins
 from .plan import HEADINGS, add_options, computed, parse_memory, plan
 from .plan import cases_of as plan_cases
-from .rows import (
-    COLUMNS,
-    METHOD,
-    Row,
-    column_table,
-    key,
-    machine,
-    package_table,
-    read_csv,
-    read_rows,
-    refusals,
-    revision,
-    write_csv,
-)
-from .worker import Worker
+from .rows import Row, column_table, machine, package_table, read_csv, refusals, write_csv
+from .suite import PARTS, gpu
 
-TURNS = 6
-AT_ONCE = 16  # interleaved processes; each of them holds its own CUDA context
 RESULTS = Path("results") / "benchmark"
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def measure(cases: Sequence[Case], bar: Any) -> list[Row]:
-    """Measure cases whose processes are interleaved.
-
-    Args:
-        cases: at most ``AT_ONCE`` cases of one size.
-        bar: progress bar, advanced ``1 + TURNS`` times per case.
-
-    Returns:
-        One row per case, in order.
-    """
-    workers: list[Worker] = []
-    try:
-        for case in cases:
-            bar.set_postfix_str(f"{case.name}, {case.size:,}, memory")
-            workers.append(Worker(case, DEVICE))
-            workers[-1].prepare()
-            bar.update()
-        for _ in range(TURNS):
-            for worker in workers:
-                bar.set_postfix_str(f"{worker.case.name}, {worker.case.size:,}, time")
-                if worker.wants_turns:
-                    worker.turn()
-                bar.update()
-        return [worker.close() for worker in workers]
-    finally:
-        for worker in workers:
-            worker.stop()
-
-
-def run(cases: Sequence[Case], out: Path, arguments: Sequence[str]) -> list[Row]:
-    """Measure all cases, grouped by size, and write them to a CSV file after every group.
-
-    Cases that the file already has measurements of are skipped; failed ones are measured again.
-
-    Args:
-        cases: cases, sorted by size.
-        out: CSV file to create or to extend.
-        arguments: command-line arguments, recorded in the comments of the file.
-
-    Returns:
-        The rows of ``cases``, measured now or before.
-
-    Raises:
-        ValueError: if ``out`` holds rows of another device or of other versions.
-    """
-    rows: list[Row] = []
-    wanted = {dataclasses.astuple(case) for case in cases}
-    code = {"revision": revision()}
-    commands = [f"command: python -m train.benchmark {' '.join(arguments)}"]
-    if out.is_file():
-        comments, rows = read_rows(out)
-        if tuple(comments[:2]) != machine():
-            raise ValueError(f"{out} is from {comments[0]}, {comments[1]}: choose another --out")
-        commands = list(dict.fromkeys([c for c in comments if c.startswith("command")] + commands))
-    lines = [*machine(), *METHOD, *commands]
-    known = {key(row) for row in rows if row["status"] == "ok"}
-    left = [case for case in cases if dataclasses.astuple(case) not in known]
-    if len(left) < len(cases):
-        print(f"{out} already has {len(cases) - len(left)} of {len(cases)} rows; to measure them "
-              "again, delete it or choose another --out", file=sys.stderr)  # fmt: skip
-    with tqdm(total=len(left) * (1 + TURNS), unit="turn", disable=None) as bar:
-        for _, group in itertools.groupby(left, lambda case: case.size):
-            while some := list(itertools.islice(group, AT_ONCE)):
-                new = {key(row): row | code for row in measure(some, bar)}
-                rows = [*(row for row in rows if key(row) not in new), *new.values()]
-            rows.sort(key=lambda row: (row["size"], row["mode"] != "eager", row["name"]))
-            out.parent.mkdir(parents=True, exist_ok=True)
-            write_csv(out, lines, COLUMNS, rows)
-    return [row for row in rows if key(row) in wanted]
+_NOT_DRAWN = ("tests", "training")  # files of the suite without figures
 
 
 def default_out(command: str) -> Path:
@@ -134,7 +47,7 @@ def default_out(command: str) -> Path:
 
 def command_line() -> Parser:
     """Build the parser of all subcommands."""
-    mixers, models, planned, errors, compared, page = (Parser() for _ in range(6))
+    mixers, models, planned, errors, compared, page, suite = (Parser() for _ in range(7))
     known = [*vx.list_mixers(), *CONTROLS]
     mixers.add_argument("--only", nargs="+", choices=known, default=known, metavar="MIXER",
                         help="mixers, packages and controls to measure")  # fmt: skip
@@ -173,6 +86,16 @@ def command_line() -> Parser:
                       help="folders of training runs (default: results)")  # fmt: skip
     page.add_argument("--out", type=Path, default=Path("runs") / "benchmark",
                       help="output folder")  # fmt: skip
+    suite.add_argument("--out", type=Path, required=True,
+                       help="folder of the results; what it has is not measured again")  # fmt: skip
+    suite.add_argument("--minutes", type=Positive, default=9.0,
+                       help="time after which nothing new is started")  # fmt: skip
+    suite.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART",
+                       help=f"some of: {', '.join(PARTS)}")  # fmt: skip
+    suite.add_argument("--data", type=Path,
+                       help="folder with cifar-10-batches-py; without it no training")  # fmt: skip
+    suite.add_argument("--toy", action="store_true",
+                       help="tiny sizes, also without a GPU, in a minute")  # fmt: skip
     return with_commands(
         "python -m train benchmark",
         "Measure the memory and time of mixers and models.",
@@ -182,50 +105,19 @@ def command_line() -> Parser:
             "plan": ("compute memory and the largest batch size, without a GPU", planned),
             "errors": ("measure the error of approximations of exact attention", errors),
             "compare": ("report regressions; exit code 1 if one exceeds the threshold", compared),
+            "gpu": ("measure all that is missing on a CUDA machine, for some minutes", suite),
             "page": ("write all tables and figures to one HTML page", page),
         },
     )
 
 
 def cases_of(command: str, args: Namespace) -> list[Case]:
-    """List the cases that ``mixers`` or ``models`` requests, sorted by size.
-
-    Models with fused softmax are measured with materialized softmax as well.
-
-    Args:
-        command: "mixers" or "models".
-        args: parsed arguments of that command.
-
-    Returns:
-        The cases, without duplicates.
-
-    Raises:
-        ValueError: if a length is not a square number or a pattern matches no model.
-    """
+    """List the cases that ``mixers`` or ``models`` requests, sorted by size."""
     modes = ["eager", "compiled"] if args.compile else ["eager"]
-    checkpointing = [False]
     if command == "mixers":
-        for tokens in args.lengths:
-            grid_of(tokens)
-        wanted, sizes = [(name, "") for name in args.only], args.lengths
-    else:
-        for pattern in args.names:
-            if not vx.list_models(pattern):
-                raise ValueError(f"--names {pattern}: no model matches")
-        names = [name for pattern in args.names for name in vx.list_models(pattern)]
-        wanted = [
-            (name, mixer) for name in names
-            for mixer in (["", EAGER] if mixer_of(name) == BASE else [""])
-        ]  # fmt: skip
-        sizes = args.image_size
-        checkpointing = [False, True] if args.checkpointing else [False]
-    return [
-        Case(command[:-1], name, size, args.batch, args.dtype, mode, checkpoint, mixer)
-        for size in sorted(set(sizes))
-        for name, mixer in dict.fromkeys(wanted)
-        for mode in modes
-        for checkpoint in checkpointing
-    ]
+        return mixer_cases(args.only, args.lengths, args.batch, args.dtype, modes)
+    checkpointing = [False, True] if args.checkpointing else [False]
+    return model_cases(args.names, args.image_size, args.batch, args.dtype, modes, checkpointing)
 
 
 def tables(rows: Sequence[Row]) -> str:
@@ -243,18 +135,6 @@ def tables(rows: Sequence[Row]) -> str:
     return "\n\n".join(shown + refusals(rows))
 
 
-def measure_one(bar: Any, case: Case) -> Row:
-    """Measure the memory of one case, without timing it."""
-    bar.set_postfix_str(f"{case.mixer}, batch {case.batch}")
-    worker = Worker(case, DEVICE)
-    try:
-        worker.prepare()
-        return worker.close()
-    finally:
-        worker.stop()
-        bar.update()
-
-
 def measured_plan(args: Namespace) -> str:
     """Measure how large a batch fits, with every mixer.
 
@@ -268,7 +148,7 @@ def measured_plan(args: Namespace) -> str:
     cases = plan_cases(name, size, args.precision)
     with tqdm(total=len(cases), unit="step", disable=None) as bar:
         lines = []
-        for line in plan(cases, parse_memory(memory), lambda case: measure_one(bar, case)):
+        for line in plan(cases, parse_memory(memory), lambda case: measure_memory(bar, case)):
             lines.append(line)
             bar.write(f"{line[0]}: {line[-1]}", file=sys.stderr)
     where = machine()[0].partition(": ")[2]
@@ -299,9 +179,13 @@ def answer(command: str, args: Namespace, arguments: Sequence[str]) -> str:
             print("\n".join([*worse, said]))
             raise SystemExit(1)
         return f"no regressions: {said}"
+    asked = f"python -m train.benchmark {' '.join(arguments)}"
+    if command == "gpu":
+        return gpu(args.out, args.minutes, args.parts, args.data, args.toy, asked)
     if command == "page":
         files = args.files or sorted(
-            RESULTS.rglob("*.csv"), key=lambda file: (file.parent, file.stem == "errors", file.stem)
+            (file for file in RESULTS.glob("*/*.csv") if file.stem not in _NOT_DRAWN),
+            key=lambda file: (file.parent, file.stem == "errors", file.stem),
         )
         if not files:
             raise ValueError(f"{RESULTS} has no CSV files: run mixers or models first")
@@ -326,10 +210,9 @@ def answer(command: str, args: Namespace, arguments: Sequence[str]) -> str:
         with tqdm(unit="kernel", disable=None) as bar:
             found = measure_errors(inputs, bar)
         out.parent.mkdir(parents=True, exist_ok=True)
-        asked = f"command: python -m train.benchmark {' '.join(arguments)}"
-        write_csv(out, [*machine(), *ERROR_METHOD, asked], ERROR_COLUMNS, found)
+        write_csv(out, [*machine(), *ERROR_METHOD, f"command: {asked}"], ERROR_COLUMNS, found)
         return f"{len(found)} rows in {out}"
-    return f"{tables(run(cases_of(command, args), out, arguments))}\n\nrows in {out}"
+    return f"{tables(run(cases_of(command, args), out, asked))}\n\nrows in {out}"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -348,7 +231,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("stopped; the rows of all completed sizes were saved", file=sys.stderr)
+        print("stopped; complete rows were saved, the same command measures the others",
+              file=sys.stderr)  # fmt: skip
         raise SystemExit(130) from None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -89,9 +89,66 @@ def grid_of(tokens: int) -> vx.TokenGrid:
     return vx.TokenGrid((side, side))
 
 
+def mixer_cases(
+    names: Sequence[str],
+    lengths: Sequence[int],
+    batch: int,
+    dtype: str,
+    modes: Sequence[str] = ("eager",),
+) -> list[Case]:
+    """List the cases of single layers, sorted by length.
+
+    Raises:
+        ValueError: if a length is not a square number.
+    """
+    for tokens in lengths:
+        grid_of(tokens)
+    return [
+        Case("mixer", name, tokens, batch, dtype, mode)
+        for tokens in sorted(set(lengths))
+        for name in dict.fromkeys(names)
+        for mode in modes
+    ]
+
+
+def model_cases(
+    patterns: Sequence[str],
+    sizes: Sequence[int],
+    batch: int,
+    dtype: str,
+    modes: Sequence[str] = ("eager",),
+    checkpointing: Sequence[bool] = (False,),
+) -> list[Case]:
+    """List the cases of whole models, sorted by image size.
+
+    Models with fused softmax are measured with materialized softmax as well.
+
+    Raises:
+        ValueError: if a pattern matches no model.
+    """
+    for pattern in patterns:
+        if not vx.list_models(pattern):
+            raise ValueError(f"--names {pattern}: no model matches")
+    names = [name for pattern in patterns for name in vx.list_models(pattern)]
+    wanted = [
+        (name, mixer)
+        for name in dict.fromkeys(names)
+        for mixer in (["", EAGER] if mixer_of(name) == BASE else [""])
+    ]
+    return [
+        Case("model", name, size, batch, dtype, mode, checkpoint, mixer)
+        for size in sorted(set(sizes))
+        for name, mixer in wanted
+        for mode in modes
+        for checkpoint in checkpointing
+    ]
+
+
 def mixer_of(model: str) -> str:
     """Return the mixer that a model's name implies; "" if its backbone has a fixed one."""
-    return str(vx.create_model(model).config.to_dict().get("mixer", ""))
+    with torch.device("meta"):
+        config = vx.create_model(model).config
+    return str(config.to_dict().get("mixer", ""))
 
 
 def build_mixer(name: str, tokens: int) -> vx.Mixer:

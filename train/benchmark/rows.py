@@ -44,8 +44,9 @@ def machine() -> tuple[str, str]:
     """Return the device and the versions, which all rows of a file share."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     known = versions()
-    packages = ", ".join(f"{name} {known[name]}" for name in ("vision_xformer", "python", "torch"))
-    return f"device: {device_name(device)}", f"versions: {packages}"
+    names = ("vision_xformer", "python", "torch", "cuda", "driver")
+    listed = ", ".join(f"{name} {known[name]}" for name in names if name in known)
+    return f"device: {device_name(device)}", f"versions: {listed}"
 
 
 def revision() -> str:
@@ -119,6 +120,35 @@ def read_rows(path: Path) -> tuple[list[str], list[Row]]:
         if odd := {row[column] for row in rows} - known:
             raise ValueError(f"{path} has {column} {min(odd)!r}, not {' or '.join(sorted(known))}")
     return comments, rows
+
+
+def take_up(
+    path: Path,
+    method: Sequence[str],
+    command: str,
+    read: Callable[[Path], tuple[list[str], list[Row]]] = read_rows,
+) -> tuple[list[str], list[Row]]:
+    """Read a file that more rows are to be added to; it need not exist.
+
+    Args:
+        path: CSV file.
+        method: comment lines that describe the method.
+        command: command line that adds the rows.
+        read: function that reads the file.
+
+    Returns:
+        The comment lines of the extended file, and its rows so far.
+
+    Raises:
+        ValueError: if the file cannot be read, or is of another device or of other versions.
+    """
+    commands, rows = [f"command: {command}"], list[Row]()
+    if path.is_file():
+        comments, rows = read(path)
+        if tuple(comments[:2]) != machine():
+            raise ValueError(f"{path} is from {comments[0]}, {comments[1]}: choose another --out")
+        commands = list(dict.fromkeys([c for c in comments if c.startswith("command")] + commands))
+    return [*machine(), *method, *commands], rows
 
 
 def _number(text: str) -> float | None:

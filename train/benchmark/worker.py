@@ -108,13 +108,17 @@ def _is_large(row: dict[str, Any]) -> bool:
     return float(row.get("peak_mib", 0.0)) >= LARGE_MIB
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def says_out_of_memory(text: str) -> bool:
+    """Whether the text of an error says that memory ran out, on the GPU or the CPU."""
     words = (
         "out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "alloc_failed",
     )  # fmt: skip
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
-        word in str(error).lower() for word in words
-    )
+    return any(word in text.lower() for word in words)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or says_out_of_memory(str(error))
 
 
 def _end_with_parent() -> None:
@@ -128,9 +132,9 @@ def _end_with_parent() -> None:
 def work(case: Case, device: str, threads: int, pipe: Connection) -> None:
     """Measure a case in a worker process.
 
-    Sends the memory of a step first. Then receives numbers of repeats and answers each with the
-    times of inference and of training steps, until it receives None. An error is sent as the
-    status of the row.
+    Waits for a message, and answers it with the memory of a step. Then receives numbers of repeats
+    and answers each with the times of inference and of training steps, until it receives None. An
+    error is sent as the status of the row.
 
     Args:
         case: case to measure.
@@ -146,12 +150,15 @@ def work(case: Case, device: str, threads: int, pipe: Connection) -> None:
             _malloc(2**16)  # makes resident memory follow the size of the tensors
             _limit_memory()
         known = facts(case)
+        pipe.recv()
+        if device == "cpu":
+            _limit_memory()  # available memory may have changed
         subject = build(case, device)
         memory = _memory(subject, device)
         pipe.send(known | memory | {"status": "ok"})
         while (repeats := pipe.recv()) is not None:
             if device == "cpu":
-                _limit_memory()  # available memory may have changed
+                _limit_memory()
             times = [_seconds(f, repeats, device) for f in (subject.infer, subject.step)]
             if device == "cuda":
                 torch.cuda.empty_cache()  # leaves memory to the other processes
@@ -184,21 +191,23 @@ class Worker:
         self.pipe, theirs = context.Pipe()
         arguments = (case, device, torch.get_num_threads(), theirs)
         self.process = context.Process(target=work, args=arguments)
-        self.held = _device_bytes() if device == "cuda" else None
+        self.device = device
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent
         self.process.start()
         signal.signal(signal.SIGINT, handler)
         theirs.close()
 
     def prepare(self) -> None:
-        """Wait for the memory measurement, then let the process release unused memory."""
+        """Measure the memory of a step, then let the process release unused memory."""
+        held = _device_bytes() if self.device == "cuda" else None
+        self._tell(True)
         self.row |= self._receive()
         if not self.alive:
             self.process.join()
             return
-        after = None if self.held is None else _device_bytes()
-        if self.held is not None and after is not None:
-            self.row["device_mib"] = (after - self.held) / MIB
+        after = None if held is None else _device_bytes()
+        if held is not None and after is not None:
+            self.row["device_mib"] = (after - held) / MIB
         self._ask(0)
 
     @property
@@ -213,10 +222,13 @@ class Worker:
             self.process.join()
             return {"status": f"the process ended with {self.process.exitcode}"}
 
+    def _tell(self, message: Any) -> None:
+        with contextlib.suppress(ConnectionError):  # the reason is received next
+            self.pipe.send(message)
+
     def _ask(self, repeats: int) -> None:
         """Request the times of ``repeats`` steps."""
-        with contextlib.suppress(ConnectionError):  # the reason is received below
-            self.pipe.send(repeats)
+        self._tell(repeats)
         found = self._receive()
         if isinstance(found, dict):
             self.row |= found
@@ -242,8 +254,7 @@ class Worker:
     def close(self) -> dict[str, Any]:
         """End the process and return the complete row."""
         if self.process.is_alive():
-            with contextlib.suppress(ConnectionError):
-                self.pipe.send(None)
+            self._tell(None)
         self.process.join()
         if self.alive and self.seconds[1]:
             for name, times in zip(("infer", "step"), self.seconds, strict=True):
