@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -16,8 +18,9 @@ from vision_xformer.memory_use import (
 )
 from vision_xformer.planning import planned_for
 
+from ..html import Table
 from .cases import DIM, Case, build_mixer, grid_of, make, ready
-from .rows import Row
+from .rows import Row, label, number
 
 
 def estimate(case: Case, device: str = "cpu") -> Row:
@@ -43,6 +46,27 @@ def estimate(case: Case, device: str = "cpu") -> Row:
                 counter.restart()
                 subject.step()
     return {"kept_mib": kept / MIB, "peak_mib": counter.peak / MIB}
+
+
+def computed(case: Case, device: str) -> Row:
+    """Compute the column computed_mib; compiled cases have none."""
+    if case.mode != "eager":
+        return {}
+    return {"computed_mib": estimate(case, device)["peak_mib"]}
+
+
+def computed_table(rows: Sequence[Row]) -> Table:
+    """Tabulate the computed and the measured peak of a training step, and their ratio."""
+    lines = []
+    for row in rows:
+        if row["computed_mib"]:
+            peak = row["peak_mib"]
+            measured = "OOM" if row["status"] == "out of memory" else number(peak) if peak else ""
+            ratio = f"{row['computed_mib'] / peak:.3f}" if peak else ""
+            cells = [number(row["computed_mib"]), measured, ratio]
+            lines.append([label(row), f"{row['size']:,}", *cells])
+    headings = ["", "size", "computed, MiB", "measured, MiB", "computed / measured"]
+    return Table(headings, lines, "peak memory of a training step, eager")
 
 
 def sketch(case: Case) -> tuple[nn.Module, torch.Tensor, tuple[vx.TokenGrid, ...]]:

@@ -12,6 +12,7 @@ from ..html import Section, View, write_page
 from ..plots import save
 from ..provenance import fingerprint
 from .errors import error_section
+from .estimate import computed_table
 from .explore import CHOICES, views
 from .fits import fits_section
 from .pictures import bars, lengths
@@ -109,6 +110,10 @@ def write(files: Sequence[Path], more: Sequence[Section], out: Path) -> list[Pat
             comments, rows = read_rows(file)
             mine = pictures(file, comments[0].partition(": ")[2], rows)
             shown += choices(file, comments, rows, taken)
+            compared = computed_table(rows)
+            if compared.rows:
+                title = f"Computed and measured memory: {stem_of(file)}"
+                sections.append(Section(title, tables=[compared]))
         for other, named in drawn.items():
             if same := mine.keys() & named.keys():
                 raise ValueError(f"{other} and {file} would both write {min(same)}.png: rename one")

@@ -22,7 +22,8 @@ KEY = tuple(field.name for field in dataclasses.fields(Case))
 COLUMNS = (
     *KEY, "status", "backbone", "tokens", "width", "heads", "parameters", "flops",
     "infer_ms_p20", "infer_ms_p50", "infer_ms_p80", "step_ms_p20", "step_ms_p50", "step_ms_p80",
-    "spread", "images_per_second", "kept_mib", "peak_mib", "reserved_mib", "device_mib", "revision",
+    "spread", "images_per_second", "kept_mib", "peak_mib", "computed_mib", "reserved_mib",
+    "device_mib", "revision",
 )  # fmt: skip
 METHOD = (
     "each row is measured in its own process; up to 16 processes of one size are interleaved, in",
@@ -32,7 +33,7 @@ METHOD = (
     "one, in memory that the process keeps; kept: memory that autograd saves for the backward",
     "pass; peak: maximum during a step, above the memory held before it (GPU: allocator; CPU:",
     "resident memory, which underestimates peaks of a few MiB, since freed memory is reused);",
-    "flops: forward pass of one sample",
+    "flops: forward pass of one sample; computed: the same peak from shapes alone, without measuring",
 )
 NOISY = 0.15  # spread above which tables mark a time
 _TEXT = {"kind", "name", "dtype", "mode", "mixer", "checkpointing", "status", "backbone"}

@@ -20,7 +20,6 @@ from .measuring import run
 from .rows import Row
 from .training import ROOT, train_models
 
-# A comparison of estimates of memory with these measurements belongs before "training".
 PARTS = ("tests", "mixers", "models", "training")
 PAPER = ("vi?", "hybrid_vi?", "levi?", "cv?", "cc?", "fnet2d")
 SIZED = tuple(f"vi{letter}_{size}" for size in ("tiny", "small") for letter in "tlpnf")

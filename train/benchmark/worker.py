@@ -23,6 +23,7 @@ from vision_xformer.memory_use import bytes_kept
 
 from ..measure import peak_bytes, reset_peak
 from .cases import Case, Subject, build, facts
+from .estimate import computed
 
 MIB = 2**20
 TURN_SECONDS, MOST_STEPS = 0.5, 20  # limits of a turn
@@ -145,11 +146,12 @@ def work(case: Case, device: str, threads: int, pipe: Connection) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     warnings.simplefilter("ignore")
     torch.set_num_threads(threads)
+    known: dict[str, Any] = {}
     try:
         if device == "cpu":
             _malloc(2**16)  # makes resident memory follow the size of the tensors
             _limit_memory()
-        known = facts(case)
+        known = facts(case) | computed(case, device)
         pipe.recv()
         if device == "cpu":
             _limit_memory()  # available memory may have changed
@@ -169,7 +171,7 @@ def work(case: Case, device: str, threads: int, pipe: Connection) -> None:
         return
     except Exception as error:  # any error of a mixer becomes the status of its row
         first = str(error).strip().split("\n")[0] or type(error).__name__
-        pipe.send({"status": "out of memory" if _out_of_memory(error) else first})
+        pipe.send(known | {"status": "out of memory" if _out_of_memory(error) else first})
 
 
 class Worker:
