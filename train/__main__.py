@@ -13,15 +13,20 @@ import io
 import sys
 from pathlib import Path
 
+from .signals import Interrupted, exit_at_once, exit_code, raised
+
+if __name__ == "__main__":  # the other imports take seconds
+    exit_at_once()
+
 from . import commands
 from .checkpoint import FREE
 from .classify import Classifier
-from .cli import Parser, command_text, parse_command, with_commands
+from .cli import Parser, parse_command, resume_text, with_commands
 from .config import RunConfig, plain_type
 from .loop import Run
 from .recipes import fit_parser, options_parser, parse, with_options
 from .run_dir import discard
-from .signals import Interrupted
+from .text import error_text, escaped
 
 _EVALUATION = ("data.root", "data.image_size", "data.batch_size", "data.in_memory", "data.workers",
                "train.device", "train.precision")  # fmt: skip
@@ -73,7 +78,7 @@ def with_command(arguments: list[str]) -> list[str]:
         i = options.index("--resume")
         folder = arguments[i].split("=", 1)[1:] or arguments[i + 1 : i + 2]
         after = i + 1 if "=" in arguments[i] else i + 2
-        return ["resume", *folder, *arguments[:i], *arguments[after:]]
+        return ["resume", *arguments[:i], *arguments[after:], "--", *folder]
     if arguments and (not arguments[0].startswith("-") or arguments[0] in ("-h", "--help")):
         return arguments
     return ["fit", *arguments]
@@ -114,34 +119,41 @@ def main(arguments: list[str] | None = None) -> None:
         return
     run: Run | None = None
     try:
-        if arguments and arguments[0] == "convert":
-            from .convert import main as convert
+        with raised():
+            if arguments and arguments[0] == "convert":
+                from .convert import main as convert
 
-            convert(arguments[1:])
-            return
-        run = start(with_command(arguments))
-        if run is None:
-            return
-        test = run.fit()
-        run.accelerator.end_training()  # processes that leave a group open may abort
+                convert(arguments[1:])
+                return
+            run = start(with_command(arguments))
+            if run is None:
+                return
+            test = run.fit()
+            run.accelerator.end_training()  # processes that leave a group open may abort
     except Interrupted as interrupted:
         assert run is not None
         if run.main:
             print(
-                f"stopped after step {run.step} of {run.steps}; resume with: "
-                + command_text(["python", "-m", "train", "resume", str(run.folder)]),
+                f"stopped after step {run.step} of {run.steps}; {resume_text(run.folder)}",
                 file=sys.stderr,
             )
         raise SystemExit(128 + interrupted.number) from None
     except (ValueError, OSError) as error:
         if run is not None:
             discard(run)
-        print(f"error: {str(error).strip()}", file=sys.stderr)
+        print(f"error: {error_text(error)}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as stop:
+        hint = ""
+        if run is not None:
+            discard(run)
+            hint = f"; {resume_text(run.folder)}" if (run.folder / "state.pt").is_file() else ""
+        if run is None or run.main:
+            print(f"stopped{hint}", file=sys.stderr)
+        raise SystemExit(exit_code(stop)) from None
     if run.main:
-        print(f"test top-1 {test.top1:.2%}, top-5 {test.top5:.2%}; everything is in {run.folder}")
+        where = escaped(str(run.folder))
+        print(f"test top-1 {test.top1:.2%}, top-5 {test.top5:.2%}; everything is in {where}")
 
 
 if __name__ == "__main__":

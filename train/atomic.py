@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import yaml
 
+from .text import reason
+
 
 def replace(path: Path, write: Callable[[Path], Any]) -> None:
     """Write next to the file, flush to disk, and rename; a failure is an OSError."""
@@ -21,7 +23,7 @@ def replace(path: Path, write: Callable[[Path], Any]) -> None:
             os.fsync(file.fileno())
         part.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save raises the latter for a full disk
-        raise OSError(f"{path} cannot be written: {error}") from error
+        raise OSError(f"{path} cannot be written: {reason(error)}") from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -43,9 +45,11 @@ def read_state(path: Path) -> dict[str, Any]:
         ValueError: for a file that cannot be read.
     """
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and value errors of torch.load
-        raise ValueError(f"{path} cannot be read as a run's state: {error}") from error
+        raise ValueError(f"{path} cannot be read as a run's state: {reason(error)}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} must hold a run's state, has a {type(state).__name__}")
     return state
 
 
@@ -73,7 +77,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path} cannot be read: {reason(error)}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold options with values")
     return value

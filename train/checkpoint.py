@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from vision_xformer.weights import read_weights
+
 from .atomic import read_state, write_state, write_whole
 from .config import RunConfig
 from .evaluation import Accuracy
@@ -21,6 +23,7 @@ from .log import log
 from .measure import known_peak
 from .model import Sizes, save_weights
 from .pixels import pixels_of
+from .text import reason
 
 if TYPE_CHECKING:
     from .loop import Run
@@ -137,12 +140,25 @@ def _load_state(run: Run) -> None:
         if run.accelerator.scaler is not None:
             run.accelerator.scaler.load_state_dict(state["scaler"])
     except (KeyError, TypeError, AttributeError, RuntimeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} is not a state of this run: {error}") from error
+        raise ValueError(f"{path} is not a state of this run: {reason(error)}") from error
+    if run.rows:
+        _check_best(run.folder / "best.safetensors")
     if len(run.rows) > run.config.train.epochs:
         raise ValueError(
             f"train.epochs {run.config.train.epochs} must be at least {len(run.rows)}, the number "
             f"of epochs that {run.folder} already has"
         )
+
+
+def _check_best(path: Path) -> None:
+    """Raise a ValueError if the best weights so far, which are tested at the end, are lost."""
+    try:
+        read_weights(path)
+    except ValueError as error:  # which names the file
+        raise ValueError(
+            f"{error}; these are the best weights so far: restore the file, or replace it by a "
+            "copy of last.safetensors"
+        ) from error
 
 
 def complete(folder: Path) -> ValueError:
@@ -174,9 +190,18 @@ def _check(run: Run, state: dict[str, Any]) -> None:
 
 def _numbers(config: str) -> dict[str, Any]:
     """Parse a configuration and remove the options that may change when a run is resumed."""
-    found: dict[str, Any] = yaml.safe_load(config)
+    found = _filled(yaml.safe_load(config), dataclasses.asdict(RunConfig()))
     del found["run_dir"]
     for option in FREE:
         part, name = option.split(".")
-        found[part].pop(name, None)  # states of earlier versions do not have all of them
+        del found[part][name]
     return found
+
+
+def _filled(found: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Add the defaults of the fields that a configuration of an earlier version does not have."""
+    filled = defaults | found
+    for name, value in defaults.items():
+        if isinstance(value, dict):
+            filled[name] = _filled(filled[name], value)
+    return filled

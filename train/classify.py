@@ -20,6 +20,7 @@ from .data.files import list_images
 from .devices import pick_device
 from .model import load_model
 from .pixels import pixels_of
+from .text import escaped
 
 
 class Prediction(NamedTuple):
@@ -83,15 +84,15 @@ class Classifier:
         try:
             return decode(path, self.sizes.image_size, self.reading)
         except (ValueError, OSError) as error:
-            return " ".join(str(error).split())
+            return str(error)
 
     def text(self, found: Prediction) -> str:
         """Format a prediction as a line with the five most likely classes."""
         if found.problem:
-            return found.problem
+            return escaped(found.problem)
         order = sorted(range(len(self.classes)), key=lambda i: -found.probabilities[i])[:5]
         best = ", ".join(f"{self.classes[i]} {found.probabilities[i]:.1%}" for i in order)
-        return f"{found.path}: {best}"
+        return escaped(f"{found.path}: {best}")
 
     def row(self, found: Prediction) -> list[str | float]:
         """Format a prediction as a row: path, class, error and all probabilities."""

@@ -9,11 +9,15 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
 
+from .text import escaped, shell_path
+
 _KEY = re.compile(r'Parser key "([\w.]+)"(?: element \d+)?: (?:Not of type \w+: )?(.*)')
+_UNKNOWN = re.compile(r"(?:Group '([\w.]+)' does not accept option|Option) '([^']+)'.*")
 _KINDS = {
     "int": "a whole number",
     "float": "a number",
@@ -80,6 +84,12 @@ def command_text(words: Iterable[str]) -> str:
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
+def resume_text(folder: Path) -> str:
+    """Return how to resume the run in a folder."""
+    words = ["python", "-m", "train", "resume", shell_path(folder)]
+    return f"resume with: {command_text(words)}"
+
+
 class Parser(ArgumentParser):
     """A parser whose errors are one sentence that suggests the closest option, without usage.
 
@@ -87,13 +97,16 @@ class Parser(ArgumentParser):
         bounds: bounds of some options in words, such as "at least 1".
         others: explanation that is appended to the error for an unknown option.
         options: of :class:`jsonargparse.ArgumentParser`.
+
+    Attributes:
+        file: the file that is parsed, which errors name; "" for the command line.
     """
 
     def __init__(
         self, bounds: Mapping[str, str] | None = None, others: str = "", **options: Any
     ) -> None:
         super().__init__(allow_abbrev=False, **options)
-        self.bounds, self.others = bounds or {}, others
+        self.bounds, self.others, self.file = bounds or {}, others, ""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message and exit with status 2."""
@@ -102,6 +115,10 @@ class Parser(ArgumentParser):
             name, problem = found.groups()
             sentence = type_sentence(name, problem, self.bounds.get(name, ""))
             message = sentence or restriction_sentence(name, problem)
+        elif unknown := _UNKNOWN.fullmatch(message):
+            message = f"{'.'.join(filter(None, unknown.groups()))} is not an option"
+        elif message.startswith("Unexpected config"):
+            message = "must hold options with values"
         known = set(self.get_defaults(skip_validation=True).keys()) - {"config"}
         for word in re.findall(r"[\w.]+", message.split("Not of type")[0]):
             near = difflib.get_close_matches(word, known - {word}, n=1, cutoff=0.8)
@@ -110,7 +127,8 @@ class Parser(ArgumentParser):
                 break
         if self.others and message.startswith("unrecognized arguments"):
             message += f"; {self.others}"
-        print(f"error: {message}", file=sys.stderr)
+        where = f"{escaped(self.file)}: " if self.file else ""
+        print(f"error: {where}{message}", file=sys.stderr)
         raise SystemExit(2)
 
 

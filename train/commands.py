@@ -16,6 +16,7 @@ from .devices import make_accelerator
 from .evaluation import accuracy, predict
 from .model import load_model, resized
 from .report import page, table
+from .text import error_text, escaped
 
 
 def resumable(path: Path, changed: bool) -> Path:
@@ -34,6 +35,17 @@ def resumable(path: Path, changed: bool) -> Path:
     if (folder / "result.json").is_file() and not changed:
         raise complete(folder)
     return folder
+
+
+def output_file(path: Path) -> Path:
+    """Check a path of ``--out``, before anything is computed.
+
+    Raises:
+        ValueError: unless a file can be there.
+    """
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"--out {path} must be a file in a folder that exists")
+    return path
 
 
 def folder_of(path: Path) -> Path:
@@ -67,7 +79,7 @@ def evaluate(folder: Path, config: RunConfig, split: str) -> str:
     config.data.image_size = config.data.image_size or sizes.image_size
     data = load_data(config.data, accelerator.device)
     for note in data.notes:
-        print(note, file=sys.stderr)
+        print(escaped(note), file=sys.stderr)
     if data.classes != read_json(folder / "classes.json", list):
         raise ValueError(f"{config.data.root} has other classes than {folder}/classes.json")
     if data.channels != sizes.channels:
@@ -98,12 +110,13 @@ def classify(classifier: Classifier, paths: list[Path], out: Path | None) -> Non
         out: the CSV file; None prints to the terminal.
 
     Raises:
-        ValueError: for a path that is missing, or a folder without images.
+        ValueError: for a path that is missing, a folder without images, or an ``out`` that cannot
+            be written.
     """
     files = find_files(paths)
     if out is not None:
-        unread = write_csv(classifier, files, out)
-        print(f"wrote {len(files):,} predictions to {out}")
+        unread = write_csv(classifier, files, output_file(out))
+        print(escaped(f"wrote {len(files):,} predictions to {out}"))
     else:
         unread = 0
         for found in classifier(files):
@@ -124,7 +137,7 @@ def read_runs(paths: list[Path]) -> list[dict[str, Any]]:
         try:
             runs.append(read_run(folder))
         except (ValueError, OSError) as error:
-            print(f"skipped: {error}", file=sys.stderr)
+            print(f"skipped: {error_text(error)}", file=sys.stderr)
     return runs
 
 
@@ -160,14 +173,15 @@ def report(paths: list[Path], out: Path | None) -> str:
     """Write the page that compares runs, and return a table of them for the terminal.
 
     Raises:
-        ValueError: for paths that are not folders, or without runs.
+        ValueError: for paths that are not folders, or without runs, or an ``out`` that cannot be
+            written.
     """
     for path in paths:
         if not path.is_dir():
             raise ValueError(f"{path} is not a folder")
+    target = output_file(out or paths[0] / "report.html")
     runs = read_runs(paths)
     if not runs:
         raise ValueError(f"no runs (folders with metrics.csv) in {', '.join(map(str, paths))}")
-    target = out or paths[0] / "report.html"
     page(runs, target)
-    return f"{table(runs).text()}\n\nthe page: {target}"
+    return f"{table(runs).text()}\n\nthe page: {escaped(str(target))}"

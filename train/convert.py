@@ -145,7 +145,7 @@ def plan_of(arguments: list[str]) -> Plan:
         teacher = run / "best.safetensors"
         if not teacher.is_file():
             raise ValueError(f"--model {run} is not a run with weights: it has no {teacher.name}")
-        config = _over(parse(["--config", str(run / "config.yaml")]), others)
+        config = _over(parse([], run / "config.yaml"), others)
         model = config.model
     config = dataclasses.replace(config, model=dataclasses.replace(model, weights=str(teacher)))
     return Plan(config, teacher, mixers, own.epochs, own.lr, own.tokens, own.scratch, folder)
@@ -161,7 +161,7 @@ def _over(base: RunConfig, others: list[str]) -> RunConfig:
         recipe = Path(folder) / "recipe.yaml"
         text = yaml.safe_dump({n: dataclasses.asdict(cast(Any, p)) for n, p in parts.items()})
         recipe.write_text(text, encoding="utf-8")
-        return parse(["--config", str(recipe), *others])
+        return parse([f"--config={recipe}", *others])
 
 
 def _write_teacher(path: Path, config: ModelConfig, weights: Path, data: DataConfig) -> None:
@@ -256,7 +256,7 @@ def _train(
         if stage == "attention" and "swap" not in row:
             note("swap", accuracy(*run.predict(run.data.test)).top1)
         test = run.fit()
-    except (ValueError, OSError):
+    except (ValueError, OSError, KeyboardInterrupt):
         discard(run)
         raise
     note(stage, test.top1, minutes=run.seconds / 60)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import NamedTuple, cast
 
 import torch
@@ -54,8 +55,8 @@ def predict(
     batches = torch.arange(len(images)).split(batch_size)
     mine = batches[accelerator.process_index :: accelerator.num_processes]
     logits = torch.zeros(len(images), cast(int, model.num_classes), device=accelerator.device)
-    with accelerator.autocast():
-        loaded = images.batches(mine, accelerator.device, workers)
+    loaded = images.batches(mine, accelerator.device, workers)
+    with accelerator.autocast(), contextlib.closing(loaded):
         for indices, (x, _) in zip(mine, loaded, strict=True):
             logits[indices] = model(plain(x, pixels_of(model))).float()
     model.train(was_training)

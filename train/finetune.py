@@ -19,6 +19,7 @@ from .atomic import read_state
 from .config import ModelConfig
 from .model import Sizes, build_base, converted, is_converted, of_converted
 from .pixels import NAMED, Pixels, pixels_of_weights, set_pixels
+from .text import reason
 
 if TYPE_CHECKING:
     from .loop import Run
@@ -77,7 +78,7 @@ def _load(model: nn.Module, config: ModelConfig, file: str, sizes: Sizes) -> str
     except ValueError as error:  # which names the file
         raise ValueError(f"model.weights: {error}") from error
     except RuntimeError as error:
-        raise ValueError(f"model.weights {file}: {error}") from error
+        raise ValueError(f"model.weights {file}: {reason(error)}") from error
     total = len(model.state_dict())
     if len(report.missing) > total / 2:
         raise ValueError(
@@ -137,7 +138,8 @@ def _expand(words: Iterable[str]) -> Iterable[str]:
         first, last = int(found[2]), int(found[3])
         if last < first:
             raise ValueError(
-                f"train.freeze {word!r} is an empty range: did you mean {last}-{first}?"
+                f"train.freeze {word!r} is an empty range: did you mean "
+                f"{found[1]}{last}-{first}{found[4]}?"
             )
         yield from (f"{found[1]}{i}{found[4]}" for i in range(first, last + 1))
 

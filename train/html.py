@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from matplotlib.figure import Figure
 
 from .atomic import write_whole
+from .text import escaped
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure as Interactive
@@ -42,7 +43,7 @@ class Table:
 
     def text(self) -> str:
         """Format the table for a terminal, with aligned columns and without its caption."""
-        lines = [self.headings, *self.rows]
+        lines = [[escaped(cell) for cell in line] for line in (self.headings, *self.rows)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join(
             "  ".join(

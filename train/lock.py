@@ -13,6 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from .atomic import read_json, write_whole
+from .text import reason
 
 LOCK, OWNER = ".lock", ".owner.json"
 
@@ -36,7 +37,10 @@ def hold(folder: Path, main: bool = True) -> Iterator[None]:
     if not main:
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{folder} cannot be created: {reason(error)}") from error
     lock, owner = FileLock(folder / LOCK), folder / OWNER
     try:
         lock.acquire(timeout=0)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .measure import peak_text
+from .text import escaped, reason
 
 if TYPE_CHECKING:
     from .loop import Run
@@ -18,17 +21,31 @@ def log(run: Run, text: str, show: bool = False) -> None:
 
     Args:
         run: the run.
-        text: the line, without the time.
+        text: the line, without the time; line breaks in it are escaped.
         show: whether to print the line even if there is a progress bar.
     """
     if not run.main:
         return
+    text = escaped(text)
     now = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
-    file = (run.folder / "log.txt").open("a", encoding="utf-8", errors="backslashreplace")
-    with file:
-        file.write(f"{now} {text}\n")
+    _append(run.folder / "log.txt", f"{now} {text}\n")
     if show or run.no_bar:
         print(text, file=sys.stderr, flush=True)
+
+
+def _append(path: Path, line: str) -> None:
+    """Append a line to a file, whose last line may have been cut off.
+
+    Raises:
+        OSError: if it cannot be written; it names the file.
+    """
+    try:
+        with path.open("ab+") as file:
+            if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+                line = f"\n{line}"
+            file.write(line.encode("utf-8", "backslashreplace"))
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {reason(error)}") from error
 
 
 def epoch_text(row: Mapping[str, float], epochs: int) -> str:

@@ -147,18 +147,19 @@ class Run:
         batches = self.data.train.batches(parts, self.device, self.config.data.workers)
         train_mode(self.net, self.config.train.loss)
         start = time.perf_counter() - self.seconds
-        for done in range(first + 1, self.steps_per_epoch + 1):
-            self.train_step(batches)
-            progress.update()
-            self.images_seen += self.batch_size
-            self.seconds = time.perf_counter() - start
-            if (number := self.signals.received()) is not None:
-                save_state(self)
-                raise Interrupted(number)
-            if self.step % self.config.train.save_every == 0:
-                save_state(self)
-            if done % 10 == 1:
-                progress.set_postfix_str(status(self, epoch, done), refresh=False)
+        with contextlib.closing(batches):
+            for done in range(first + 1, self.steps_per_epoch + 1):
+                self.train_step(batches)
+                progress.update()
+                self.images_seen += self.batch_size
+                self.seconds = time.perf_counter() - start
+                if (number := self.signals.received()) is not None:
+                    save_state(self)
+                    raise Interrupted(number)
+                if self.step % self.config.train.save_every == 0:
+                    save_state(self)
+                if done % 10 == 1:
+                    progress.set_postfix_str(status(self, epoch, done), refresh=False)
 
     @property
     def images_per_second(self) -> float:

@@ -20,6 +20,7 @@ from vision_xformer.weights import read_metadata, read_weights
 from .config import ConvertConfig, ModelConfig
 from .data import Splits
 from .pixels import NAMED, pixels_of, pixels_of_weights, set_pixels
+from .text import reason
 
 
 class Sizes(NamedTuple):
@@ -167,10 +168,18 @@ def load_model(path: Path) -> tuple[nn.Module, Sizes]:
         model = vx.load_model(path)
         channels, *shape = model.config.input_shape
         return model, Sizes(shape[0], channels, model.config.num_classes)
-    recipe = json.loads(metadata["recipe"])
-    sizes = Sizes(*recipe["sizes"])
-    other = build_model(ModelConfig.from_dict(recipe["model"]), sizes)
-    other.load_state_dict(read_weights(path))
+    try:
+        recipe = json.loads(metadata["recipe"])
+        config, sizes = ModelConfig.from_dict(recipe["model"]), Sizes(*recipe["sizes"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} has a recipe of another version of this program: {reason(error)}"
+        ) from error
+    other = build_model(config, sizes)
+    try:
+        other.load_state_dict(read_weights(path))
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit its own recipe: {reason(error)}") from error
     set_pixels(other, pixels_of_weights(path, "") or NAMED["half"])
     return other.eval(), sizes
 

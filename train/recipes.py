@@ -21,8 +21,14 @@ class _Recipe(ActionConfigFile):
     """
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: Any = None) -> None:
-        before = {name: cfg.get(name) for name in _BY_KEY}
-        super().__call__(parser, cfg, values, option_string)
+        before, outer = {name: cfg.get(name) for name in _BY_KEY}, parser.file
+        parser.file = str(values)
+        try:
+            super().__call__(parser, cfg, values, option_string)
+        except UnicodeDecodeError as error:
+            parser.error(f"not a text in UTF-8: {error}")
+        finally:
+            parser.file = outer
         for name, old in before.items():
             if isinstance(old, dict) and isinstance(new := cfg.get(name), dict):
                 cfg[name] = {**old, **new}
@@ -41,9 +47,17 @@ def fit_parser() -> Parser:
     return parser
 
 
-def parse(arguments: list[str]) -> RunConfig:
-    """The configuration of ``fit``: YAML files and options, the later over the earlier."""
+def parse(arguments: list[str], file: Path | None = None) -> RunConfig:
+    """The configuration of ``fit``: YAML files and options, the later over the earlier.
+
+    Args:
+        arguments: of the command line.
+        file: a YAML file below them all, which errors name.
+    """
     parser = fit_parser()
+    if file is not None:
+        parser.file = str(file)
+        arguments = [f"--config={file}", *arguments]
     try:
         namespace = parser.parse_args(arguments)
     except (TypeError, ValueError) as error:  # a file that is not YAML of options
@@ -80,7 +94,7 @@ def with_options(folder: Path, names: Sequence[str], given: Namespace) -> RunCon
     Raises:
         ValueError: for a value out of range; it names the option.
     """
-    config = parse(["--config", str(folder / "config.yaml")])
+    config = parse([], folder / "config.yaml")
     for name in names:
         if (value := given[name]) is not None:
             part, field = name.split(".")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -17,27 +18,36 @@ from .config import RunConfig
 from .lock import LOCK
 from .log import log
 from .provenance import device_name, note_session
+from .text import shell_path
 
 if TYPE_CHECKING:
     from .loop import Run
 
-# files written before the first step
-_WRITTEN_FIRST = ("config.yaml", "classes.json", "sessions.json", "log.txt", LOCK)
+# files that are of no use without weights
+_WITHOUT_WEIGHTS = (
+    "config.yaml", "classes.json", "sessions.json", "log.txt", LOCK, "metrics.csv",
+    "last.safetensors",
+)  # fmt: skip
 
 
 def new_folder(config: RunConfig) -> Path:
     """The folder that was asked for, or the first free name.
 
     Raises:
-        ValueError: for a folder that already holds a run.
+        ValueError: for a folder that already holds a run, or that cannot be made.
     """
     if config.run_dir is not None:
         folder = Path(config.run_dir).expanduser()
         if (folder / "config.yaml").exists():
             raise ValueError(
                 f"run_dir {folder} already holds a run: resume it with "
-                f"{command_text(['--resume', str(folder)])}, choose another, or remove it"
+                f"{command_text(['--resume', shell_path(folder)])}, choose another, or remove it"
             )
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        if not there.is_dir():
+            raise ValueError(f"run_dir {folder} must be a folder, but {there} is a file")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise ValueError(f"run_dir {folder}: {there} must be a folder that you may write to")
         return folder
     parts = [config.model.name, config.model.mixer or "", config.data.name, str(config.seed)]
     # Windows does not allow the colon of a name such as torchvision:MNIST
@@ -70,12 +80,13 @@ def open_folder(run: Run) -> None:
 
 
 def discard(run: Run) -> None:
-    """Remove what a new run wrote, unless there is a state to resume from."""
-    if not run.claimed or (run.folder / "state.pt").is_file():
+    """Remove what a new run wrote, unless it has weights to use or a state to resume from."""
+    kept = any((run.folder / name).is_file() for name in ("state.pt", "best.safetensors"))
+    if not run.claimed or kept:
         return
     for tracker in run.accelerator.trackers:  # Windows cannot remove open files
         tracker.finish()
-    for name in _WRITTEN_FIRST:
+    for name in _WITHOUT_WEIGHTS:
         (run.folder / name).unlink(missing_ok=True)
     shutil.rmtree(run.folder / "events", ignore_errors=True)
     with contextlib.suppress(OSError):  # it contains something else

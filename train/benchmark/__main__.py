@@ -7,6 +7,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..signals import exit_at_once, exit_code, raised
+
+if __name__ == "__main__":  # the other imports take seconds
+    exit_at_once()
+
 import torch
 from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeFloat, PositiveInt
@@ -15,11 +20,12 @@ from tqdm import tqdm
 import vision_xformer as vx
 
 from ..cli import Parser, parse_command, with_commands
-from ..commands import folder_of, read_runs
+from ..commands import folder_of, output_file, read_runs
 from ..config import Positive
 from ..html import Table
 from ..recipes import parse
 from ..report import cost_sections
+from ..text import error_text
 from .cases import DTYPES, Case, mixer_cases, model_cases
 from .compare import compare
 from .controls import CONTROLS
@@ -189,6 +195,8 @@ def answer(command: str, args: Namespace, arguments: Sequence[str]) -> str:
         )
         if not files:
             raise ValueError(f"{RESULTS} has no CSV files: run mixers or models first")
+        if args.out.exists() and not args.out.is_dir():
+            raise ValueError(f"--out {args.out} must be a folder, not a file")
         for folder in args.runs:
             if not folder.is_dir():
                 raise ValueError(f"--runs {folder} is not a folder")
@@ -197,16 +205,14 @@ def answer(command: str, args: Namespace, arguments: Sequence[str]) -> str:
         return f"{written[0]} and {len(written) - 1} figures next to it"
     if command == "plan":
         return measured_plan(args) if args.measure else computed(args)
-    out = args.out or default_out(command)
-    if out.is_dir() or (args.out and not out.parent.is_dir()):
-        raise ValueError(f"--out {out} must be a file in a folder that exists")
+    out = output_file(args.out) if args.out else default_out(command)
     if command == "errors":
         if out.is_file() and "error" not in read_csv(out)[1][0]:
             raise ValueError(f"--out {out} is not a file of errors: choose another file")
         inputs = list(fields())
         if args.run is not None:
             folder = folder_of(args.run)
-            inputs += trained(folder, parse(["--config", str(folder / "config.yaml")]))
+            inputs += trained(folder, parse([], folder / "config.yaml"))
         with tqdm(unit="kernel", disable=None) as bar:
             found = measure_errors(inputs, bar)
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -222,18 +228,19 @@ def main(arguments: list[str] | None = None) -> None:
         arguments: command-line arguments; ``sys.argv[1:]`` by default.
 
     Raises:
-        SystemExit: with code 1 for a regression, 2 for an error, 130 for an interrupt.
+        SystemExit: with code 1 for a regression, 2 for an error, 130 for Ctrl-C, 143 for SIGTERM.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        print(answer(*parse_command(command_line(), arguments), arguments))
+        with raised():
+            print(answer(*parse_command(command_line(), arguments), arguments))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error_text(error)}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("stopped; complete rows were saved, the same command measures the others",
               file=sys.stderr)  # fmt: skip
-        raise SystemExit(130) from None
+        raise SystemExit(exit_code(stop)) from None
 
 
 if __name__ == "__main__":

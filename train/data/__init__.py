@@ -13,6 +13,7 @@ To add a dataset, add one file to this folder::
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -140,7 +141,7 @@ def _read_parts(
     if not test:
         train, test = split(train, TEST_FRACTION)
     if not val:
-        train, val = split(train, config.val_fraction)
+        train, val = split(train, config.val_fraction, "data.val_fraction")
     parts = [Images(samples, size, reading) for samples in (train, val, test)]
     count = sum(map(len, parts))
     in_memory = config.in_memory
@@ -196,10 +197,17 @@ def _size_of(samples: Sequence[Sample], reading: Reading) -> int:
     raise problem
 
 
-def split(samples: Sequence[Sample], fraction: float) -> tuple[list[Sample], list[Sample]]:
+def split(
+    samples: Sequence[Sample], fraction: float, option: str = ""
+) -> tuple[list[Sample], list[Sample]]:
     """Split samples into two lists, the second with a stratified ``fraction`` of them.
 
     If a class has only one image, it is in the first list.
+
+    Args:
+        samples: images with their labels.
+        fraction: of the images.
+        option: the option that sets it, for errors; "" if none does.
 
     Raises:
         ValueError: if one of the lists would have fewer images than classes.
@@ -213,8 +221,18 @@ def split(samples: Sequence[Sample], fraction: float) -> tuple[list[Sample], lis
             rest, test_size=fraction, random_state=SPLIT_SEED, stratify=labels
         )
     except ValueError as error:
+        given = f"{option} {fraction:g}: " if option else ""
+        hint = _possible(len(rest), len(set(labels))) if option else " for testing: add images"
         raise ValueError(
-            f"{len(samples)} images of {len(counts)} classes are too few to hold out "
-            f"{fraction:.1%} of each class"
+            f"{given}{len(samples)} images of {len(counts)} classes are too few to hold out "
+            f"{fraction:.1%} of each class{hint}"
         ) from error
     return [*first, *alone], second
+
+
+def _possible(images: int, classes: int) -> str:
+    """Say which fractions would leave an image per class in both lists."""
+    if images < max(1, 2 * classes):
+        return ": add images"
+    least = math.ceil(1000 * classes / images) / 1000
+    return f": add images, or choose {least:g} to {1 - least:g}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+from ..signals import held_back
 from .reading import (
     GRAYSCALE_MODES,
     Encoded,
@@ -139,8 +140,10 @@ class Images(Dataset[tuple[Tensor, int]]):
 
     def batches(
         self, batches: Sequence[Tensor], device: torch.device, workers: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Generator[tuple[Tensor, Tensor], None, None]:
         """Yield the images (B, C, S, S) and labels (B,) of each index tensor, on the device.
+
+        Close the generator if not all batches are taken: it ends the worker processes.
 
         Raises:
             ValueError: if an image cannot be read or a worker process dies.
@@ -159,7 +162,9 @@ class Images(Dataset[tuple[Tensor, int]]):
             worker_init_fn=_ignore_signals,
         )
         try:
-            for images, labels in loader:
+            with held_back():  # the workers start here
+                loaded = iter(loader)
+            for images, labels in loaded:
                 # asynchronous copies are only safe from pinned memory
                 soon = device.type == "cuda"
                 yield images.to(device, non_blocking=soon), labels.to(device, non_blocking=soon)
@@ -183,7 +188,10 @@ class Images(Dataset[tuple[Tensor, int]]):
 
 
 def _ignore_signals(worker: int) -> None:
-    """Ignore signals to the whole process group, as the run still needs its last batch."""
+    """Ignore signals to the whole process group, as the run still needs its last batch.
+
+    This is for Windows, where :func:`train.signals.held_back` does nothing.
+    """
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, signal.SIG_IGN)
 

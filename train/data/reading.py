@@ -13,6 +13,8 @@ from typing import IO, Any, TypeAlias
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
+from ..text import reason
+
 # Pillow opens these formats but cannot decode them itself (EPS starts Ghostscript), cannot tell
 # them from other files (SPIDER), or does not detect truncation (PCX, whose palette is at the end).
 _NOT_READ = {"BUFR", "DCX", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "PCX", "SPIDER", "WMF"}
@@ -99,11 +101,10 @@ def image_mode(source: Encoded) -> str:
 
 def image_error(name: object, error: Exception) -> ValueError:
     """Turn the exception of a decoder into an error that names the image, in one sentence."""
-    reason = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, RefusedImageError):
-        return ValueError(f"{name} {reason}")
+        return ValueError(f"{name} {error}")
     what = " as an image" if isinstance(name, Path) else ""
-    return ValueError(f"{name} cannot be read{what}: {reason}")
+    return ValueError(f"{name} cannot be read{what}: {reason(error)}")
 
 
 def _opened(source: Encoded) -> contextlib.AbstractContextManager[Image.Image]:
