@@ -33,7 +33,7 @@ from timm.models.levit import Attention, AttentionDownsample, Levit, LevitDistil
 from timm.models.mlp_mixer import MlpMixer, SpatialGatingBlock
 from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from timm.models.swin_transformer import SwinTransformer
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 from transformers import CvtConfig, CvtForImageClassification
 from vit_pytorch import cct
@@ -1410,6 +1410,53 @@ def test_the_class_tokens_row_of_a_projection_stays() -> None:
     assert set(prefixes) <= set(report.resized)
     for key in prefixes:
         assert torch.equal(target.state_dict()[key], source.state_dict()[key])
+
+
+# The keys of DINOv2's authors
+
+
+def dinov2_state(registers: int, chunks: bool) -> dict[str, Tensor]:
+    """Random weights of two blocks for 14 x 15 pixels, with the authors' keys."""
+    more = {"reg_tokens": registers, "no_embed_class": registers > 0, "init_values": 0.1}
+    theirs = VisionTransformer(img_size=(14, 15), **more, **{**VIT, "num_classes": 0})
+    state = {k: torch.randn_like(v) * 0.3 for k, v in theirs.state_dict().items()}
+    if registers:
+        state["register_tokens"] = state.pop("reg_token")
+        state["pos_embed"] = torch.randn(1, 36, 24)
+    state["mask_token"] = torch.randn(1, 24)
+    if chunks:
+        state = {re.sub(r"^blocks\.(\d)\.", r"blocks.\1.\1.", k): v for k, v in state.items()}
+    return state
+
+
+@pytest.mark.parametrize("chunks", [False, True])
+@pytest.mark.parametrize("registers", [0, 4])
+def test_dinov2_of_its_authors_gives_the_features_of_timm(registers: int, chunks: bool) -> None:
+    """timm's own loader of pretrained weights is the reference."""
+    state = dinov2_state(registers, chunks)
+    more = {"reg_tokens": registers, "no_embed_class": registers > 0, "init_values": 0.1}
+    theirs = VisionTransformer(img_size=(14, 15), **more, **{**VIT, "num_classes": 0})
+    plain = {re.sub(r"^blocks\.\d\.(?=\d)", "blocks.", k): v for k, v in state.items()}
+    theirs.load_state_dict(checkpoint_filter_fn(dict(plain), theirs))
+    fields = {"registers": registers, "no_embed_class": registers > 0, "layer_scale": 0.1}
+    ours = vx.create_model(
+        "vit_test", image_size=(14, 15), **{**OUR_VIT, "num_classes": 0}, **fields
+    )
+    report = vx.load_weights(ours, state)
+    assert (report.unused, report.missing) == (["mask_token"], [])
+    x = torch.randn(2, 2, 14, 15).double()
+    assert relative_error(ours.double().eval()(x), theirs.double().eval()(x)) < 1e-12
+    if registers:
+        swapped = {**state, "register_tokens": state["register_tokens"].flip(-1)}
+        vx.load_weights(ours, swapped)
+        assert relative_error(ours(x), theirs(x)) > 1e-3
+
+
+def test_dinov2_says_how_to_build_the_model() -> None:
+    ours = vx.create_model("vit_test", image_size=(14, 15), **{**OUR_VIT, "num_classes": 0})
+    hint = r"build the model with registers=4, layer_scale=1e-05, no_embed_class=True$"
+    with pytest.raises(ValueError, match=hint):
+        vx.load_weights(ours, dinov2_state(4, True))
 
 
 # What is reported

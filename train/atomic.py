@@ -23,7 +23,8 @@ def replace(path: Path, write: Callable[[Path], Any]) -> None:
             os.fsync(file.fileno())
         part.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save raises the latter for a full disk
-        raise OSError(f"{path} cannot be written: {reason(error)}") from error
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise OSError(f"{path} cannot be written: {reason(cause)}") from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -35,7 +36,12 @@ def write_whole(path: Path, text: str) -> None:
 
 def write_state(path: Path, state: dict[str, Any]) -> None:
     """Replace a file by a state of tensors and plain values, atomically."""
-    replace(path, lambda part: torch.save(state, part))
+
+    def write(part: Path) -> None:
+        with part.open("wb") as file:  # whose errors say more than those of torch.save
+            torch.save(state, file)
+
+    replace(path, write)
 
 
 def read_state(path: Path) -> dict[str, Any]:

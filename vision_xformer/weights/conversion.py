@@ -96,6 +96,16 @@ def _timm_vit(key: str, tensor: Tensor, state: Mapping[str, Tensor]) -> Tensor:
     return _patches(key, tensor, state) if is_patch else tensor
 
 
+def _dinov2(key: str, tensor: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+    """With registers, the position of the class token is added to it, as in timm."""
+    if "register_tokens" in state:
+        if key == "pos_embed":
+            return tensor[:, 1:]
+        if key == "cls_token":
+            return tensor + state["pos_embed"][:, :1]
+    return _timm_vit(key, tensor, state)
+
+
 def _timm_swin(key: str, tensor: Tensor, state: Mapping[str, Tensor]) -> Tensor:
     """timm merges the four tokens in column-major order, ours in row-major order."""
     if ".downsample." not in key:
@@ -263,6 +273,17 @@ LIBRARIES = [
             (r"\.mlp\.dwconv\.", ".mlp.conv."),
         ],
         _unchanged,
+    ),
+    Library(
+        "DINOv2",  # by its authors; without registers and chunks of blocks, its keys are timm's
+        r"^register_tokens$|^blocks\.\d+\.\d+\.attn\.qkv\.",
+        [
+            (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),
+            (r"^register_tokens$", "reg_token"),
+            (r"\.ls([12])\.", r".scale\1."),
+            *_VIT,
+        ],
+        _dinov2,
     ),
     Library(
         "timm ViT",

@@ -26,7 +26,8 @@ def norm_is_elsewhere(source: list[Part], target: list[Part]) -> bool:
 def other_fields(module: nn.Module, source: Groups, target: Groups) -> dict[str, Any]:
     """Return the fields that a ViT should have for these weights, where they differ from its own.
 
-    They are derived from the prefix tokens, the number of positions and the position of the norm.
+    They are derived from the prefix tokens, LayerScale, the number of positions and the position of
+    the norm.
     For models other than a ViT, the result is empty.
     """
     config: Any = getattr(module, "config", None)
@@ -47,6 +48,8 @@ def other_fields(module: nn.Module, source: Groups, target: Groups) -> dict[str,
         found["class_token"] = class_token
     if registers != config.registers:
         found["registers"] = registers
+    if ("blocks.0.scale1.gamma" in source) != (config.layer_scale is not None):
+        found["layer_scale"] = 1e-5 if config.layer_scale is None else None
     no_embed = _no_embed_class(class_token + registers, source, target, config.no_embed_class)
     if no_embed != config.no_embed_class:
         found["no_embed_class"] = no_embed

@@ -59,7 +59,7 @@ class _Match(NamedTuple):
     "adapted"; ``hint`` says how a misfit could be loaded.
     """
 
-    kind: Literal["used", "resized", "adapted", "unexpected", "missing", "misfit"]
+    kind: Literal["used", "resized", "adapted", "ignored", "unexpected", "missing", "misfit"]
     source: list[Part]
     target: list[Part]
     values: list[Tensor]
@@ -84,6 +84,8 @@ def _match(
     if not source:
         return _Match("missing", source, target, [])
     if not target:
+        if name == "mask_token":  # of pretraining with masked patches
+            return _Match("ignored", source, target, [])
         known = is_computed(module, name, source)
         return _Match("used" if known else "unexpected", source, target, [])
     if norm_is_elsewhere(source, target) or (name == "position" and other_positions):
@@ -109,7 +111,7 @@ def _report(matches: list[_Match], hint: str) -> LoadReport:
     return LoadReport(
         used=keys("source", "used"),
         resized=keys("source", "resized"),
-        unused=keys("source", "unexpected", "misfit"),
+        unused=keys("source", "ignored", "unexpected", "misfit"),
         missing=keys("target", "missing", "misfit"),
         adapted=tuple(keys("source", "adapted")),
         hint=hint,
@@ -141,7 +143,7 @@ def load_weights(
     Supported keys: ours; those of vision_xformer 0.1.8 to 0.2.0 (ViN, ViP, ViL, FNet, FNet2D);
     those of performer-pytorch, nystrom-attention and linformer, whose modules may also be the
     target; timm's ViT, LeViT, CaiT, CrossViT, Swin, PVT v2, ConvMixer, MLP-Mixer and gMLP;
-    transformers' CvT; and the Compact-Transformers of the CCT authors. Prefixes of wrapper modules
+    transformers' CvT; the authors' DINOv2 (whose mask token is left out); and the Compact-Transformers of the CCT authors. Prefixes of wrapper modules
     (``model.``, ``module.``, ``backbone.``, ``encoder.``) are ignored, and the state dict may be
     nested in a checkpoint under ``state_dict_ema``, ``model_ema``, ``state_dict`` or ``model``.
 
