@@ -88,7 +88,7 @@ def evaluate(folder: Path, config: RunConfig, split: str) -> str:
             f"the run, not {data.channels}"
         )
     if data.image_size != sizes.image_size:
-        model = resized(model, path, data.image_size)
+        model = resized(model, path, data.image_size, sizes.channels)
     images = {"test": data.test, "val": data.val}[split]
     logits, labels = predict(
         model.to(accelerator.device), images, accelerator, config.data.batch_size,

@@ -19,7 +19,6 @@ from .atomic import read_state
 from .config import ModelConfig
 from .model import Sizes, build_base, converted, is_converted, of_converted
 from .pixels import NAMED, Pixels, pixels_of_weights, set_pixels
-from .text import reason
 
 if TYPE_CHECKING:
     from .loop import Run
@@ -77,8 +76,12 @@ def _load(model: nn.Module, config: ModelConfig, file: str, sizes: Sizes) -> str
         report = vx.load_weights(model, path, resize=True, strict=False)
     except ValueError as error:  # which names the file
         raise ValueError(f"model.weights: {error}") from error
-    except RuntimeError as error:
-        raise ValueError(f"model.weights {file}: {reason(error)}") from error
+    except RuntimeError as error:  # of load_state_dict, with a line for each tensor
+        lines = str(error).splitlines()
+        more = f" (and {len(lines) - 2} more)" if len(lines) > 2 else ""
+        raise ValueError(
+            f"model.weights {file} does not fit {config.name}: {lines[:2][-1].strip()}{more}"
+        ) from error
     total = len(model.state_dict())
     if len(report.missing) > total / 2:
         raise ValueError(

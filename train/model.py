@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import vision_xformer as vx
 from vision_xformer.converters.replace import converted_layers
 from vision_xformer.factory import write_weights
+from vision_xformer.modes import evaluating
 from vision_xformer.options import unknown_name_error
 from vision_xformer.weights import read_metadata, read_weights
 
@@ -133,15 +134,34 @@ def _build_timm(config: ModelConfig, sizes: Sizes, more: dict[str, Any]) -> nn.M
     arguments = {"in_chans": sizes.channels, "num_classes": sizes.classes, **config.options, **more}
     try:
         try:
-            return timm.create_model(name, img_size=sizes.image_size, **arguments)
+            model = timm.create_model(name, img_size=sizes.image_size, **arguments)
         except TypeError as error:
             if "'img_size'" not in str(error):
                 raise
-            return timm.create_model(name, **arguments)  # a model of any image size
+            model = timm.create_model(name, **arguments)  # a model of any image size
     except (TypeError, ValueError, AssertionError) as error:
         raise ValueError(
             f"{config.name} cannot be built with its model.options: {error}"
         ) from error
+    return _check_size(model, sizes.image_size, sizes.channels)
+
+
+def _check_size(model: nn.Module, image_size: int, channels: int) -> nn.Module:
+    """Return a timm model after a trial: timm itself does not refuse images that do not fit.
+
+    Raises:
+        ValueError: for an image size that the model does not support.
+    """
+    x = torch.zeros(1, channels, image_size, image_size)
+    try:
+        with torch.no_grad(), evaluating(model), torch.random.fork_rng(devices=()):
+            model(x.to(next(model.parameters()).device))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise ValueError(
+            f"data.image_size {image_size} does not suit this {type(model).__name__}: "
+            f"{reason(error)}"
+        ) from error
+    return model
 
 
 def save_weights(model: nn.Module, path: Path, config: ModelConfig, sizes: Sizes) -> None:
@@ -184,7 +204,7 @@ def load_model(path: Path) -> tuple[nn.Module, Sizes]:
     return other.eval(), sizes
 
 
-def resized(model: nn.Module, path: Path, image_size: int) -> nn.Module:
+def resized(model: nn.Module, path: Path, image_size: int, channels: int) -> nn.Module:
     """Return a model for another image size, with the weights of a file of :func:`save_weights`.
 
     Position tables are resized.
@@ -200,8 +220,8 @@ def resized(model: nn.Module, path: Path, image_size: int) -> nn.Module:
         try:
             model.set_input_size(img_size=(image_size,) * 2)  # type: ignore[operator]
         except (TypeError, ValueError, AssertionError) as error:
-            raise ValueError(f"data.image_size {image_size}: {error}") from error
-    return model
+            raise ValueError(f"data.image_size {image_size}: {reason(error)}") from error
+    return _check_size(model, image_size, channels)
 
 
 def check_part(model: nn.Module, sizes: Sizes, count: int) -> nn.Module:

@@ -151,7 +151,12 @@ def write_weights(
         raise ValueError(f"{path} must be a file in a folder that exists")
     part = path.with_name(f".{path.name}.part")
     try:
+        part.touch()
+        usual = part.stat().st_mode  # safetensors makes files that only their owner may read
         save_file({k: v.contiguous() for k, v in state.items()}, part, {"format": "pt", **metadata})
+        part.chmod(usual)
+        with part.open("r+b") as file:
+            os.fsync(file.fileno())
         part.replace(path)
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error

@@ -128,7 +128,10 @@ def _problems(matches: list[_Match]) -> list[str]:
     unconverted = [p.problem for p in foreign if p.problem]
     if len(unconverted) > 3:
         unconverted[3:] = [f"and {len(unconverted) - 3} more"]
-    return problems + unconverted + [m.misfit for m in matches if m.kind == "misfit"]
+    misfits = [m.misfit for m in matches if m.kind == "misfit"]
+    if len(misfits) > 5:
+        misfits[5:] = [f"and {len(misfits) - 5} more that do not fit"]
+    return problems + unconverted + misfits
 
 
 def load_weights(
@@ -143,9 +146,10 @@ def load_weights(
     Supported keys: ours; those of vision_xformer 0.1.8 to 0.2.0 (ViN, ViP, ViL, FNet, FNet2D);
     those of performer-pytorch, nystrom-attention and linformer, whose modules may also be the
     target; timm's ViT, LeViT, CaiT, CrossViT, Swin, PVT v2, ConvMixer, MLP-Mixer and gMLP;
-    transformers' CvT; the authors' DINOv2 (whose mask token is left out); and the Compact-Transformers of the CCT authors. Prefixes of wrapper modules
-    (``model.``, ``module.``, ``backbone.``, ``encoder.``) are ignored, and the state dict may be
-    nested in a checkpoint under ``state_dict_ema``, ``model_ema``, ``state_dict`` or ``model``.
+    transformers' CvT; DINOv2 of its authors, without its mask token; and the Compact-Transformers
+    of the CCT authors. Prefixes of wrapper modules (``model.``, ``module.``, ``backbone.``,
+    ``encoder.``) are ignored, and the state dict may be nested in a checkpoint under
+    ``state_dict_ema``, ``model_ema``, ``state_dict`` or ``model``.
 
     Args:
         module: the module to load into.
