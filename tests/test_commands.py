@@ -94,8 +94,9 @@ def test_an_error_for_a_wrong_type_says_what_the_value_must_be(
     part, _, field = option.rpartition(".")
     value = yaml.safe_load(value) if value else ""
     text = yaml.safe_dump({part: {field: value}} if part else {field: value})
-    (tmp_path / "a.yaml").write_text(text, encoding="utf-8")
-    assert fails(["--config", str(tmp_path / "a.yaml")], capsys) == sentence
+    file = tmp_path / "a.yaml"
+    file.write_text(text, encoding="utf-8")
+    assert fails(["--config", str(file)], capsys) == f"{file}: {sentence}"
 
 
 def test_commands_are_quoted(
@@ -279,7 +280,8 @@ def test_what_cannot_be_predicted_is_refused(
     assert sentence == f"there are no images in {tmp_path} or its subfolders"
     image = str(photos / "images" / "test" / "cat" / "1.png")
     sentence = fails(["predict", run, image, "--out", str(tmp_path / "no" / "out.csv")], capsys)
-    assert "out.csv cannot be written" in sentence
+    out = tmp_path / "no" / "out.csv"
+    assert sentence == f"--out {out} must be a file in a folder that exists"
     assert "must be a whole number" in fails(
         ["predict", run, image, "--data.batch_size", "x"], capsys
     )

@@ -164,7 +164,7 @@ def test_the_recipe_takes_a_step_unchanged(photos: Path, tmp_path: Path) -> None
          "parameters; did you mean 'stem'?"),
         (["--train.freeze", "stem blocks.0-5"], "train.freeze 'blocks.3' is not a part"),
         (["--train.freeze", "blocks.2-1"], "train.freeze 'blocks.2-1' is an empty range: did you "
-         "mean 1-2?"),
+         "mean blocks.1-2?"),
         (["--train.freeze", "blocks.0.drop_path"], "'blocks.0.drop_path' is not a part"),
         (["--train.freeze", "stem cls_token position blocks norm head"], "leaves nothing to train"),
         (["--train.layer_decay", "1.5"], "train.layer_decay 1.5 must be above 0 and at most 1"),
