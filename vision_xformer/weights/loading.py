@@ -128,10 +128,7 @@ def _problems(matches: list[_Match]) -> list[str]:
     unconverted = [p.problem for p in foreign if p.problem]
     if len(unconverted) > 3:
         unconverted[3:] = [f"and {len(unconverted) - 3} more"]
-    misfits = [m.misfit for m in matches if m.kind == "misfit"]
-    if len(misfits) > 5:
-        misfits[5:] = [f"and {len(misfits) - 5} more that do not fit"]
-    return problems + unconverted + misfits
+    return problems + unconverted + [m.misfit for m in matches if m.kind == "misfit"]
 
 
 def load_weights(
