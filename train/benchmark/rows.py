@@ -33,7 +33,7 @@ METHOD = (
     "one, in memory that the process keeps; kept: memory that autograd saves for the backward",
     "pass; peak: maximum during a step, above the memory held before it (GPU: allocator; CPU:",
     "resident memory, which underestimates peaks of a few MiB, since freed memory is reused);",
-    "flops: forward pass of one sample; computed: the same peak from shapes alone, without measuring",
+    "flops: forward pass of one sample; computed: the peak from shapes alone, without measuring",
 )
 NOISY = 0.15  # spread above which tables mark a time
 _TEXT = {"kind", "name", "dtype", "mode", "mixer", "checkpointing", "status", "backbone"}
