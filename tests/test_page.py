@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -15,8 +16,8 @@ from plotly.offline import get_plotlyjs
 from test_benchmark import put, row
 
 from train.benchmark import __main__ as program
-from train.benchmark.page import choices
-from train.benchmark.rows import label, read_rows
+from train.benchmark.page import choices, write
+from train.benchmark.rows import label, read_rows, write_csv
 from train.html import Section, Table, write_page
 
 RESULTS = Path(__file__).parents[1] / "results" / "benchmark"
@@ -96,7 +97,7 @@ def mixers(path: Path, *lines: str) -> Path:
 
 
 def test_every_row_of_the_results_is_on_the_page(tmp_path: Path) -> None:
-    files = [file for file in sorted(RESULTS.rglob("*.csv")) if file.stem != "errors"]
+    files = sorted(RESULTS.rglob("m*.csv"))
     page = page_of(files, tmp_path / "page.html")
     assert len(files) >= 3
     for file in files:
@@ -309,3 +310,27 @@ def test_in_a_browser(tmp_path: Path) -> None:
     assert set(after) == {*before, "talking_heads"}
     assert at == ["nystrom", "softmax"]
     assert buttons == 0
+
+
+def test_files_of_plan_are_a_figure_and_tables(tmp_path: Path) -> None:
+    lines = ["device: here", "versions: torch 2", "memory of a training step"]
+    rows = [
+        {"name": "vit", "mixer": mixer, "size": size, "status": status, "model_mib": 1.0,
+         "image_mib": 2.0, "batch in 8GB": batch, "batch in 80GB": 10 * batch}
+        for mixer, size, status, batch in (
+            ("", 224, "ok", 1200), ("", 512, "ok", 30), ("performer", 224, "ok", 7),
+            ("performer", 512, "ok", 0), ("conv", 224, "no class token", 0),
+        )
+    ]  # fmt: skip
+    file = tmp_path / "plan.csv"
+    write_csv(file, lines, list(rows[0]), rows)
+    page, picture = write([file], [], tmp_path / "out")
+    text = page.read_text(encoding="utf-8")
+    assert picture.name == f"{tmp_path.name}-plan.png"
+    assert "largest batch in 80GB" in text
+    for cell in ("<td>softmax</td><td>1,200</td><td>30</td>", "<td>7</td><td>none</td>"):
+        assert cell in text
+    assert "conv" not in re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
+    write_csv(file, lines, list(rows[0])[:6], rows)
+    with pytest.raises(ValueError, match=r"plan\.csv: no largest batches: run plan with --memory"):
+        write([file], [], tmp_path / "out")

@@ -11,12 +11,13 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from ..html import Section, Table
 from ..plots import STYLE
-from .cases import mixer_of
+from .cases import EAGER, mixer_of
 from .pictures import HEADLINE, colors
 from .rows import Row
 
 PREFIX = "batch in "
-_GREY = "#d0d7de"
+_NAMED = {**HEADLINE, EAGER: "softmax (materialized)"}
+_GREY = "#d8dee4"
 
 
 def fits_section(comments: Sequence[str], rows: Sequence[Row]) -> Section:
@@ -71,7 +72,7 @@ def fits_figure(
         title: title of the figure.
         subtitle: what was computed.
     """
-    named = [name for name in curves if name in HEADLINE] or list(curves)
+    named = [name for name in _NAMED if name in curves] or list(curves)
     palette = colors(named)
     sizes = sorted({size for points in curves.values() for size in points})
     with mpl.rc_context(STYLE):
@@ -101,16 +102,16 @@ def fits_figure(
         for axis in axes[:, 0]:
             axis.set_ylabel("largest batch")
         entries = {
-            HEADLINE.get(name, name): Line2D([], [], color=palette[name], linewidth=2.2, marker="o")
+            _NAMED.get(name, name): Line2D([], [], color=palette[name], linewidth=2.2, marker="o")
             for name in named
         }
         if len(named) < len(curves):
             entries["other mixers, see the table"] = Line2D([], [], color=_GREY, marker="o")
         figure.legend(
-            list(entries.values()), list(entries), ncols=len(entries), frameon=False,
+            list(entries.values()), list(entries), ncols=4, frameon=False,
             loc="lower center", fontsize=11,
         )  # fmt: skip
         figure.suptitle(title, x=0.01, ha="left", weight="bold")
-        figure.text(0.01, 0.955 if len(memories) > 2 else 0.9, subtitle, color="#57606a")
-        figure.tight_layout(rect=(0, 0.05, 1, 0.96))
+        figure.text(0.01, 1 - 0.45 / figure.get_figheight(), subtitle, va="top", color="#57606a")
+        figure.tight_layout(rect=(0, 0.07, 1, 1 - 0.6 / figure.get_figheight()))
     return figure

@@ -212,7 +212,7 @@ def computed(args: Namespace) -> str:
         for name, mixer in models_of(args.name)
         for size in args.image_size
     ]
-    kind = "inference" if args.inference else f"training step with {args.optimizer}"
+    kind = "inference" if args.inference else f"a training step with {args.optimizer}"
     more = [name for name in ("checkpointing", "accumulate", "average") if args[name]]
     what = ", ".join([f"memory of {kind}", args.precision, *more, f"computed for {args.device}"])
     rows: list[Row] = []
