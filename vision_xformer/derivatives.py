@@ -21,6 +21,15 @@ def is_transformed(*tensors: Tensor) -> bool:
     )
 
 
+def needs_plain(*tensors: Tensor) -> bool:
+    """Whether tensors of any shape need the plain equations, of PyTorch's own operators alone.
+
+    That is under torch.func, in forward mode, in exports and in traces.
+    """
+    exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return exporting or is_transformed(*tensors)
+
+
 class _PlainSecond(torch.autograd.Function):
     """The identity of ``out``, whose gradient can be differentiated; see :func:`plain_second`."""
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..derivatives import is_transformed, plain_second
+from ..derivatives import needs_plain, plain_second
 from ..grid import TokenGrid, grid_parts, pool_grid
 from ..options import check_at_least
 from ..precision import to_accumulate, without_autocast
@@ -243,7 +243,7 @@ class Nystrom(Kernel):
             ql, kl, c = to_accumulate(q_marks, k_marks, context)
             core = (ql @ kl.mT * self.site.key_dim**-0.5).softmax(-1)
             plain = partial(newton_schulz_pinv, iterations=self.iterations)
-            if is_transformed(core):
+            if needs_plain(core):
                 inverse = plain(core)
             else:
                 inverse = _NewtonSchulz.apply(*_start(core), self.iterations).view_as(core)
@@ -252,7 +252,7 @@ class Nystrom(Kernel):
         out = attend(q, k_marks, context.to(q.dtype))
         if self.residual is None:
             return out
-        if is_transformed(v, self.residual):
+        if needs_plain(v, self.residual):
             local = depthwise_conv(v, self.residual)
         else:
             local = _DepthwiseConv.apply(v, self.residual)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..derivatives import is_transformed, plain_second
+from ..derivatives import needs_plain, plain_second
 from ..grid import TokenGrid
 from ..options import check_at_least
 from ..planning import device_type
@@ -285,8 +285,7 @@ class Performer(Kernel):
             q_, k_, v_ = to_accumulate(q, k, v)
             w = self.projection_matrix.to(q_) * self.site.key_dim**-0.25
             plain = functools.partial(_attend, w=w, form=self.form, eps=self.eps)
-            exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
-            if exporting or self.form == "v0.2" or is_transformed(q_, k_, v_):
+            if self.form == "v0.2" or needs_plain(q_, k_, v_):
                 out = plain(q_, k_, v_)
             else:
                 operands = [t.flatten(0, 1) for t in (q_, k_, v_)]
