@@ -43,7 +43,7 @@ def run_file(file: Path, seconds: float) -> Row:
                  f"--junitxml={report}", str(file)]  # fmt: skip
         try:
             done = subprocess.run(
-                words, cwd=file.parents[1], capture_output=True, text=True, timeout=seconds
+                words, cwd=file.parents[1], capture_output=True, encoding="utf-8", timeout=seconds
             )
             row |= _counts(report) if report.is_file() else {"status": _last(done)}
         except subprocess.TimeoutExpired:

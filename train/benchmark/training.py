@@ -79,7 +79,7 @@ def train_until(words: Sequence[str], seconds: float) -> str | None:
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     process = subprocess.Popen(
         [sys.executable, "-m", "train", *words],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8",
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
         start_new_session=True,  # Ctrl-C reaches this process alone, which stops the run once
     )  # fmt: skip
