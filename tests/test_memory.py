@@ -26,7 +26,6 @@ from vision_xformer.memory_use import bytes_kept
 from vision_xformer.precision import autocasts
 
 RESULTS = Path(__file__).parents[1] / "results" / "benchmark"
-MIB = 2**20
 
 
 def measured(least: float) -> list[Row]:
@@ -252,6 +251,24 @@ def test_mistakes() -> None:
 
     with pytest.raises(ValueError, match=r"Depends .* cannot be computed"):
         vx.memory(Depends(), (1, 3, 8, 8))
+
+
+class Grouped(nn.Module):
+    """Attention whose queries share two heads of keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(8, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = self.proj(x.flatten(1, 2)).unflatten(2, (8, 8)).transpose(1, 2)
+        kv = q[:, :2]
+        return F.scaled_dot_product_attention(q, kv, kv, enable_gqa=True).mean((1, 2))
+
+
+def test_grouped_queries_are_those_of_the_model() -> None:
+    assert Grouped()(torch.zeros(2, 3, 4, 8)).shape == (2, 8)
+    assert vx.memory(Grouped(), (2, 3, 4, 8)).kept > 0
 
 
 # the command

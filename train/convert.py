@@ -217,11 +217,19 @@ def _image_sizes(plan: Plan) -> dict[int, int]:
     """
     if not plan.tokens:
         return {}
-    model, sizes = load_model(plan.teacher)
-    first = next(iter(plan.mixers.values()))
-    report = vx.convert(model, first.mixer or "", image_size=sizes.image_size, **first.options)
+    report, size = _report(plan, next(iter(plan.mixers.values())))
     now = math.prod(report.site.queries.shape)
-    return dict(zip(plan.tokens, image_sizes(sizes.image_size, now, plan.tokens), strict=True))
+    return dict(zip(plan.tokens, image_sizes(size, now, plan.tokens), strict=True))
+
+
+def _report(plan: Plan, conversion: ConvertConfig) -> tuple[vx.Report, int]:
+    """Convert the teacher: the report, and the image size in pixels."""
+    model, sizes = load_model(plan.teacher)
+    report = vx.convert(
+        model, conversion.mixer or "", layers=conversion.layers, image_size=sizes.image_size,
+        center_keys=conversion.center_keys, **conversion.options,
+    )  # fmt: skip
+    return report, sizes.image_size
 
 
 def _add_cost(plan: Plan, sizes: dict[int, int], found: dict[str, Any]) -> None:
@@ -303,13 +311,8 @@ def _config(plan: Plan, name: str, conversion: ConvertConfig, stage: Stage) -> R
 
 def break_even(plan: Plan, conversion: ConvertConfig) -> vx.BreakEven:
     """Measure the number of tokens from which the kernel is faster than softmax."""
-    model, sizes = load_model(plan.teacher)
-    report = vx.convert(
-        model, conversion.mixer or "", layers=conversion.layers, image_size=sizes.image_size,
-        center_keys=conversion.center_keys, **conversion.options,
-    )  # fmt: skip
-    device = pick_device(plan.config.train.device)
-    return report.break_even(device=device)
+    report, _ = _report(plan, conversion)
+    return report.break_even(device=pick_device(plan.config.train.device))
 
 
 def main(arguments: list[str]) -> None:

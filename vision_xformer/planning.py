@@ -64,7 +64,7 @@ def _backward(loss: Tensor, gradient: Tensor | None) -> None:
     engine.run_backward((loss,), (gradient,), False, False, (), True, True)
 
 
-_math_attention = F.scaled_dot_product_attention
+_attention = F.scaled_dot_product_attention
 
 
 def _fused_attention(
@@ -79,7 +79,9 @@ def _fused_attention(
 ) -> Tensor:
     """The memory-efficient kernel, which stores as much as the flash kernel."""
     if q.dim() != 4 or enable_gqa:
-        return _math_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale)
+        return _attention(
+            q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
     if torch.is_autocast_enabled("cpu"):
         q, k, v = (t.to(torch.get_autocast_dtype("cpu")) for t in (q, k, v))
     if attn_mask is not None:

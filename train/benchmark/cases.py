@@ -28,6 +28,7 @@ PAIRS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "linformer": ("linformer-pytorch", {"rank": 64}, {"rank": 64}),
     "fourier": ("fft2", {}, {}),
 }
+NEEDS_DATA = {"performer-pytorch"}  # cannot be built on the meta device
 _OPTIONS = {
     name: options
     for ours, (peer, own, theirs) in PAIRS.items()

@@ -19,7 +19,7 @@ from vision_xformer.memory_use import (
 from vision_xformer.planning import planned_for
 
 from ..html import Table
-from .cases import DIM, Case, build_mixer, grid_of, make, ready
+from .cases import DIM, NEEDS_DATA, Case, build_mixer, grid_of, make, ready
 from .rows import Row, label, number
 
 
@@ -71,7 +71,7 @@ def computed_table(rows: Sequence[Row]) -> Table:
 
 def sketch(case: Case) -> tuple[nn.Module, torch.Tensor, tuple[vx.TokenGrid, ...]]:
     """Build the module and the input of a case (see :func:`make`), if possible without data."""
-    if "performer-pytorch" in (case.name, case.mixer):  # cannot be built on the meta device
+    if {case.name, case.mixer} & NEEDS_DATA:
         return make(case, 1)
     with torch.device("meta"):
         if case.kind == "model":

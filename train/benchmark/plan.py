@@ -14,15 +14,15 @@ from jsonargparse.typing import PositiveInt
 from tqdm import tqdm
 
 import vision_xformer as vx
+from vision_xformer.memory_use import MIB
 
 from ..cli import Parser
 from ..config import ModelConfig
 from ..html import Table
 from ..model import Sizes, build_base, timm_name
-from .cases import CLASSES, DTYPES, Case, mixer_of
+from .cases import CLASSES, DTYPES, NEEDS_DATA, Case, mixer_of
 from .rows import Row, machine, write_csv
 
-MIB = 2**20
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _STATE_BYTES = 16  # per parameter: weight, gradient and the two moments of AdamW, in float32
 HEADINGS = ("mixer", "model, MiB", "each image, MiB", "largest batch")
@@ -58,9 +58,7 @@ class Planned:
         Raises:
             ValueError: if model, mixer and image size do not fit together.
         """
-        # performer-pytorch cannot be built on the meta device
-        device = "cpu" if self.mixer == "performer-pytorch" else "meta"
-        with torch.device(device):
+        with torch.device("cpu" if self.mixer in NEEDS_DATA else "meta"):
             model: Any = build_base(
                 ModelConfig(self.name, self.mixer or None), Sizes(self.size, 3, CLASSES)
             )

@@ -19,13 +19,12 @@ from typing import Any
 
 import torch
 
-from vision_xformer.memory_use import bytes_kept
+from vision_xformer.memory_use import MIB, bytes_kept
 
 from ..measure import peak_bytes, reset_peak
 from .cases import Case, Subject, build, facts
 from .estimate import computed
 
-MIB = 2**20
 TURN_SECONDS, MOST_STEPS = 0.5, 20  # limits of a turn
 ENOUGH, LONG_SECONDS = 3, 20.0  # number of steps that suffices once they took that long
 LARGE_MIB = 512.0  # peak from which a CPU process releases its memory to others after a turn

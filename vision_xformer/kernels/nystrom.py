@@ -48,9 +48,13 @@ def _start(a: Tensor) -> tuple[Tensor, Tensor]:
 
 def _step(z: Tensor, az: Tensor) -> Tensor:
     """z (13 - az (15 - az (7 - az))) / 4 as fused products, (A, m, m)."""
+    return torch.baddbmm(z, z, _polynomial(az), beta=3.25, alpha=-0.25)
+
+
+def _polynomial(az: Tensor) -> Tensor:
+    """az (15 - az (7 - az)), (A, m, m)."""
     inner = torch.baddbmm(az, az, az, beta=-7)
-    inner = torch.baddbmm(az, az, inner, beta=15)
-    return torch.baddbmm(z, z, inner, beta=3.25, alpha=-0.25)
+    return torch.baddbmm(az, az, inner, beta=15)
 
 
 class _NewtonSchulz(torch.autograd.Function):
@@ -74,8 +78,7 @@ class _NewtonSchulz(torch.autograd.Function):
         da = torch.zeros_like(a)
         for z in reversed(values):
             x = a @ z
-            inner = torch.baddbmm(x, x, x, beta=-7)
-            inner = torch.baddbmm(x, x, inner, beta=15)
+            inner = _polynomial(x)
             by_inner = z.mT @ d  # -4 times the gradient of inner
             right = by_inner @ x.mT - 7 * by_inner
             dx = torch.baddbmm(15 * by_inner, right, x.mT)
