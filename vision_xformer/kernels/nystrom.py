@@ -34,21 +34,21 @@ def newton_schulz_pinv(a: Tensor, iterations: int) -> Tensor:
 
     Shape: (*, m, m) -> same, with at least one leading axis and rows that sum to 1
     """
-    flat, z = _start(a)
+    flat = a.flatten(0, -3)
+    z = flat.mT * _scale(flat)
     for _ in range(iterations):
-        z = _step(z, flat @ z)
+        z = _step(z, _polynomial(flat @ z))
     return z.view_as(a)
 
 
-def _start(a: Tensor) -> tuple[Tensor, Tensor]:
-    """Flatten the leading axes of a; the initial value is scaled for each matrix separately."""
-    norms = a.abs().sum(-1).amax(-1) * a.abs().sum(-2).amax(-1)
-    return a.flatten(0, -3), (a.mT / norms[..., None, None]).flatten(0, -3)
+def _scale(a: Tensor) -> Tensor:
+    """The factor of a^T in the initial value of each matrix, (A, m, m) -> (A, 1, 1)."""
+    return (a.abs().sum(-1).amax(-1) * a.abs().sum(-2).amax(-1)).reciprocal()[:, None, None]
 
 
-def _step(z: Tensor, az: Tensor) -> Tensor:
-    """z (13 - az (15 - az (7 - az))) / 4 as fused products, (A, m, m)."""
-    return torch.baddbmm(z, z, _polynomial(az), beta=3.25, alpha=-0.25)
+def _step(z: Tensor, polynomial: Tensor) -> Tensor:
+    """z (13 - az (15 - az (7 - az))) / 4, (A, m, m)."""
+    return torch.baddbmm(z, z, polynomial, beta=3.25, alpha=-0.25)
 
 
 def _polynomial(az: Tensor) -> Tensor:
@@ -60,33 +60,42 @@ def _polynomial(az: Tensor) -> Tensor:
 class _NewtonSchulz(torch.autograd.Function):
     """All steps of :func:`newton_schulz_pinv`, which store one matrix each instead of four.
 
-    The gradient of X = a z passes through X^3 - 7 X^2 + 15 X in the form of Horner, so that a step
-    takes eleven products in the backward pass.
+    Every x = a z is a polynomial in a a^T: it is symmetric, and the next one is
+    x' = (3.375 x + 1.375^2 - s^2) / 4 with s = x^2 - 3.5 x + 1.375. So the gradient of z does not
+    pass through a, only the symmetric part of the gradient of x counts, and a step of the backward
+    pass takes eight products.
     """
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, z: Tensor, iterations: int) -> Tensor:
-        values = [z]
+    def forward(ctx: Any, a: Tensor, scale: Tensor, iterations: int) -> Tensor:
+        z = a.mT * scale
+        values = []
         for _ in range(iterations):
-            values.append(_step(values[-1], a @ values[-1]))
-        ctx.save_for_backward(a, *values[:-1])
-        return values[-1]
+            z = _step(z, _polynomial(a @ z))
+            values.append(z)
+        ctx.save_for_backward(a, scale, *values[:-1])
+        ctx.iterations = iterations
+        return z
 
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
-        a, *values = ctx.saved_tensors
-        da = torch.zeros_like(a)
-        for z in reversed(values):
+        a, scale, *values = ctx.saved_tensors
+        dx = torch.zeros_like(a)
+        for z in reversed((a.mT * scale, *values)[: ctx.iterations]):
             x = a @ z
-            inner = _polynomial(x)
-            by_inner = z.mT @ d  # -4 times the gradient of inner
-            right = by_inner @ x.mT - 7 * by_inner
-            dx = torch.baddbmm(15 * by_inner, right, x.mT)
-            dx = torch.baddbmm(dx, x.mT, torch.baddbmm(right, x.mT, by_inner))
-            da = torch.baddbmm(da, dx, z.mT, alpha=-0.25)
-            d = torch.baddbmm(3.25 * d, d, inner.mT, alpha=-0.25)
-            d = torch.baddbmm(d, a.mT, dx, alpha=-0.25)
-        return da, d, None
+            inner = torch.baddbmm(x, x, x, beta=-7)  # x^2 - 7 x
+            dp = z.mT @ d
+            dp = dp + dp.mT  # -8 times the gradient of the polynomial p = x^3 - 7 x^2 + 15 x
+            d = _step(d, torch.baddbmm(x, x, inner, beta=15))
+            ds = torch.baddbmm(dx, inner.add_(x, alpha=3.5), dx, beta=1.375)  # s x'
+            dpx = dp @ x
+            square = dpx.add(ds, alpha=4)
+            square = (square + square.mT).add_(dpx).add_(dp, alpha=-14)
+            half = ds.baddbmm_(square, x, beta=0.875, alpha=-1 / 16)
+            dx = (half + half.mT).add_(dp, alpha=-15 / 8).add_(dx, alpha=3.375 / 4)
+        dz = torch.baddbmm(d, a.mT, dx)
+        da = torch.baddbmm(dz.mT * scale, dx, a * scale)
+        return da, (dz * a.mT).sum((-2, -1), keepdim=True), None
 
 
 def depthwise_conv(v: Tensor, taps: Tensor) -> Tensor:
@@ -211,12 +220,15 @@ class Nystrom(Kernel):
             self.residual.zero_()
 
     def _landmark_means(self, x: Tensor, grid: TokenGrid, parts: tuple[int, ...]) -> Tensor:
-        """(B, H, N, K) -> (B, H, m, K). Heads are merged so that the inner axis is long."""
+        """(B, H, N, K) -> (B, H, m, K). Heads are merged so that the inner axis is long.
+
+        The result is contiguous, so that the operators that store it share one copy.
+        """
         if self.segments == "sequence":
             grid = TokenGrid((math.prod(grid.shape),), grid.prefix)
         tokens = x.transpose(1, 2).flatten(2)
         means = pool_grid(tokens, grid, parts)
-        return means.unflatten(2, (self.site.heads, -1)).transpose(1, 2)
+        return means.unflatten(2, (self.site.heads, -1)).transpose(1, 2).contiguous()
 
     def _parts(self, queries: TokenGrid, keys: TokenGrid) -> tuple[int, ...]:
         """The same parts for queries and keys, so that landmark i has one position in both."""
@@ -249,7 +261,8 @@ class Nystrom(Kernel):
             if needs_plain(core):
                 inverse = plain(core)
             else:
-                inverse = _NewtonSchulz.apply(*_start(core), self.iterations).view_as(core)
+                flat = core.flatten(0, 1)
+                inverse = _NewtonSchulz.apply(flat, _scale(flat), self.iterations).view_as(core)
                 inverse = plain_second(inverse, plain, core)
             context = inverse @ c
         out = attend(q, k_marks, context.to(q.dtype))
