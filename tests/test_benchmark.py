@@ -43,6 +43,7 @@ from train.cli import parse_command
 from train.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from train.loop import Run
 from train.report import by_seed, costs, front
+from vision_xformer.kernels import performer
 from vision_xformer.memory_use import bytes_kept
 from vision_xformer.mixers import takes_heads
 
@@ -118,16 +119,31 @@ def test_nystrom_keeps_one_matrix_of_each_step_of_its_inverse() -> None:
     assert kept[1] - kept[0] == 11 * 2 * 64 * 64 * x.element_size()  # steps, heads, entries
 
 
-@pytest.mark.skipif(torch.__version__ < (2, 12), reason="PyTorch takes it for an export")
-def test_performer_keeps_no_features_where_it_is_compiled() -> None:
+def kept_of_performer(features: int, compiled: bool, recompute: bool | str) -> int:
     layout, x = vx.TokenGrid((8, 8)), torch.randn(1, 64, 64, requires_grad=True)
-    kept = []
-    for features in (100, 400):
-        mixer = vx.create_mixer("performer", dim=64, heads=2, grid=layout, features=features)
-        compiled = torch.compile(mixer, backend="aot_eager", dynamic=False)
-        kept.append(bytes_kept(mixer, lambda compiled=compiled: compiled(x, layout)))
+    options = dict(features=features, recompute=recompute)
+    mixer = vx.create_mixer("performer", dim=64, heads=2, grid=layout, **options)
+    call = torch.compile(mixer, backend="aot_eager", dynamic=False) if compiled else mixer
+    return bytes_kept(mixer, lambda: call(x, layout))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("recompute", [True, False, "auto"])
+def test_performer_keeps_features_only_where_it_does_not_recompute_them(recompute, compiled):
+    if compiled and torch.__version__ < (2, 12):
+        pytest.skip("PyTorch takes it for an export")
+    kept = [kept_of_performer(n, compiled, recompute) for n in (100, 400)]
     context, scaled = 2 * (32 + 1), 32  # numbers of each feature: sums of values, w / K^(1/4)
-    assert kept[1] - kept[0] == 300 * (context + scaled) * x.element_size()
+    least, stored = 300 * (context + scaled) * 4, 300 * 2 * 2 * 64 * 4  # of heads, q and k, tokens
+    if recompute is True or (recompute == "auto" and not compiled):
+        assert kept[1] - kept[0] == least
+    else:
+        assert stored <= kept[1] - kept[0] <= 2 * stored + least
+
+
+def test_compiled_performer_recomputes_many_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(performer, "_STORED", 2 * 2 * 64 * 400 - 1)
+    assert kept_of_performer(400, True, "auto") == kept_of_performer(400, True, True)
 
 
 @pytest.mark.parametrize("name", [*vx.list_mixers(), *CONTROLS])

@@ -238,6 +238,21 @@ def test_performer_in_blocks_is_the_equations_as_they_stand(form, elements, monk
         assert relative_error(whole(), kernel(*qkv, queries, keys)) <= 1e-12
 
 
+@pytest.mark.parametrize("form", ["exponent", "package", "relu"])
+def test_performer_with_stored_features_is_the_same(form):
+    queries, keys = TokenGrid((5, 7), 1), TokenGrid((3, 5), 1)
+    qkv = operands(queries, keys)
+    kernels = [build("performer", keys, recompute=r, **FORMS[form]) for r in (True, False)]
+    kernels[1].load_state_dict(kernels[0].state_dict())
+    assert_same(*(lambda kernel=k: kernel(*qkv, queries, keys) for k in kernels), qkv, 1e-12)
+
+
+@pytest.mark.parametrize("value", ["always", 1, None])
+def test_recompute_is_true_false_or_auto(value):
+    with pytest.raises(ValueError, match=f"recompute.*{value!r}"):
+        build("performer", TokenGrid((3, 5)), recompute=value)
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # within opcheck
 @pytest.mark.parametrize("form", ["exponent", "relu"])
 def test_performer_blocks_are_sound_for_compilers_and_autocast(form):

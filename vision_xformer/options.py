@@ -51,6 +51,7 @@ def _misfit(name: str, value: object, hint: Any) -> str:
     literals = [h for h in (hint, *get_args(hint)) if get_origin(h) is Literal]
     if literals and isinstance(value, str):
         choices = [repr(choice) for literal in literals for choice in get_args(literal)]
+        choices += ["True", "False"] * (bool in get_args(hint))
         choices += ["None"] * (type(None) in get_args(hint))
         return f"{name} {value!r} must be {', '.join(choices[:-1])} or {choices[-1]}"
     kind = getattr(hint, "__name__", None)

@@ -5,7 +5,7 @@ phi(x) = exp(w.x' - |x'|^2/2), x' = x / K^(1/4), w normal. With m features,
 out = phi(q) (phi(k)^T v) / phi(q) (phi(k)^T 1): linear in N. A column of ones next to v gives
 numerator and normalizer from the same product, in which common factors of phi cancel.
 
-The (N, m) features are never materialized: heads are processed in cache-sized blocks, and their
+The (N, m) features need not be materialized: heads are processed in cache-sized blocks, and their
 features are recomputed in the backward pass, so memory matches fused softmax.
 """
 
@@ -31,6 +31,7 @@ from .base import KERNELS, Kernel, Site
 # 256 MiB, so that most calls are one block and a long sequence still fits.
 _BLOCK_ELEMENTS = {"cpu": 2**19}
 _BLOCK_ELEMENTS_DEFAULT = 2**26
+_STORED = 2**23  # features that compiled code stores: 32 MiB in float32
 
 
 def random_projection(features: int, key_dim: int, orthogonal: bool) -> Tensor:
@@ -221,8 +222,8 @@ class Performer(Kernel):
     """Softmax attention approximated by positive random features (FAVOR+). It works on any grid.
 
     Features are drawn once and saved with the weights; :func:`~vision_xformer.redraw_features`
-    draws new ones. The features are stored for the backward pass under torch.func, and under
-    torch.compile before PyTorch 2.12, which treats compiling as an export.
+    draws new ones. Under torch.func, and under torch.compile before PyTorch 2.12, which treats
+    compiling as an export, the features are always stored for the backward pass.
 
     Shape: (B, H, N, K), (B, H, M, K), (B, H, M, V) -> (B, H, N, V)
 
@@ -236,6 +237,10 @@ class Performer(Kernel):
             typical scales its epsilon dominates and the output collapses to roughly the mean of v.
             "v0.2" is that of vision_xformer 0.2.0, whose shift is shared by the whole batch; it
             exists for checkpoints of that version only.
+        recompute: True to recompute the features in the backward pass, for the memory of fused
+            softmax; False to store them, up to 4 m numbers per token and head. "auto" (the
+            default) recomputes them, except in compiled code for at most 32 MiB of features in
+            float32, where a compiler that sees the equations is faster.
 
     Raises:
         ValueError: for an invalid option, or a stabilizer with ``feature_map="relu"``.
@@ -251,6 +256,7 @@ class Performer(Kernel):
         orthogonal: bool = True,
         feature_map: Literal["softmax", "relu"] = "softmax",
         stabilizer: Literal["exponent", "package", "v0.2"] | None = None,
+        recompute: bool | Literal["auto"] = "auto",
     ) -> None:
         super().__init__(site)
         key_dim = site.key_dim
@@ -259,7 +265,7 @@ class Performer(Kernel):
         check_at_least("features", features, 1)
         if feature_map == "relu" and stabilizer is not None:
             raise ValueError(f"stabilizer {stabilizer!r} has no meaning for feature_map 'relu'")
-        self.orthogonal = orthogonal
+        self.orthogonal, self.recompute = orthogonal, recompute
         self.form: str = "relu" if feature_map == "relu" else stabilizer or "exponent"
         self.eps = 1e-3 if feature_map == "relu" else 1e-4
         matrix = random_projection(features, key_dim, orthogonal).to(torch.get_default_dtype())
@@ -285,13 +291,20 @@ class Performer(Kernel):
             q_, k_, v_ = to_accumulate(q, k, v)
             w = self.projection_matrix.to(q_) * self.site.key_dim**-0.25
             plain = functools.partial(_attend, w=w, form=self.form, eps=self.eps)
-            if self.form == "v0.2" or needs_plain(q_, k_, v_):
+            if self.form == "v0.2" or needs_plain(q_, k_, v_) or not self._recomputes(q, k):
                 out = plain(q_, k_, v_)
             else:
                 operands = [t.flatten(0, 1) for t in (q_, k_, v_)]
                 out, *_ = _blocked(*operands, w, self.form, self.eps)
                 out = plain_second(out, plain, *operands).unflatten(0, q.shape[:2])
         return out.to(v.dtype)
+
+    def _recomputes(self, q: Tensor, k: Tensor) -> bool:
+        if self.recompute == "auto":
+            tokens = q.shape[0] * q.shape[1] * (q.shape[2] + k.shape[2])
+            small = tokens * self.projection_matrix.shape[0] <= _STORED
+            return not (small and torch.compiler.is_compiling())
+        return self.recompute
 
     def flops(
         self,
