@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..backbones import VisionModel
 from ..grid import TokenGrid
-from ..kernels import Kernel
+from ..kernels import Kernel, ValuePath
 from ..kernels.linear import LinearAttention
 from ..modes import evaluating
 
@@ -91,6 +91,20 @@ class ConvertedKernel(Kernel):
         if self.scale != 1:
             q = q * self.scale
         return self.inner(q, k, v, queries, keys, bias)
+
+    def value_path(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        queries: TokenGrid | None = None,
+        keys: TokenGrid | None = None,
+        bias: Tensor | None = None,
+    ) -> ValuePath:
+        """Return the kernel as a function of its values, see :class:`Kernel`."""
+        if queries is None or keys is None:
+            queries = keys = self.grid(q.shape[2])
+        return super().value_path(q, k, v, queries, keys, bias)
 
     def extra_repr(self) -> str:
         """The options that ``print`` shows."""

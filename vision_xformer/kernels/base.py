@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
@@ -26,6 +27,24 @@ class Site(NamedTuple):
     value_dim: int
     queries: TokenGrid
     keys: TokenGrid
+
+
+class ValuePath(NamedTuple):
+    """What a kernel or mixer does with its values for one input: a linear function of them.
+
+    Args:
+        values: values (B, G, M, V).
+        apply: values (B, G, M, V) -> (B, H, N, V), linear.
+        finish: (B, H, N, V) -> the output of the kernel or mixer.
+        queries: grid of the N queries.
+        keys: grid of the M values; None if they are a learned memory instead of tokens.
+    """
+
+    values: Tensor
+    apply: Callable[[Tensor], Tensor]
+    finish: Callable[[Tensor], Tensor]
+    queries: TokenGrid
+    keys: TokenGrid | None
 
 
 class Kernel(nn.Module):
@@ -89,6 +108,20 @@ class Kernel(nn.Module):
             Attended values (B, H, N, V).
         """
         raise NotImplementedError
+
+    def value_path(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        queries: TokenGrid,
+        keys: TokenGrid,
+        bias: Tensor | None = None,
+    ) -> ValuePath:
+        """Return the kernel as a function of its values, for the arguments of :meth:`forward`."""
+        return ValuePath(
+            v, lambda values: self(q, k, values, queries, keys, bias), lambda y: y, queries, keys
+        )
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..grid import TokenGrid, on_grid, take_strided
+from ..kernels import ValuePath, merge_heads, split_heads
 from .base import Mixer
 
 
@@ -38,6 +39,22 @@ class Adapter(Mixer):
     def forward(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> Tensor:
         """Mix tokens: (B, N, D) -> (B, n, E)."""
         self.check(x, grid, rope)
-        if self.conv is not None:
-            x = on_grid(self.conv, x, grid)
-        return self.proj(take_strided(self.mixer(x, grid), grid, self.stride))
+        y = self.mixer(self._input(x, grid), grid)
+        return self.proj(take_strided(y, grid, self.stride))
+
+    def value_path(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> ValuePath:
+        """Return the mixer as a function of its values, see :class:`Mixer`."""
+        self.check(x, grid, rope)
+        path = self.mixer.value_path(self._input(x, grid), grid)
+
+        def apply(values: Tensor) -> Tensor:
+            y = path.apply(values)
+            return split_heads(take_strided(merge_heads(y), grid, self.stride), y.shape[1])
+
+        return path._replace(
+            apply=apply, finish=lambda y: self.proj(path.finish(y)), queries=self.out_grid(grid)
+        )
+
+    def _input(self, x: Tensor, grid: TokenGrid) -> Tensor:
+        """The tokens that the mixer sees: (B, N, D) -> same."""
+        return x if self.conv is None else on_grid(self.conv, x, grid)

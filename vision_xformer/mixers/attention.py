@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..biases import AttentionBias
 from ..grid import TokenGrid, take_strided
-from ..kernels import Kernel
+from ..kernels import Kernel, ValuePath
 from ..kernels.linformer import Linformer
 from ..positions import rotate
 from .base import Mixer
@@ -170,23 +170,38 @@ class Attention(Mixer):
         """Attend: (B, N, D) -> (B, n, E)."""
         if x.shape[1:] != self.tokens_shape or grid != self.grid or rope is not None:
             self.check(x, grid, rope)
-        projection, kernel = self.projection, self.kernel
+        kernel = self.kernel
         # A sum over tokens is cheaper before the projection, unless a rotation comes in between.
-        shortens = (
+        if (
             rope is None
             and isinstance(kernel, Linformer)
-            and isinstance(projection, SplitProjection)
-        )
-        q, k, v = projection(x, grid, kernel.shorten) if shortens else projection(x, grid)
+            and isinstance(self.projection, SplitProjection)
+        ):
+            operands = self._operands(x, grid, rope, kernel.shorten)
+            return self._finish(kernel(*operands, shortened=True))
+        return self._finish(kernel(*self._operands(x, grid, rope)))
+
+    def value_path(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> ValuePath:
+        """Return the attention as a function of its values, see :class:`Mixer`."""
+        self.check(x, grid, rope)
+        path = self.kernel.value_path(*self._operands(x, grid, rope))
+        return path._replace(finish=self._finish)
+
+    def _operands(
+        self, x: Tensor, grid: TokenGrid, rope: Tensor | None, *shorten: Shorten
+    ) -> tuple[Tensor, Tensor, Tensor, TokenGrid, TokenGrid, Tensor | None]:
+        """The arguments of the kernel; ``shorten`` is passed to the projection."""
+        projection, site = self.projection, self.kernel.site
+        q, k, v = projection(x, grid, *shorten)
         angles = (None, None) if rope is None else projection.angles(rope, grid)
-        key_dim, value_dim = kernel.site.key_dim, kernel.site.value_dim
-        operands = _split_heads(q, key_dim, angles[0]), _split_heads(k, key_dim, angles[1])
-        values = operands[1] if v is k and rope is None else _split_heads(v, value_dim)
+        queries = _split_heads(q, site.key_dim, angles[0])
+        keys = _split_heads(k, site.key_dim, angles[1])
+        values = keys if v is k and rope is None else _split_heads(v, site.value_dim)
         bias = None if self.position_bias is None else self.position_bias()
-        y = kernel(
-            *operands, values, projection.queries(grid), projection.keys(grid), bias,
-            **({"shortened": True} if shortens else {}),
-        )  # fmt: skip
+        return queries, keys, values, projection.queries(grid), projection.keys(grid), bias
+
+    def _finish(self, y: Tensor) -> Tensor:
+        """Project the output of the kernel: (B, H, n, V) -> (B, n, E)."""
         return self.proj_drop(self.proj(rearrange(y, "b h n v -> b n (h v)")))
 
 

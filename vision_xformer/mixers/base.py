@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from ..grid import TokenGrid
-from ..kernels import KERNELS
+from ..kernels import KERNELS, ValuePath
 from ..options import check_at_least
 from ..registry import Registry
 
@@ -51,6 +51,16 @@ class Mixer(nn.Module):
             Tokens (B, n, E).
         """
         raise NotImplementedError
+
+    def value_path(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> ValuePath:
+        """Return the mixer as a function of its values, for the arguments of :meth:`forward`.
+
+        Raises:
+            ValueError: for a mixer that is not linear in values.
+        """
+        raise ValueError(
+            f"{type(self).__name__} has no attention map: its output is not linear in values"
+        )
 
     def out_grid(self, grid: TokenGrid) -> TokenGrid:
         """The positions of the output tokens for an input grid."""

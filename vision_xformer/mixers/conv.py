@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..grid import TokenGrid, on_grid
+from ..kernels import ValuePath
 from ..layers import CONV
 from ..options import check_odd
 from .base import MIXERS, Mixer
@@ -43,3 +45,19 @@ class DepthwiseConv(Mixer):
                 f"cannot take {grid}"
             )
         return on_grid(self.conv, x, grid)
+
+    def value_path(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> ValuePath:
+        """Return the mixer as a function of its tokens, see :class:`Mixer`; a head is a channel."""
+        bias = self(x.new_zeros(1, *x.shape[1:]), grid)[:, -1:]
+
+        def apply(values: Tensor) -> Tensor:
+            tokens = values.permute(0, 3, 2, 1)  # (B, V, N, D)
+            y = self(tokens.flatten(0, 1), grid)
+            cells = y[:, grid.prefix :] - bias
+            return torch.cat((y[:, : grid.prefix], cells), 1).view_as(tokens).permute(0, 3, 2, 1)
+
+        def finish(y: Tensor) -> Tensor:
+            tokens = y.squeeze(-1).mT
+            return torch.cat((tokens[:, : grid.prefix], tokens[:, grid.prefix :] + bias), 1)
+
+        return ValuePath(x.mT.unsqueeze(-1), apply, finish, grid, grid)

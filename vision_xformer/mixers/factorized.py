@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..grid import TokenGrid
+from ..kernels import ValuePath, merge_heads, split_heads
 from .base import Mixer
 
 
@@ -38,21 +39,39 @@ class AxisMixer(Mixer):
     def forward(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> Tensor:
         """Mix tokens: (B, N, D) -> (B, N, D)."""
         self.check(x, grid, rope)
-        inner, prefix = subgrid(grid, self.axes), grid.prefix
-        y = self._fold(x, grid)
-        others, cells = y.shape[1:-2], y.shape[-2:]
-        y = y.flatten(0, -3)
-        count = math.prod(others)
-        if prefix:
-            y = torch.cat((x[:, :prefix].repeat_interleave(count, 0), y), 1)
-        if rope is not None:  # all samples have the same angles, up to those of the folded axes
-            rope = torch.cat((rope[:prefix], self._fold(rope[None], grid).flatten(0, -3)[0]))
-        y = self.mixer(y, inner, rope)
-        mixed = y[:, prefix:].reshape(-1, *others, *inner.shape, cells[-1])
-        mixed = mixed.movedim(self._last(), self._dims()).flatten(1, -2)
-        if not prefix:
-            return mixed
-        return torch.cat((y[:, :prefix].unflatten(0, (-1, count)).mean(1), mixed), 1)
+        y = self.mixer(self._fold(x, grid), *self._inner(grid, rope))
+        return self._unfold(y, grid)
+
+    def value_path(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> ValuePath:
+        """Return the mixer as a function of its values, see :class:`Mixer`.
+
+        Raises:
+            ValueError: for a mixer with a learned memory, or one that is not linear in values.
+        """
+        self.check(x, grid, rope)
+        path = self.mixer.value_path(self._fold(x, grid), *self._inner(grid, rope))
+        if path.keys is None:
+            name = type(self.mixer).__name__
+            raise ValueError(f"{name} attends to a learned memory, not along axes of {grid}")
+
+        def fold(y: Tensor) -> Tensor:
+            return split_heads(self._fold(merge_heads(y), grid), y.shape[1])
+
+        def unfold(y: Tensor) -> Tensor:
+            return split_heads(self._unfold(merge_heads(y), grid), y.shape[1])
+
+        return ValuePath(
+            unfold(path.values),
+            lambda values: unfold(path.apply(fold(values))),
+            lambda y: self._unfold(path.finish(fold(y)), grid),
+            grid, grid,
+        )  # fmt: skip
+
+    def _inner(self, grid: TokenGrid, rope: Tensor | None) -> tuple[TokenGrid, Tensor | None]:
+        """Grid and angles of the samples of :meth:`_fold`, which have the same angles."""
+        if rope is not None:
+            rope = self._fold(rope[None], grid)[0]
+        return subgrid(grid, self.axes), rope
 
     def _dims(self) -> list[int]:
         return [axis + 1 for axis in self.axes]
@@ -61,9 +80,28 @@ class AxisMixer(Mixer):
         return list(range(-1 - len(self.axes), -1))
 
     def _fold(self, x: Tensor, grid: TokenGrid) -> Tensor:
-        """(B, N, C) -> (B, *others, n, C), where n tokens differ on the mixed axes only."""
+        """(B, N, C) -> (B * others, n, C), where n tokens differ on the mixed axes only."""
         cells = x[:, grid.prefix :].unflatten(1, grid.shape)
-        return cells.movedim(self._dims(), self._last()).flatten(-1 - len(self.axes), -2)
+        y = cells.movedim(self._dims(), self._last()).flatten(-1 - len(self.axes), -2)
+        y = y.flatten(0, -3)
+        if grid.prefix:
+            y = torch.cat((x[:, : grid.prefix].repeat_interleave(self._others(grid), 0), y), 1)
+        return y
+
+    def _unfold(self, y: Tensor, grid: TokenGrid) -> Tensor:
+        """Undo :meth:`_fold`: (B * others, n, C) -> (B, N, C), with the mean of prefix tokens."""
+        prefix, inner = grid.prefix, subgrid(grid, self.axes).shape
+        others = [size for axis, size in enumerate(grid.shape) if axis not in self.axes]
+        mixed = y[:, prefix:].reshape(-1, *others, *inner, y.shape[-1])
+        mixed = mixed.movedim(self._last(), self._dims()).flatten(1, -2)
+        if not prefix:
+            return mixed
+        means = y[:, :prefix].unflatten(0, (-1, self._others(grid))).mean(1)
+        return torch.cat((means, mixed), 1)
+
+    def _others(self, grid: TokenGrid) -> int:
+        """Number of samples that :meth:`_fold` makes of one."""
+        return math.prod(size for axis, size in enumerate(grid.shape) if axis not in self.axes)
 
 
 def subgrid(grid: TokenGrid, axes: tuple[int, ...]) -> TokenGrid:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..derivatives import is_transformed
 from ..grid import TokenGrid
+from ..kernels import ValuePath
 from ..precision import to_accumulate
 from .base import MIXERS, Mixer
 
@@ -102,6 +103,26 @@ class Fourier(Mixer):
         else:
             y = _RealFFT.apply(y, self.norm)
         return y.reshape(x.shape).to(x.dtype)
+
+    def value_path(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> ValuePath:
+        """Return the mixer as a function of u = F_D x, see :class:`Mixer`.
+
+        The output is the sum of two heads, Re(F_N) Re(u) and -Im(F_N) Im(u).
+        """
+        self.check(x, grid, rope)
+        (y,) = to_accumulate(x)
+        u = torch.fft.fft(y, norm=self.norm)
+        shape = grid.shape if self.axes == "grid" else (grid.length,)
+
+        def apply(values: Tensor) -> Tensor:
+            cells = values.unflatten(2, shape)
+            f = torch.fft.fftn(cells, dim=tuple(range(2, cells.ndim - 1)), norm=self.norm)
+            return torch.stack((f[:, 0].real, -f[:, 1].imag), 1).view_as(values)
+
+        def finish(y: Tensor) -> Tensor:
+            return y.sum(1).to(x.dtype)
+
+        return ValuePath(torch.stack((u.real, u.imag), 1), apply, finish, grid, grid)
 
     def flops(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> int:
         """Count 2.5 n log2 n for a real FFT of n = N D numbers, as FFTW (Frigo & Johnson 2005)."""

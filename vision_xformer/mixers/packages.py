@@ -8,24 +8,75 @@ a sample depends on its batch; linformer supports a single sequence length.
 from __future__ import annotations
 
 import warnings
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..grid import TokenGrid
+from ..kernels import ValuePath, merge_heads, split_heads
 from ..kernels.nystrom import check_sizes
 from ..options import check_at_least
 from .base import MIXERS, Mixer, head_width
 
 
 class _Package(Mixer):
-    """A module (B, N, D) -> (B, N, D) of another package."""
+    """A module (B, N, D) -> (B, N, D) of another package.
+
+    Attributes:
+        value_layer: name of its layer to values, which come last in its output.
+    """
 
     module: nn.Module
+    value_layer: ClassVar[str] = "to_v"
 
     def forward(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> Tensor:
         self.check(x, grid, rope)
         return self.module(x)
+
+    def value_path(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> ValuePath:
+        """Return the mixer as a function of its values, see :class:`Mixer`.
+
+        The output of the layer to values is replaced, and the input of the output layer recorded.
+
+        Raises:
+            ValueError: for a module whose values are its keys.
+        """
+        self.check(x, grid, rope)
+        if not hasattr(self.module, self.value_layer):
+            raise ValueError(
+                f"{type(self).__name__} with share_kv=True has no attention map: it is not linear "
+                "in its values, which are its keys"
+            )
+        source = self.module.get_submodule(self.value_layer)
+        to_out = self.module.get_submodule("to_out")
+        output = next(m for m in to_out.modules() if isinstance(m, nn.Linear))
+        assert self.heads is not None
+        head_dim, projected = output.in_features // self.heads, source(x)
+        width = projected.shape[-1] // (3 if self.value_layer == "to_qkv" else 1)
+
+        def apply(values: Tensor) -> Tensor:
+            merged, found = merge_heads(values), []
+
+            def replace(module: nn.Module, inputs: Any, projected: Tensor) -> Tensor:
+                padding = projected.shape[1] - merged.shape[1]  # nystrom-attention pads in front
+                padded = F.pad(merged, (0, 0, padding, 0))
+                return torch.cat((projected[..., :-width], padded), -1)
+
+            def record(module: nn.Module, inputs: tuple[Tensor]) -> None:
+                found.append(inputs[0][:, -merged.shape[1] :])
+
+            hooks = source.register_forward_hook(replace), output.register_forward_pre_hook(record)
+            try:
+                self.module(x)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            return split_heads(found[0], self.heads)
+
+        values = split_heads(projected[..., -width:], width // head_dim)
+        return ValuePath(values, apply, lambda y: to_out(merge_heads(y)), grid, grid)
 
 
 @MIXERS.register("performer-pytorch")
@@ -99,6 +150,8 @@ class NystromAttention(_Package):
     Raises:
         ValueError: for an invalid option.
     """
+
+    value_layer = "to_qkv"
 
     def __init__(
         self,

@@ -1,0 +1,205 @@
+"""Attention maps of any kernel or mixer that is linear in its values.
+
+The output of such a layer is A v. It may never form A, but its vector-Jacobian product with respect
+to v is r^T A, a weighted sum of rows of A, at the cost of one backward pass. The channels of v are
+independent, so one pass gives as many sums as values are wide.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..backbones import VisionModel
+from ..converters.observe import recorded
+from ..converters.replace import attention_layers, convert, converted_layers
+from ..kernels import Kernel, ValuePath
+from ..mixers import Mixer
+from ..modes import evaluating
+
+Queries = Literal["cls", "mean", "all"] | Sequence[int]
+
+
+def attention_maps(
+    model: nn.Module,
+    images: Tensor,
+    *,
+    layers: Iterable[int] | None = (-1,),
+    queries: Queries | None = None,
+) -> Tensor:
+    """Compute attention maps: the matrices A for which a layer's output per head is A v.
+
+    They are exact for every mixer that is linear in its values, softmax or not. Entries can be
+    negative where a mixer is not an average of values, such as Nyströmformer with its convolution.
+    A convolution has a head for each channel, Fourier mixing two (:class:`Fourier`), and the M
+    values of external attention are its memory units. Only the requested rows are computed, at the
+    cost of a backward pass of the layer for as many rows as values are wide. The memory is that of
+    the maps and of one layer's backward pass.
+
+    Args:
+        model: a model of this package, or one of timm, transformers or torchvision whose attention
+            :func:`convert` supports, converted or not.
+        images: (B, C, H, W), normalized as for the model.
+        layers: indices of attention layers, negative ones counted from the end; None for all.
+        queries: "cls" for the class token, "mean" for the mean over all patches, "all", or indices
+            of tokens, of which prefix tokens come first. By default "cls" if the head of the model
+            reads the class token, or else "mean".
+
+    Returns:
+        Maps (B, layers, H, queries, M).
+
+    Raises:
+        ValueError: for a layer or query out of range, "cls" without a class token, a mixer that is
+            not linear in values, a model without attention, or layers whose maps differ in shape.
+    """
+    with evaluating(model), torch.inference_mode(False), torch.no_grad():
+        model, names = with_kernels(model, images)
+        chosen = names if layers is None else [names[i] for i in checked_layers(layers, names)]
+        with recorded(model, chosen) as calls:
+            model(images.clone())  # a normal tensor, even if the caller is in inference mode
+        found = []
+        for name in chosen:
+            path = value_path(model, name, calls)
+            found.append(weighted_rows(path, query_weights(model, path, queries)))
+    if len({maps.shape for maps in found}) > 1:
+        shapes = ", ".join(f"{n} {tuple(m.shape)}" for n, m in zip(chosen, found, strict=True))
+        raise ValueError(f"layers have maps of different shapes, ask for them one by one: {shapes}")
+    return torch.stack(found, 1)
+
+
+def with_kernels(model: nn.Module, images: Tensor) -> tuple[nn.Module, list[str]]:
+    """Return a model whose attention layers are ours, and their names.
+
+    Softmax attention of another library is replaced by ours in a copy that shares all weights.
+
+    Raises:
+        ValueError: for a model without attention layers.
+    """
+    if not isinstance(model, VisionModel):
+        done = converted_layers(model)
+        rest = [name for name, _ in attention_layers(model) if name not in done]
+        if rest:
+            shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+            model = copy.deepcopy(model, shared)
+            try:
+                convert(model, "softmax", image_size=tuple(images.shape[2:]))
+            except ValueError:
+                if not done:
+                    raise
+    names: list[str] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in names)
+        if isinstance(module, Mixer | Kernel) and not inside:
+            names.append(name)
+    if not names:
+        raise ValueError(f"{type(model).__name__} has no attention layers")
+    return model, names
+
+
+def checked_layers(layers: Iterable[int], names: Sequence[str]) -> list[int]:
+    """Return the indices as a list.
+
+    Raises:
+        ValueError: for none, or one out of range.
+    """
+    if not (indices := list(layers)):
+        raise ValueError("layers is empty: name at least one, such as -1, or None for all")
+    for index in indices:
+        if not isinstance(index, int) or not -len(names) <= index < len(names):
+            raise ValueError(
+                f"layers {index} is out of range: the model has {len(names)} attention layers"
+            )
+    return indices
+
+
+def value_path(model: nn.Module, name: str, calls: Any) -> ValuePath:
+    """Return the layer of that name as a function of its values, as it was called.
+
+    Raises:
+        ValueError: if it is not linear in values, or was not called.
+    """
+    if name not in calls:
+        raise ValueError(f"{type(model).__name__} does not call its layer {name}")
+    layer: Any = model.get_submodule(name)
+    try:
+        path: ValuePath = layer.value_path(*calls[name].args, **calls[name].kwargs)
+    except ValueError as error:
+        raise ValueError(f"layer {name}: {error}") from None
+    return path
+
+
+def weighted_rows(path: ValuePath, weights: Tensor) -> Tensor:
+    """Compute weighted sums of rows of the maps of all heads, without the maps.
+
+    Shape: weights (B or 1, Q, N) -> (B, H, Q, M)
+    """
+    batch, groups, length, width = path.values.shape
+    with torch.enable_grad():
+        values = path.values.detach().requires_grad_()
+        y = path.apply(values)
+    weights = weights.to(y).expand(batch, -1, -1)
+    heads, sums = y.shape[1], weights.shape[1]
+    rows = y.new_empty(batch, heads, sums, length)
+    shared = heads // groups  # heads with the same values are told apart by one pass for each
+    for start in range(0, sums, width):
+        part = weights[:, start : start + width]
+        for head in range(shared):
+            d = torch.zeros_like(y)
+            d[:, head::shared, :, : part.shape[1]] = part.mT.unsqueeze(1)
+            (found,) = torch.autograd.grad(y, values, d, retain_graph=True)
+            rows[:, head::shared, start : start + width] = found[..., : part.shape[1]].mT
+    return rows
+
+
+def query_weights(model: nn.Module, path: ValuePath, queries: Queries | None) -> Tensor:
+    """Return the weights (1, Q, N) of the rows that are asked for.
+
+    Raises:
+        ValueError: for an unknown word, a missing class token, or an index out of range.
+    """
+    grid = path.queries
+    if queries is None:
+        queries = "cls" if reads_class_token(model, path) else "mean"
+    if isinstance(queries, str):
+        if queries not in ("cls", "mean", "all"):
+            raise ValueError(f"queries {queries!r} must be 'cls', 'mean', 'all' or indices")
+        if queries == "cls" and not _has_class_token(model, path):
+            raise ValueError(f"queries 'cls': {type(model).__name__} has no class token here")
+        if queries == "mean" and grid.length == grid.prefix:
+            raise ValueError("queries 'mean': this layer has no query but the class token")
+        if queries == "mean":
+            weights = torch.zeros(1, 1, grid.length, device=path.values.device)
+            weights[..., grid.prefix :] = 1 / (grid.length - grid.prefix)
+            return weights.to(path.values)
+        indices: Sequence[int] = [0] if queries == "cls" else range(grid.length)
+    else:
+        indices = list(queries)
+        for index in indices:
+            if not isinstance(index, int) or not -grid.length <= index < grid.length:
+                raise ValueError(
+                    f"queries {index} is out of range: the layer has {grid.length} queries"
+                )
+        if not indices:
+            raise ValueError("queries is empty: name at least one token")
+    return one_hot(indices, path)
+
+
+def one_hot(indices: Sequence[int], path: ValuePath) -> Tensor:
+    """Return the weights (1, Q, N) of single queries."""
+    eye = torch.eye(path.queries.length, dtype=path.values.dtype, device=path.values.device)
+    return eye[None, list(indices)]
+
+
+def _has_class_token(model: nn.Module, path: ValuePath) -> bool:
+    """Whether the first query is a class token; models without one may have registers."""
+    return path.queries.prefix > 0 and getattr(model, "cls_token", 0) is not None
+
+
+def reads_class_token(model: nn.Module, path: ValuePath) -> bool:
+    """Whether the head of the model reads a class token, the first query of the layer."""
+    pool = getattr(getattr(model, "config", None), "pool", getattr(model, "global_pool", "cls"))
+    return _has_class_token(model, path) and pool in ("cls", "token")
