@@ -1,8 +1,8 @@
 """Train and compare models: ``python -m train fit --config configs/cifar10/base.yaml ...``.
 
 ``resume`` continues an interrupted run, or a complete one for more epochs; ``evaluate``,
-``predict`` and ``report`` use finished runs; ``convert`` replaces the attention of a trained model;
-``benchmark`` measures memory and time.
+``predict``, ``explain`` and ``report`` use finished runs; ``convert`` replaces the attention of a
+trained model; ``benchmark`` measures memory and time.
 ``python -m train --config FILE`` means ``fit``, and ``python -m train --resume DIR`` means
 ``resume``.
 """
@@ -23,6 +23,7 @@ from .checkpoint import FREE
 from .classify import Classifier
 from .cli import Parser, parse_command, resume_text, with_commands
 from .config import RunConfig, plain_type
+from .explain import explain
 from .loop import Run
 from .recipes import fit_parser, options_parser, parse, with_options
 from .run_dir import discard
@@ -38,7 +39,7 @@ def command_line() -> Parser:
     resume = options_parser(FREE, "a run resumes with its own configuration; only the options in "
                             "resume --help may change")  # fmt: skip
     evaluate, predict = options_parser(_EVALUATION), options_parser(_PREDICTION)
-    report, benchmark, convert = Parser(), Parser(), Parser()
+    explaining, report, benchmark, convert = (Parser() for _ in range(4))
     for parser, what in ((resume, "to resume"), (evaluate, "to evaluate"), (predict, "to use")):
         parser.add_argument("run", type=Path, help=f"folder of the run {what}")
     evaluate.add_argument("--split", choices=("test", "val"), default="test", help="which images")
@@ -46,12 +47,21 @@ def command_line() -> Parser:
         "images", nargs="+", type=Path, help="image files, and folders that contain them"
     )
     predict.add_argument(
-        "--train.device", type=plain_type(RunConfig, "train.device"), default="auto",
-        help="where to compute",
-    )  # fmt: skip
-    predict.add_argument(
         "--out", type=Path, help="CSV file for path, class and the probabilities of all classes"
     )
+    explaining.add_argument("run", type=Path, help="folder of the run to explain")
+    explaining.add_argument(
+        "images", nargs="+", type=Path, help="image files, and folders that contain them"
+    )
+    explaining.add_argument(
+        "--compare", nargs="+", type=Path, default=[], help="folders of runs to show next to it"
+    )
+    explaining.add_argument("--out", type=Path, required=True, help="folder for explain.html")
+    for parser in (predict, explaining):
+        parser.add_argument(
+            "--train.device", type=plain_type(RunConfig, "train.device"), default="auto",
+            help="where to compute",
+        )  # fmt: skip
     report.add_argument("runs", nargs="+", type=Path, help="folders with runs in or below them")
     report.add_argument(
         "--out", type=Path, help="the page (default: report.html in the first folder)"
@@ -64,6 +74,7 @@ def command_line() -> Parser:
             "resume": ("continue an interrupted run, or train a complete one longer", resume),
             "evaluate": ("accuracy of the best weights of a run", evaluate),
             "predict": ("classes of image files and folders", predict),
+            "explain": ("attention maps and rollouts over images, on one page", explaining),
             "report": ("compare runs on one page", report),
             "convert": ("replace the attention of a trained model; see convert --help", convert),
             "benchmark": ("memory and time; see python -m train.benchmark --help", benchmark),
@@ -95,6 +106,10 @@ def start(arguments: list[str]) -> Run | None:
         return Run(with_options(folder, FREE, args), folder)
     if name == "report":
         print(commands.report(args.runs, args.out))
+        return None
+    if name == "explain":
+        runs = [args.run, *args.compare]
+        print(explain(runs, args.images, args.out, args["train.device"]))
         return None
     folder = commands.folder_of(args.run)
     if name == "predict":

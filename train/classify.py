@@ -67,7 +67,7 @@ class Classifier:
         with ThreadPoolExecutor() as pool:
             for start in range(0, len(files), self.batch_size):
                 batch = files[start : start + self.batch_size]
-                read = list(pool.map(self._read, batch))
+                read = list(pool.map(self.read, batch))
                 images = [image for image in read if isinstance(image, Tensor)]
                 shares: Iterator[list[float]] = iter(())
                 if images:
@@ -79,7 +79,7 @@ class Classifier:
                     else:
                         yield Prediction(path, problem=image)
 
-    def _read(self, path: Path) -> Tensor | str:
+    def read(self, path: Path) -> Tensor | str:
         """Return the image of a file (C, H, W), or the reason why it cannot be read."""
         try:
             return decode(path, self.sizes.image_size, self.reading)
@@ -90,9 +90,12 @@ class Classifier:
         """Format a prediction as a line with the five most likely classes."""
         if found.problem:
             return escaped(found.problem)
-        order = sorted(range(len(self.classes)), key=lambda i: -found.probabilities[i])[:5]
-        best = ", ".join(f"{self.classes[i]} {found.probabilities[i]:.1%}" for i in order)
-        return escaped(f"{found.path}: {best}")
+        return escaped(f"{found.path}: {self.best(found.probabilities)}")
+
+    def best(self, probabilities: Sequence[float]) -> str:
+        """Format the five most likely classes."""
+        order = sorted(range(len(self.classes)), key=lambda i: -probabilities[i])[:5]
+        return ", ".join(f"{self.classes[i]} {probabilities[i]:.1%}" for i in order)
 
     def row(self, found: Prediction) -> list[str | float]:
         """Format a prediction as a row: path, class, error and all probabilities."""

@@ -12,7 +12,7 @@ import gzip
 import html
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ from .atomic import write_whole
 from .text import escaped
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from plotly.graph_objects import Figure as Interactive
 
 _STYLE, _SCRIPT = (Path(__file__).with_name(f"page.{kind}") for kind in ("css", "js"))
@@ -73,6 +74,30 @@ class Table:
 
 
 @dataclasses.dataclass
+class Strip:
+    """A row of pictures with captions, which wraps on narrow screens.
+
+    Args:
+        heading: line above the row.
+        pictures: pictures in order, by caption.
+    """
+
+    heading: str
+    pictures: Mapping[str, Image]
+
+    def html(self) -> str:
+        """Format the row as HTML, with its pictures embedded."""
+        parts = [f"<p>{html.escape(self.heading)}</p>"]
+        for caption, picture in self.pictures.items():
+            text, buffer = html.escape(caption), io.BytesIO()
+            picture.save(buffer, format="JPEG", quality=90)
+            source = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+            image = f'<img alt="{text}" src="{source}">'
+            parts.append(f"<figure>{image}<figcaption>{text}</figcaption></figure>")
+        return f'<div class="strip">{"".join(parts)}</div>'
+
+
+@dataclasses.dataclass
 class View:
     """What a section shows for one combination of choices.
 
@@ -113,6 +138,7 @@ class Section:
         notes: lines in small print that describe how the results were obtained.
         choices: names of the choices between the views, in order.
         views: what to show for each combination; at least one must be without None.
+        strips: rows of pictures below the tables.
     """
 
     title: str
@@ -121,6 +147,7 @@ class Section:
     notes: Sequence[str] = ()
     choices: Sequence[str] = ()
     views: Sequence[View] = ()
+    strips: Sequence[Strip] = ()
 
     def html(self) -> str:
         """Format the section as HTML, with its figures embedded."""
@@ -129,7 +156,7 @@ class Section:
         if self.figure is not None:
             image = f'<img alt="{title}" src="{_inline(self.figure)}">'
             parts.append(f'<div class="wide">{image}</div>')
-        parts += [table.html() for table in self.tables]
+        parts += [part.html() for part in (*self.tables, *self.strips)]
         if self.notes:
             parts.append(_notes(self.notes))
         if self.views:

@@ -27,6 +27,7 @@ from .converters import (
     revert,
     save_converted,
 )
+from .explain import attention_heat, attention_maps, overlay, rollout
 from .factory import create_model, load_model, save_model
 from .flops import count_flops
 from .grid import TokenGrid
@@ -91,6 +92,8 @@ __all__ = [
     "VisionModel",
     "__version__",
     "align",
+    "attention_heat",
+    "attention_maps",
     "compare",
     "compat",
     "convert",
@@ -104,9 +107,11 @@ __all__ = [
     "load_weights",
     "memory",
     "mixer_options",
+    "overlay",
     "redraw_features",
     "register_transformers",
     "revert",
+    "rollout",
     "save_converted",
     "save_model",
 ]

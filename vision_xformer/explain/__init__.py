@@ -1,7 +1,7 @@
 """What a model attends to: maps of any mixer that is linear in values, rollout, pictures."""
 
-from .maps import attention_maps
+from .maps import attention_heat, attention_maps
+from .pictures import overlay
+from .rollout import rollout
 
-
-
-__all__ = ["attention_maps", "overlay", "rollout"]
+__all__ = ["attention_heat", "attention_maps", "overlay", "rollout"]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..backbones import VisionModel
 from ..converters.observe import recorded
 from ..converters.replace import attention_layers, convert, converted_layers
+from ..grid import TokenGrid
 from ..kernels import Kernel, ValuePath
 from ..mixers import Mixer
 from ..modes import evaluating
@@ -56,19 +57,51 @@ def attention_maps(
         ValueError: for a layer or query out of range, "cls" without a class token, a mixer that is
             not linear in values, a model without attention, or layers whose maps differ in shape.
     """
+    names, found, _ = _computed(model, images, layers, queries)
+    if len({maps.shape for maps in found}) > 1:
+        shapes = ", ".join(f"{n} {tuple(m.shape)}" for n, m in zip(names, found, strict=True))
+        raise ValueError(f"layers have maps of different shapes, ask for them one by one: {shapes}")
+    return torch.stack(found, 1)
+
+
+def attention_heat(
+    model: nn.Module, images: Tensor, *, layer: int = -1, queries: Queries | None = None
+) -> Tensor:
+    """Compute the attention maps of one layer, laid out on the grid of the keys.
+
+    Args:
+        model: as for :func:`attention_maps`.
+        images: (B, C, H, W), normalized as for the model.
+        layer: index of the attention layer, negative ones counted from the end.
+        queries: as for :func:`attention_maps`.
+
+    Returns:
+        Maps (B, H, queries, *grid) without prefix tokens, (B, H, queries, h, w) for images.
+
+    Raises:
+        ValueError: as for :func:`attention_maps`, or for a layer that attends to a learned memory.
+    """
+    (name,), (maps,), (grid,) = _computed(model, images, [layer], queries)
+    if grid is None:
+        raise ValueError(f"layer {name} attends to a learned memory, which has no grid")
+    return maps[..., grid.prefix :].unflatten(-1, grid.shape)
+
+
+def _computed(
+    model: nn.Module, images: Tensor, layers: Iterable[int] | None, queries: Queries | None
+) -> tuple[list[str], list[Tensor], list[TokenGrid | None]]:
+    """Return the names of the layers, their maps (B, H, queries, M) and the grids of their keys."""
     with evaluating(model), torch.inference_mode(False), torch.no_grad():
         model, names = with_kernels(model, images)
         chosen = names if layers is None else [names[i] for i in checked_layers(layers, names)]
         with recorded(model, chosen) as calls:
             model(images.clone())  # a normal tensor, even if the caller is in inference mode
-        found = []
+        maps, grids = [], []
         for name in chosen:
             path = value_path(model, name, calls)
-            found.append(weighted_rows(path, query_weights(model, path, queries)))
-    if len({maps.shape for maps in found}) > 1:
-        shapes = ", ".join(f"{n} {tuple(m.shape)}" for n, m in zip(chosen, found, strict=True))
-        raise ValueError(f"layers have maps of different shapes, ask for them one by one: {shapes}")
-    return torch.stack(found, 1)
+            maps.append(weighted_rows(path, query_weights(model, path, queries)))
+            grids.append(path.keys)
+    return chosen, maps, grids
 
 
 def with_kernels(model: nn.Module, images: Tensor) -> tuple[nn.Module, list[str]]:

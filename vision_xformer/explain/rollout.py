@@ -131,7 +131,9 @@ class _Step:
 def _check_complete(model: nn.Module) -> None:
     """Raise a ValueError if a layer of another library was not converted."""
     done = converted_layers(model)
-    if rest := [n for n, m in attention_layers(model) if n not in done and not isinstance(m, Mixer)]:
+    if rest := [
+        n for n, m in attention_layers(model) if n not in done and not isinstance(m, Mixer)
+    ]:
         kind = type(model.get_submodule(rest[0])).__name__
         raise ValueError(f"layer {rest[0]}: the map of {kind} is not known, so rollout cannot pass")
 

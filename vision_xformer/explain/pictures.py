@@ -1,0 +1,121 @@
+"""Heat over images, as pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..options import check_at_least
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# Anchors of matplotlib's perceptually uniform color map "inferno", at equal distances.
+_INFERNO = (
+    (0, 0, 4), (31, 12, 72), (85, 15, 109), (136, 34, 106), (186, 54, 85), (227, 89, 51),
+    (249, 140, 10), (249, 201, 50), (252, 255, 164),
+)  # fmt: skip
+_GAP = 4  # pixels between pictures
+
+
+def overlay(
+    images: Tensor,
+    heat: Tensor,
+    *,
+    mean: float | Sequence[float] = 0.5,
+    std: float | Sequence[float] = 0.5,
+    size: int = 224,
+) -> Image:
+    """Draw heat over images: a row for each image, with the image and then each of its heats.
+
+    Each heat is scaled from its smallest value to its 99th percentile and upsampled smoothly.
+
+    Args:
+        images: (B, C, H, W) of 1 or 3 channels, normalized by ``mean`` and ``std``.
+        heat: (B, h, w), or (B, K, h, w) for K heats for each image; on any grid.
+        mean: mean of the pixels (0 to 1), one or one for each channel; that of a model is in its
+            ``pretrained_cfg``.
+        std: their standard deviation.
+        size: length of the longer side of each picture in pixels.
+
+    Raises:
+        ValueError: for tensors of other shapes, or heat that is not finite.
+    """
+    sheet = columns(images, heat, mean=mean, std=std, size=size)
+    sheet = F.pad(sheet, (0, _GAP, 0, _GAP), value=1.0).permute(2, 0, 3, 1, 4)
+    return as_picture(sheet.flatten(3, 4).flatten(1, 2)[:, :-_GAP, :-_GAP])
+
+
+def columns(
+    images: Tensor,
+    heat: Tensor,
+    *,
+    mean: float | Sequence[float],
+    std: float | Sequence[float],
+    size: int,
+) -> Tensor:
+    """Compute the pictures of :func:`overlay`: (B, 1 + K, 3, H, W) in [0, 1], on the CPU.
+
+    Raises:
+        ValueError: as there.
+    """
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise ValueError(f"images of shape {tuple(images.shape)} must be (B, 1 or 3, H, W)")
+    heats = heat.unsqueeze(1) if heat.ndim == 3 else heat
+    if heats.ndim != 4 or len(heats) != len(images):
+        raise ValueError(
+            f"heat of shape {tuple(heat.shape)} must be (B, h, w) or (B, K, h, w) for "
+            f"{len(images)} images"
+        )
+    if not heats.isfinite().all():
+        raise ValueError("heat must be finite")
+    check_at_least("size", size, 1)
+    pixels = _pixels(images, mean, std, size)
+    return torch.stack((pixels, *(_blend(pixels, heat) for heat in heats.unbind(1))), 1)
+
+
+def as_picture(pixels: Tensor) -> Image:
+    """Convert pixels (3, H, W) in [0, 1] to a picture."""
+    from PIL import Image
+
+    return Image.fromarray((pixels * 255).round().byte().movedim(0, -1).contiguous().numpy())
+
+
+def _pixels(
+    images: Tensor, mean: float | Sequence[float], std: float | Sequence[float], size: int
+) -> Tensor:
+    """Undo the normalization and resize: (B, C, H, W) -> (B, 3, H, W) in [0, 1] on the CPU."""
+    x = images.detach().float().cpu()
+    mean, std = (torch.tensor(v, dtype=torch.float32).reshape(-1, 1, 1) for v in (mean, std))
+    x = (x * std + mean).clamp(0, 1).expand(-1, 3, -1, -1)
+    factor = size / max(x.shape[2:])
+    shape = tuple(max(1, round(side * factor)) for side in x.shape[2:])
+    return _resized(x, shape).clamp(0, 1)
+
+
+def _blend(pixels: Tensor, heat: Tensor) -> Tensor:
+    """Heat (B, h, w) over pixels (B, 3, H, W): colors that hide the image more where it is hot."""
+    h = heat.detach().float().cpu()
+    low, high = (h.flatten(1).quantile(share, 1)[:, None, None] for share in (0, 0.99))
+    h = (h - low) / (high - low).clamp_min(torch.finfo(torch.float32).tiny)
+    h = _resized(h.clamp(0, 1).unsqueeze(1), tuple(pixels.shape[2:])).clamp(0, 1)
+    gray = pixels.mean(1, keepdim=True).expand_as(pixels)
+    alpha = 0.25 + 0.5 * h
+    return gray * 0.75 * (1 - alpha) + _colors(h) * alpha
+
+
+def _colors(h: Tensor) -> Tensor:
+    """Colors (B, 3, H, W) of heat (B, 1, H, W) in [0, 1]."""
+    anchors = torch.tensor(_INFERNO, dtype=torch.float32) / 255
+    position = h.squeeze(1) * (len(anchors) - 1)
+    below = position.long().clamp(max=len(anchors) - 2)
+    share = (position - below).unsqueeze(-1)
+    return ((1 - share) * anchors[below] + share * anchors[below + 1]).movedim(-1, 1)
+
+
+def _resized(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return F.interpolate(x, shape, mode="bicubic", antialias=True)
