@@ -156,7 +156,8 @@ class Section:
         if self.figure is not None:
             image = f'<img alt="{title}" src="{_inline(self.figure)}">'
             parts.append(f'<div class="wide">{image}</div>')
-        parts += [part.html() for part in (*self.tables, *self.strips)]
+        parts += [table.html() for table in self.tables]
+        parts += [strip.html() for strip in self.strips]
         if self.notes:
             parts.append(_notes(self.notes))
         if self.views:

@@ -119,7 +119,8 @@ def with_kernels(model: nn.Module, images: Tensor) -> tuple[nn.Module, list[str]
             shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
             model = copy.deepcopy(model, shared)
             try:
-                convert(model, "softmax", image_size=tuple(images.shape[2:]))
+                height, width = images.shape[2:]
+                convert(model, "softmax", image_size=(height, width))
             except ValueError:
                 if not done:
                     raise

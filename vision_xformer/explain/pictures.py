@@ -90,8 +90,8 @@ def _pixels(
 ) -> Tensor:
     """Undo the normalization and resize: (B, C, H, W) -> (B, 3, H, W) in [0, 1] on the CPU."""
     x = images.detach().float().cpu()
-    mean, std = (torch.tensor(v, dtype=torch.float32).reshape(-1, 1, 1) for v in (mean, std))
-    x = (x * std + mean).clamp(0, 1).expand(-1, 3, -1, -1)
+    center, scale = (torch.tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (mean, std))
+    x = (x * scale + center).clamp(0, 1).expand(-1, 3, -1, -1)
     factor = size / max(x.shape[2:])
     shape = tuple(max(1, round(side * factor)) for side in x.shape[2:])
     return _resized(x, shape).clamp(0, 1)

@@ -8,6 +8,7 @@ the patches, is needed: a vector that is multiplied by one map after another, la
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -23,6 +24,9 @@ from ..modes import evaluating
 from .maps import one_hot, reads_class_token, value_path, weighted_rows, with_kernels
 
 Fusion = Literal["mean", "max", "min"]
+_FUSIONS: dict[str, Callable[..., Tensor]] = {
+    "mean": torch.mean, "max": torch.amax, "min": torch.amin,
+}  # fmt: skip
 _ROWS = 256  # rows of a map that are computed together if the whole map is needed
 
 
@@ -58,7 +62,7 @@ def rollout(
     Raises:
         ValueError: for a class out of range, or a model with a layer that has no map of tokens.
     """
-    if head_fusion not in ("mean", "max", "min"):
+    if head_fusion not in _FUSIONS:
         raise ValueError(f"head_fusion {head_fusion!r} must be 'mean', 'max' or 'min'")
     if isinstance(model, CrossViT):
         raise ValueError("rollout follows a single sequence of tokens; CrossViT has two branches")
@@ -123,7 +127,7 @@ class _Step:
             rows = weighted_rows(self.path, one_hot(some, self.path))
             if self.gradient is not None:
                 rows = (rows * (self.gradient[:, :, some] @ self.path.values.mT)).relu()
-            fused = {"mean": rows.mean, "max": rows.amax, "min": rows.amin}[self.fusion](1)
+            fused = _FUSIONS[self.fusion](rows, 1)
             total = total + (weights[:, some].unsqueeze(1) @ fused).squeeze(1)
         return total
 
@@ -131,11 +135,12 @@ class _Step:
 def _check_complete(model: nn.Module) -> None:
     """Raise a ValueError if a layer of another library was not converted."""
     done = converted_layers(model)
-    if rest := [
-        n for n, m in attention_layers(model) if n not in done and not isinstance(m, Mixer)
-    ]:
-        kind = type(model.get_submodule(rest[0])).__name__
-        raise ValueError(f"layer {rest[0]}: the map of {kind} is not known, so rollout cannot pass")
+    for name, layer in attention_layers(model):
+        if name not in done and not isinstance(layer, Mixer):
+            kind = type(layer).__name__
+            raise ValueError(
+                f"layer {name}: rollout needs its map, and that of {kind} is not known"
+            )
 
 
 def _run(

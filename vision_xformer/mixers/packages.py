@@ -52,8 +52,9 @@ class _Package(Mixer):
         source = self.module.get_submodule(self.value_layer)
         to_out = self.module.get_submodule("to_out")
         output = next(m for m in to_out.modules() if isinstance(m, nn.Linear))
-        assert self.heads is not None
-        head_dim, projected = output.in_features // self.heads, source(x)
+        heads, projected = self.heads, source(x)
+        assert heads is not None
+        head_dim = output.in_features // heads
         width = projected.shape[-1] // (3 if self.value_layer == "to_qkv" else 1)
 
         def apply(values: Tensor) -> Tensor:
@@ -73,7 +74,7 @@ class _Package(Mixer):
             finally:
                 for hook in hooks:
                     hook.remove()
-            return split_heads(found[0], self.heads)
+            return split_heads(found[0], heads)
 
         values = split_heads(projected[..., -width:], width // head_dim)
         return ValuePath(values, apply, lambda y: to_out(merge_heads(y)), grid, grid)
