@@ -206,9 +206,9 @@ def query_weights(model: nn.Module, path: ValuePath, queries: Queries | None) ->
         if queries == "mean" and grid.length == grid.prefix:
             raise ValueError("queries 'mean': this layer has no query but the class token")
         if queries == "mean":
-            weights = torch.zeros(1, 1, grid.length, device=path.values.device)
+            weights = path.values.new_zeros(1, 1, grid.length)
             weights[..., grid.prefix :] = 1 / (grid.length - grid.prefix)
-            return weights.to(path.values)
+            return weights
         indices: Sequence[int] = [0] if queries == "cls" else range(grid.length)
     else:
         indices = list(queries)
@@ -224,8 +224,9 @@ def query_weights(model: nn.Module, path: ValuePath, queries: Queries | None) ->
 
 def one_hot(indices: Sequence[int], path: ValuePath) -> Tensor:
     """Return the weights (1, Q, N) of single queries."""
-    eye = torch.eye(path.queries.length, dtype=path.values.dtype, device=path.values.device)
-    return eye[None, list(indices)]
+    weights = path.values.new_zeros(1, len(indices), path.queries.length)
+    weights[0, range(len(indices)), list(indices)] = 1
+    return weights
 
 
 def _has_class_token(model: nn.Module, path: ValuePath) -> bool:

@@ -138,9 +138,7 @@ def _check_complete(model: nn.Module) -> None:
     for name, layer in attention_layers(model):
         if name not in done and not isinstance(layer, Mixer):
             kind = type(layer).__name__
-            raise ValueError(
-                f"layer {name}: rollout needs its map, and that of {kind} is not known"
-            )
+            raise ValueError(f"layer {name}: rollout needs the map of {kind}, which is not known")
 
 
 def _run(
