@@ -152,6 +152,14 @@ def test_maps_equal_the_equations() -> None:
     torch.testing.assert_close(full_maps(make("fourier", grid).value_path(x, grid)), want)
 
 
+@pytest.mark.parametrize("name", ["softmax", "linear", "efficient", "performer"])
+def test_averages_of_values_have_rows_that_sum_to_1(name: str) -> None:
+    grid = TokenGrid((5, 3), 1)
+    maps = full_maps(make(name, grid).value_path(tokens(grid), grid))
+    assert maps.min() >= 0
+    torch.testing.assert_close(maps.sum(-1), torch.ones_like(maps[..., 0]))
+
+
 def test_maps_equal_those_of_the_nystrom_package() -> None:
     grid = TokenGrid((10,))
     mixer: Any = make("nystrom-attention", grid, landmarks=5, residual_kernel=0)
