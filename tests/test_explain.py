@@ -224,10 +224,16 @@ def test_every_layer_of_every_model(name: str) -> None:
         assert heat.isfinite().all()
 
 
+def implementation(model: nn.Module) -> Any:
+    """The attention that a model of transformers calls."""
+    return getattr(getattr(model, "config", None), "_attn_implementation", None)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_models_of_other_libraries(name: str) -> None:
     model = MODELS[name](SQUARE).double().train()
     before, classes = model.state_dict(), [type(m) for m in model.modules()]
+    before_implementation = implementation(model)
     x = torch.randn(2, 3, *SQUARE, dtype=torch.float64)
     maps = vx.attention_maps(model, x, layers=None, queries="all")
     assert maps.shape[1] == 2
@@ -244,6 +250,7 @@ def test_models_of_other_libraries(name: str) -> None:
         assert vx.rollout(model, x, target=0).shape == (2, 4, 4)
     assert [type(m) for m in model.modules()] == classes  # the model is as it was
     assert all(m.training for m in model.modules())
+    assert implementation(model) == before_implementation
     after = model.state_dict()
     assert all(after[k].data_ptr() == before[k].data_ptr() for k in before)
     # converted to softmax it has the same maps, to another kernel others
@@ -382,10 +389,12 @@ def test_what_has_no_maps_is_refused() -> None:
     model = vx.create_model("vit_test")
     x = torch.randn(2, *model.config.input_shape)
     refused: list[tuple[dict[str, Any], str]] = [
-        ({"layers": [2]}, "layers 2 is out of range: the model has 2 attention layers"),
+        ({"layers": [2]}, "layers 2 is out of range: there are 2 attention layers"),
         ({"layers": [-3]}, "layers -3 is out of range"),
         ({"layers": []}, "layers is empty"),
-        ({"queries": [36]}, "queries 36 is out of range: the layer has 36 queries"),
+        ({"layers": -1}, "layers -1 must be indices"),
+        ({"queries": [0.5]}, r"queries \[0.5\] must be indices"),
+        ({"queries": [36]}, "queries 36 is out of range: there are 36 queries"),
         ({"queries": []}, "queries is empty"),
         ({"queries": "first"}, "queries 'first' must be 'cls', 'mean', 'all' or indices"),
     ]

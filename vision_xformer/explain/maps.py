@@ -8,6 +8,7 @@ independent, so one pass gives as many sums as values are wide.
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -93,7 +94,10 @@ def _computed(
     """Return the names of the layers, their maps (B, H, queries, M) and the grids of their keys."""
     with evaluating(model), torch.inference_mode(False), torch.no_grad():
         model, names = with_kernels(model, images)
-        chosen = names if layers is None else [names[i] for i in checked_layers(layers, names)]
+        chosen = names
+        if layers is not None:
+            indices = _checked("layers", layers, len(names), "attention layers")
+            chosen = [names[i] for i in indices]
         with recorded(model, chosen) as calls:
             model(images.clone())  # a normal tensor, even if the caller is in inference mode
         maps, grids = [], []
@@ -134,19 +138,21 @@ def with_kernels(model: nn.Module, images: Tensor) -> tuple[nn.Module, list[str]
     return model, names
 
 
-def checked_layers(layers: Iterable[int], names: Sequence[str]) -> list[int]:
-    """Return the indices as a list.
+def _checked(name: str, given: Iterable[int], count: int, what: str) -> list[int]:
+    """Return indices as a list.
 
     Raises:
-        ValueError: for none, or one out of range.
+        ValueError: for what are no indices, none of them, or one out of range.
     """
-    if not (indices := list(layers)):
-        raise ValueError("layers is empty: name at least one, such as -1, or None for all")
+    try:
+        indices = [operator.index(index) for index in given]
+    except TypeError:
+        raise ValueError(f"{name} {given!r} must be indices, such as [0, -1]") from None
+    if not indices:
+        raise ValueError(f"{name} is empty: name at least one of the {count} {what}")
     for index in indices:
-        if not isinstance(index, int) or not -len(names) <= index < len(names):
-            raise ValueError(
-                f"layers {index} is out of range: the model has {len(names)} attention layers"
-            )
+        if not -count <= index < count:
+            raise ValueError(f"{name} {index} is out of range: there are {count} {what}")
     return indices
 
 
@@ -211,14 +217,7 @@ def query_weights(model: nn.Module, path: ValuePath, queries: Queries | None) ->
             return weights
         indices: Sequence[int] = [0] if queries == "cls" else range(grid.length)
     else:
-        indices = list(queries)
-        for index in indices:
-            if not isinstance(index, int) or not -grid.length <= index < grid.length:
-                raise ValueError(
-                    f"queries {index} is out of range: the layer has {grid.length} queries"
-                )
-        if not indices:
-            raise ValueError("queries is empty: name at least one token")
+        indices = _checked("queries", queries, grid.length, "queries")
     return one_hot(indices, path)
 
 
