@@ -78,10 +78,12 @@ def _sections(runs: dict[str, Classifier], files: list[Path]) -> list[Section]:
     readable: dict[Path, list[Tensor]] = {}
     for file in files:
         read = [run.read(file) for run in runs.values()]
-        if isinstance(read[0], str):  # and so the others
-            print(escaped(read[0]), file=sys.stderr)
+        images = [image for image in read if isinstance(image, Tensor)]
+        if len(images) == len(read):
+            readable[file] = images
         else:
-            readable[file] = [image for image in read if isinstance(image, Tensor)]
+            problem = next(found for found in read if isinstance(found, str))
+            print(escaped(problem), file=sys.stderr)
     if not readable:
         return []
     rows = [
