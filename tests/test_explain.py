@@ -385,6 +385,16 @@ def test_maps_in_inference_mode_and_of_frozen_models() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_maps_of_a_model_inside_another() -> None:
+    model = vx.create_model("vin_test")
+    x = torch.randn(2, *model.config.input_shape)
+    wrapped = nn.Sequential(model, nn.Softmax(1))
+    torch.testing.assert_close(
+        vx.attention_maps(wrapped, x, queries="all"), vx.attention_maps(model, x, queries="all")
+    )
+    torch.testing.assert_close(vx.rollout(wrapped, x), vx.rollout(model, x))
+
+
 def test_what_has_no_maps_is_refused() -> None:
     model = vx.create_model("vit_test")
     x = torch.randn(2, *model.config.input_shape)

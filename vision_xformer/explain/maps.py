@@ -116,10 +116,10 @@ def with_kernels(model: nn.Module, images: Tensor) -> tuple[nn.Module, list[str]
     Raises:
         ValueError: for a model without attention layers.
     """
-    if not isinstance(model, VisionModel):
+    if not isinstance(model, VisionModel):  # which has no layers of others
         done = converted_layers(model)
-        rest = [name for name, _ in attention_layers(model) if name not in done]
-        if rest:
+        rest = (m for n, m in attention_layers(model) if n not in done)
+        if not all(isinstance(layer, Mixer) for layer in rest):
             shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
             model = copy.deepcopy(model, shared)
             try:
