@@ -8,8 +8,12 @@ from torch import Tensor
 
 from .data import Splits
 
+SHUFFLE_BUFFER = 20_000  # images of a few shards that are shuffled together
 
-def epoch_order(labels: Tensor, balance: str, generator: torch.Generator) -> Tensor:
+
+def epoch_order(
+    labels: Tensor, balance: str, generator: torch.Generator, shards: Tensor | None = None
+) -> Tensor:
     """Draw the order of the images of an epoch.
 
     Args:
@@ -17,12 +21,14 @@ def epoch_order(labels: Tensor, balance: str, generator: torch.Generator) -> Ten
         balance: ``data.balance``. With "sampler", each class has an equal share of the N images,
             to within one image; all images of a class are drawn once before any is repeated.
         generator: source of the random numbers.
+        shards: numbers (N,) of the files that hold the images. With them, whole files are shuffled,
+            and then the images within a buffer, so that only a few files are read at a time.
 
     Returns:
         Indices (N,): a permutation unless ``balance`` is "sampler".
     """
     if balance != "sampler":
-        return torch.randperm(len(labels), generator=generator)
+        return _shuffled(torch.arange(len(labels)), generator, shards)
     members = [(labels.cpu() == label).nonzero()[:, 0] for label in labels.cpu().unique()]
     shares = torch.full((len(members),), len(labels) // len(members))
     shares[torch.randperm(len(members), generator=generator)[: len(labels) % len(members)]] += 1
@@ -31,8 +37,18 @@ def epoch_order(labels: Tensor, balance: str, generator: torch.Generator) -> Ten
         rounds = -(-share // len(own))
         draws = [own[torch.randperm(len(own), generator=generator)] for _ in range(rounds)]
         drawn.append(torch.cat(draws)[:share] if draws else own[:0])
-    order = torch.cat(drawn)
-    return order[torch.randperm(len(order), generator=generator)]
+    return _shuffled(torch.cat(drawn), generator, shards)
+
+
+def _shuffled(drawn: Tensor, generator: torch.Generator, shards: Tensor | None) -> Tensor:
+    """Shuffle indices of images: all of them, or shard by shard within a buffer."""
+    if shards is None:
+        return drawn[torch.randperm(len(drawn), generator=generator)]
+    ranks = torch.randperm(int(shards.max()) + 1, generator=generator)
+    drawn = drawn[ranks[shards[drawn]].argsort(stable=True)]
+    # A shuffle buffer as a sort: each image is delayed by up to as many images as the buffer has.
+    delays = SHUFFLE_BUFFER * torch.rand(len(drawn), generator=generator, dtype=torch.float64)
+    return drawn[(torch.arange(len(drawn)) + delays).argsort()]
 
 
 def class_weights(data: Splits, balance: str, device: torch.device) -> Tensor | None:

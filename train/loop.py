@@ -140,14 +140,14 @@ class Run:
         """Train the rest of the epoch from the current step."""
         epoch, first = divmod(self.step, self.steps_per_epoch)
         generator = torch.Generator().manual_seed(seed_of(self.config.seed, 3, epoch))
-        order = epoch_order(self.data.train.labels, self.config.data.balance, generator)
+        train, c = self.data.train, self.config.data
+        order = epoch_order(train.labels, c.balance, generator, train.shards)
         here, processes = self.accelerator.process_index, self.accelerator.num_processes
         todo = order.split(self.batch_size)[first : self.steps_per_epoch]
         parts = [part for x in todo for part in x.split(self.part_size)[here::processes]]
-        batches = self.data.train.batches(parts, self.device, self.config.data.workers)
         train_mode(self.net, self.config.train.loss)
         start = time.perf_counter() - self.seconds
-        with contextlib.closing(batches):
+        with contextlib.closing(train.batches(parts, self.device, c.workers)) as batches:
             for done in range(first + 1, self.steps_per_epoch + 1):
                 self.train_step(batches)
                 progress.update()

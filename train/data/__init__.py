@@ -28,7 +28,7 @@ from vision_xformer.registry import import_all
 
 from ..config import DataConfig
 from .archives import unpack
-from .images import SKIP_HINT, Broken, Images, Item, Sample, decode, open_image
+from .images import SKIP_HINT, Broken, Images, Item, Sample, decode, open_image, shard_of
 from .reading import Reading
 from .registry import Source, dataset_names, find_reader, register
 from .summary import count_classes, list_broken, without
@@ -142,7 +142,7 @@ def _read_parts(
         train, test = split(train, TEST_FRACTION)
     if not val:
         train, val = split(train, config.val_fraction, "data.val_fraction")
-    parts = [Images(samples, size, reading) for samples in (train, val, test)]
+    parts = [Images(_by_shard(samples), size, reading) for samples in (train, val, test)]
     count = sum(map(len, parts))
     in_memory = config.in_memory
     if in_memory is None:
@@ -157,6 +157,17 @@ def _read_parts(
             else:
                 broken |= part.find_broken(progress, fully)
     return parts, broken
+
+
+def _by_shard(samples: Sequence[Sample]) -> Sequence[Sample]:
+    """Return samples in the order of their shards, if they have some; a split mixes them."""
+    in_shards = samples and shard_of(samples[0][0]) is not None
+    return sorted(samples, key=_position) if in_shards else samples
+
+
+def _position(sample: Sample) -> tuple[int, int]:
+    assert isinstance(sample[0], Item)
+    return sample[0].shard or 0, sample[0].index
 
 
 def _check_labels(config: DataConfig, source: Source) -> None:

@@ -21,14 +21,14 @@ def unpack(archive: Path, target: Path) -> None:
     try:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as file:
-                _check_inside(archive, file.namelist())
+                check_inside(archive, file.namelist())
                 file.extractall(part)
         else:
             with tarfile.open(archive) as file:
                 for member in file:
                     if not (member.isfile() or member.isdir()):
                         raise ValueError(f"{archive} has {member.name}, no plain file or folder")
-                _check_inside(archive, file.getnames())
+                check_inside(archive, file.getnames())
                 # The filter drops owners and modes; Python before 3.11.4 may not have it.
                 more: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
                 file.extractall(part, **more)
@@ -39,7 +39,7 @@ def unpack(archive: Path, target: Path) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _check_inside(archive: Path, names: Sequence[str]) -> None:
+def check_inside(archive: Path, names: Sequence[str]) -> None:
     """Raise a ValueError for a path that leads out of the target folder."""
     for name in names:
         if Path(name).is_absolute() or ".." in Path(name).parts:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from .reading import IMAGE_ENDINGS
 
+# names of the sets in folders and files, in upper or lower case
+SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 SHOWN = 10  # names that are printed of a longer list
 
 

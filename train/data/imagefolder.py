@@ -6,12 +6,10 @@ from collections import Counter
 from pathlib import Path
 
 from ..config import DataConfig
-from .files import is_image, left_out_note, list_images, shorten, visible
+from .files import SPLIT_NAMES, is_image, left_out_note, list_images, shorten, visible
 from .images import Sample
 from .registry import Source, register
 
-# folders in root, in upper or lower case; the validation folder has three possible names
-_SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _RIGHT = "train, val (or valid, or validation) and test"
 
 
@@ -42,7 +40,7 @@ def _split_folders(root: Path) -> dict[str, Path]:
     """Return the folders of "train", "val" and "test"; root itself if it has none of them."""
     found: dict[str, Path] = {}
     names = _folders(root)
-    known = [name for name in names if name.lower() in _SPLITS]
+    known = [name for name in names if name.lower() in SPLIT_NAMES]
     if not known:
         return {"train": root}
     way_out = "if these are classes, move all class folders into a folder train"
@@ -53,7 +51,7 @@ def _split_folders(root: Path) -> dict[str, Path]:
             f"{way_out}"
         )
     for name in known:
-        part = _SPLITS[name.lower()]
+        part = SPLIT_NAMES[name.lower()]
         if part in found:
             raise ValueError(f"{root} has both {found[part].name} and {name}: keep one of them")
         found[part] = root / name

@@ -34,20 +34,28 @@ SKIP_HINT = "--data.skip_broken true skips such images"
 R = TypeVar("R")
 
 
-@dataclasses.dataclass(frozen=True)
+class ShardError(OSError):
+    """Raised for a shard that cannot be fetched: its images are not broken, but out of reach."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Item:
     """An image of a dataset that is read when it is needed.
 
     Args:
         read: maps an index to an image, its path or its encoded bytes.
         index: index of this image.
+        name: of this image, for errors; by default it is named by its index.
+        shard: number of the file that holds this image next to others; None if none does.
     """
 
     read: Callable[[int], Encoded]
     index: int
+    name: str = ""
+    shard: int | None = None
 
     def __str__(self) -> str:
-        return f"image {self.index} of the dataset"
+        return self.name or f"image {self.index} of the dataset"
 
 
 # uint8 (C, H, W), the path of a file or an item of a dataset; and the label
@@ -71,6 +79,8 @@ class Images(Dataset[tuple[Tensor, int]]):
     ) -> None:
         self.samples, self.size, self.reading = samples, size, reading or Reading()
         self.labels = torch.tensor([label for _, label in samples])
+        shards = [shard for image, _ in samples if (shard := shard_of(image)) is not None]
+        self.shards = torch.tensor(shards) if shards else None  # read one after another
         self.pixels: Tensor | None = None
 
     def __len__(self) -> int:
@@ -147,6 +157,7 @@ class Images(Dataset[tuple[Tensor, int]]):
 
         Raises:
             ValueError: if an image cannot be read or a worker process dies.
+            ShardError: if a shard cannot be fetched.
         """
         if self.pixels is not None:
             for indices in batches:
@@ -172,19 +183,33 @@ class Images(Dataset[tuple[Tensor, int]]):
             sentence = str(error).split("ValueError: ")[-1].strip()
             # the frames of the error would keep the workers alive
             raise ValueError(f"{sentence}; {SKIP_HINT}") from error.with_traceback(None)
+        except ShardError as error:
+            sentence = str(error).split("ShardError: ")[-1].strip()
+            raise ShardError(sentence) from error.with_traceback(None)
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
             raise ValueError(f"one of the {workers} data.workers died: {error}") from error
 
     def fingerprint(self) -> str:
-        """Return a hash of the labels and of the file names with their class folders."""
-        names = ("/".join(i.parts[-2:]) if isinstance(i, Path) else "" for i, _ in self.samples)
+        """Return a hash of the labels and of the names of files, with their folder or shard."""
+        names = (_name(image) for image, _ in self.samples)
         text = "\n".join(
             f"{name} {label}" for name, (_, label) in zip(names, self.samples, strict=True)
         )
         # file names need not be valid UTF-8
         return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+
+
+def shard_of(image: Tensor | Path | Item) -> int | None:
+    """Return the number of the file that holds an image next to others, or None."""
+    return image.shard if isinstance(image, Item) else None
+
+
+def _name(image: Tensor | Path | Item) -> str:
+    if isinstance(image, Path):
+        return "/".join(image.parts[-2:])
+    return image.name if isinstance(image, Item) else ""
 
 
 def _ignore_signals(worker: int) -> None:
@@ -224,10 +249,13 @@ def open_image(image: Path | Item, reading: Reading | None = None) -> Image.Imag
 
     Raises:
         ValueError: if it cannot be read; it names the image.
+        ShardError: if it is in a shard that cannot be fetched.
     """
     try:
         source = image if isinstance(image, Path) else image.read(image.index)
         return read_image(source, reading or Reading())
+    except ShardError:
+        raise
     except Exception as error:  # decoders raise exceptions of any type
         raise image_error(image, error) from error
 
@@ -242,6 +270,13 @@ def count_channels(read: Callable[[int], Encoded], count: int) -> int:
     indices = range(0, count, max(1, count // MODE_SAMPLES))
     modes = {_mode(read, index) for index in indices} - {None}
     return 1 if modes and modes <= set(GRAYSCALE_MODES) else 3
+
+
+def count_item_channels(samples: Sequence[tuple[Item, int]]) -> int:
+    """Return 1 if some images, in the first and last shard if there are any, are all grayscale."""
+    ends = samples[0][0].shard, samples[-1][0].shard  # others may have to be fetched
+    some = [item for item, _ in samples if item.shard in ends]
+    return count_channels(lambda i: some[i].read(some[i].index), len(some))
 
 
 def _mode(read: Callable[[int], Encoded], index: int) -> str | None:

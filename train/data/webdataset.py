@@ -1,0 +1,269 @@
+"""WebDataset shards: tar files of images with their labels, on this machine or at URLs."""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import io
+import itertools
+import os
+import re
+import shutil
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from ..config import DataConfig
+from ..text import reason
+from .archives import check_inside
+from .cache import cache_folder, open_copy, remembered
+from .files import SPLIT_NAMES, is_image, shorten, visible
+from .images import Item, ShardError, count_item_channels
+from .registry import Source, register
+
+URLS = ("http://", "https://", "s3://", "gs://", "hf://")
+MOST_CLASSES = 100_000  # a label above is a mistake
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TarShard:
+    """A shard, whose images are read by their positions in the tar file.
+
+    Args:
+        path: path or URL of the tar file.
+        stamp: changes if the tar file does.
+        spans: first byte and number of bytes (images, 2) of each image.
+    """
+
+    path: str
+    stamp: str
+    spans: npt.NDArray[np.int64]
+
+    def read(self, index: int) -> IO[bytes]:
+        """Return the bytes of an image."""
+        start, size = self.spans[index].tolist()
+        with _open(self.path) as file:
+            if _stamp(self.path, file) != self.stamp:
+                raise ShardError(
+                    f"{self.path} has changed since it was indexed; to index all shards anew, "
+                    f"remove {cache_folder()}"
+                )
+            file.seek(start)
+            return io.BytesIO(file.read(size))
+
+
+class Index(NamedTuple):
+    """What is in a shard: of each image the name, first byte, number of bytes and label."""
+
+    path: str
+    stamp: str
+    samples: Sequence[tuple[str, int, int, str]]
+
+
+@register("webdataset")
+def read_webdataset(config: DataConfig) -> Source:
+    """Read the tar files below ``root``, or those that a pattern of paths or URLs names.
+
+    A sample is one image ``KEY.jpg`` (or of another format) next to its label ``KEY.cls``, the
+    index of a class or its name. A file with train, val (or valid, or validation) or test in its
+    name, or else in that of its folder, belongs to that set, any other to the training set. A
+    validation set is the test set if there is no other. The shards are indexed once.
+
+    Raises:
+        ValueError: if ``webdataset`` is not installed, if a shard is missing or truncated, or if a
+            sample has no label; it names the shard.
+    """
+    found = _find_shards(config.root)
+    count = sum(map(len, found.values()))
+    with tqdm(total=count, desc="indexing", unit="shard", disable=count < 10 or None) as progress:
+        indices = {part: [_indexed(path, progress) for path in found[part]] for part in found}
+    if "test" not in indices and "val" in indices:
+        indices["test"] = indices.pop("val")
+    numbers = _number_classes(indices["train"])
+    samples = {part: _samples(shards, numbers) for part, shards in indices.items()}
+    return Source(
+        samples["train"],
+        list(map(str, numbers)),
+        test=samples.get("test", []),
+        val=samples.get("val", []),
+        channels=count_item_channels(samples["train"]),
+    )
+
+
+def _find_shards(root: str) -> dict[str, list[str]]:
+    """Return the paths or URLs of the shards of "train", "val" and "test"."""
+    folder = Path(root).expanduser()
+    if folder.is_dir():
+        files = sorted(path for path in folder.rglob("*.tar") if visible(path.name))
+        named = {str(path): path.relative_to(folder).parts for path in files}
+    else:
+        named = {path: Path(path).parts for path in _expand(root)}
+    if not named:
+        raise ValueError(f"data.root {root} has no shards, files *.tar")
+    parts: dict[str, list[str]] = {}
+    for path, names in named.items():
+        parts.setdefault(_set_of(names), []).append(path)
+    if "train" not in parts:
+        raise ValueError(f"data.root {root} has shards of {', '.join(parts)}, but none of train")
+    return parts
+
+
+def _set_of(names: Sequence[str]) -> str:
+    """Return the set that the name of a file, or else of its folder, contains as a word."""
+    for name in names[:-3:-1]:
+        for word in re.findall("[a-z]+", name.lower()):
+            if word in SPLIT_NAMES:
+                return SPLIT_NAMES[word]
+    return "train"
+
+
+def _expand(pattern: str) -> list[str]:
+    """Expand ``{000..146}``, ``*`` and several patterns with ``::`` between them."""
+    paths: list[str] = []
+    for path in _library().shardlists.expand_urls(pattern):
+        if path.startswith(URLS):
+            paths.append(path)
+        elif re.match(r"\w{2,}:", path):
+            raise ValueError(f"data.root {path} must be a path or begin with {', '.join(URLS)}")
+        else:
+            files = sorted(glob.glob(os.path.expanduser(path)))
+            if not files:
+                raise ValueError(f"data.root: there is no shard {path}")
+            paths += files
+    return list(dict.fromkeys(paths))
+
+
+def _library() -> Any:
+    try:
+        import webdataset
+    except ImportError as error:
+        raise ValueError(
+            "data.name webdataset needs the package webdataset: pip install webdataset"
+        ) from error
+    return webdataset
+
+
+def _open(path: str) -> IO[bytes]:
+    """Open a shard; one at a URL is copied to this machine first."""
+    if not path.startswith(URLS):
+        return open(path, "rb")
+
+    def fetch(copy: Path) -> None:
+        try:
+            with _library().gopen(path) as stream, copy.open("wb") as file:
+                shutil.copyfileobj(stream, file, 2**20)
+        except Exception as error:  # those of the tools that webdataset calls
+            raise ShardError(f"{path} cannot be fetched: {reason(error)}") from error
+
+    return open_copy(path, fetch)
+
+
+def _indexed(path: str, progress: tqdm[Any]) -> Index:
+    """Return the index of a shard, which is computed once."""
+    key = path
+    if not path.startswith(URLS):
+        with _open(path) as file:
+            key = f"{os.path.abspath(path)} {_stamp(path, file)}"
+    found = remembered(f"webdataset {key}", lambda: _index(path))
+    progress.update()
+    return Index(path, found["stamp"], found["samples"])
+
+
+def _stamp(path: str, file: IO[bytes]) -> str:
+    """Return the size of a shard, and when it was last changed if it is no copy."""
+    status = os.fstat(file.fileno())
+    return (
+        str(status.st_size) if path.startswith(URLS) else f"{status.st_size} {status.st_mtime_ns}"
+    )
+
+
+def _index(path: str) -> dict[str, Any]:
+    """Find the images and labels of a shard.
+
+    Raises:
+        ValueError: if it is truncated, compressed or no tar file, or if a sample is incomplete.
+    """
+    try:
+        with _open(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            members = tar.getmembers()
+            if file.seek(0, os.SEEK_END) < tar.offset + tarfile.BLOCKSIZE:  # no mark of the end
+                raise ValueError(f"{path} is truncated")
+            groups = itertools.groupby(_keyed(path, members), key=lambda found: found[0])
+            samples = [_sample(path, tar, key, [m for _, m in group]) for key, group in groups]
+            stamp = _stamp(path, file)
+    except ShardError:
+        raise
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise ValueError(
+            f"{path} cannot be read as an uncompressed tar file: {reason(error)}"
+        ) from error
+    return {"stamp": stamp, "samples": samples}
+
+
+def _keyed(path: str, members: Sequence[tarfile.TarInfo]) -> Iterator[tuple[str, tarfile.TarInfo]]:
+    """Yield the plain files of a shard after their key: the path up to the first dot of the name.
+
+    Like webdataset, it skips names without a key or an ending, and metadata (``__NAME__``).
+    """
+    check_inside(Path(path), [member.name for member in members])
+    for member in members:
+        found = re.match(r"(?!__[^/]*__(?:$|/))((?:.*/)?[^./]+)\.", member.name)
+        if found and member.isreg() and not member.issparse():
+            yield found[1], member
+
+
+def _sample(
+    path: str, tar: tarfile.TarFile, key: str, members: Sequence[tarfile.TarInfo]
+) -> tuple[str, int, int, str]:
+    """Return the name, position and bytes of the image of a sample, and its label."""
+    images = [member for member in members if is_image(member.name)]
+    if len(images) != 1:
+        raise ValueError(f"{path}: sample {key} must have 1 image, has {len(images)}")
+    label = ""
+    for member in members:
+        file = tar.extractfile(member) if member.name.endswith(".cls") else None
+        if file is not None:
+            label = file.read().decode("utf-8", "replace").strip()
+    if not label:
+        raise ValueError(f"{path}: sample {key} has no label, a file {key}.cls")
+    return images[0].name, images[0].offset_data, images[0].size, label
+
+
+def _number_classes(shards: Sequence[Index]) -> dict[int | str, int]:
+    """Return the classes of the training set and their numbers: indices from 0, or sorted names."""
+    labels = {_class_of(label) for shard in shards for *_, label in shard.samples}
+    if not labels:
+        raise ValueError(f"{shorten([shard.path for shard in shards])}: there are no images")
+    indices = [label for label in labels if isinstance(label, int)]
+    if len(indices) < len(labels):
+        return {name: i for i, name in enumerate(sorted(labels, key=str))}
+    if max(indices) >= MOST_CLASSES:
+        raise ValueError(
+            f"{max(indices)} is no label: indices of classes are from 0 to {MOST_CLASSES - 1:,}"
+        )
+    return {i: i for i in range(max(indices) + 1)}
+
+
+def _class_of(label: str) -> int | str:
+    return int(label) if label.isascii() and label.isdigit() else label
+
+
+def _samples(shards: Sequence[Index], numbers: dict[int | str, int]) -> list[tuple[Item, int]]:
+    """Return the images of all shards with the numbers of their classes."""
+    samples: list[tuple[Item, int]] = []
+    for number, index in enumerate(shards):
+        spans = np.array([span for _, *span, _ in index.samples], np.int64).reshape(-1, 2)
+        shard = TarShard(index.path, index.stamp, spans)
+        read, file = shard.read, PurePosixPath(index.path).name
+        for i, (name, _, _, label) in enumerate(index.samples):
+            if (known := numbers.get(_class_of(label))) is None:
+                raise ValueError(
+                    f"{index.path}: {name} has the class {label!r}, which no training image has"
+                )
+            samples.append((Item(read, i, f"{file}/{name}", number), known))
+    return samples
