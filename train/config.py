@@ -86,7 +86,8 @@ class DataConfig:
             root/val is the test set. Without a test set, a stratified fifth of the training images
             is held out.
         root: folder of the data. Datasets of torchvision are downloaded to it if they are
-            missing; an archive of Tiny ImageNet is unpacked in it.
+            missing; an archive of Tiny ImageNet is unpacked in it. For webdataset, it may be a
+            pattern of paths or URLs of shards; for huggingface:streaming=true, a name on the Hub.
         mirror: URL to download CIFAR's archive from, instead of its authors' page.
         image_size: height and width in pixels. Images are scaled until they cover it and cropped
             at the center; by default it is that of the dataset.

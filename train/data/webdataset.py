@@ -9,6 +9,7 @@ import itertools
 import os
 import re
 import shutil
+import sys
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -58,11 +59,11 @@ class TarShard:
 
 
 class Index(NamedTuple):
-    """What is in a shard: of each image the name, first byte, number of bytes and label."""
+    """A shard, and of each of its images the name and the class."""
 
-    path: str
-    stamp: str
-    samples: Sequence[tuple[str, int, int, str]]
+    shard: TarShard
+    names: list[str]
+    classes: list[int | str]
 
 
 @register("webdataset")
@@ -171,7 +172,10 @@ def _indexed(path: str, progress: tqdm[Any]) -> Index:
             key = f"{os.path.abspath(path)} {_stamp(path, file)}"
     found = remembered(f"webdataset {key}", lambda: _index(path))
     progress.update()
-    return Index(path, found["stamp"], found["samples"])
+    rows: list[tuple[str, int, int, str]] = found["samples"]
+    spans = np.array([span for _, *span, _ in rows], np.int64).reshape(-1, 2)
+    shard = TarShard(path, found["stamp"], spans)
+    return Index(shard, [row[0] for row in rows], [_class_of(row[3]) for row in rows])
 
 
 def _stamp(path: str, file: IO[bytes]) -> str:
@@ -234,36 +238,35 @@ def _sample(
     return images[0].name, images[0].offset_data, images[0].size, label
 
 
-def _number_classes(shards: Sequence[Index]) -> dict[int | str, int]:
-    """Return the classes of the training set and their numbers: indices from 0, or sorted names."""
-    labels = {_class_of(label) for shard in shards for *_, label in shard.samples}
-    if not labels:
-        raise ValueError(f"{shorten([shard.path for shard in shards])}: there are no images")
-    indices = [label for label in labels if isinstance(label, int)]
-    if len(indices) < len(labels):
-        return {name: i for i, name in enumerate(sorted(labels, key=str))}
-    if max(indices) >= MOST_CLASSES:
-        raise ValueError(
-            f"{max(indices)} is no label: indices of classes are from 0 to {MOST_CLASSES - 1:,}"
-        )
-    return {i: i for i in range(max(indices) + 1)}
-
-
 def _class_of(label: str) -> int | str:
-    return int(label) if label.isascii() and label.isdigit() else label
+    return int(label) if label.isascii() and label.isdigit() else sys.intern(label)
 
 
-def _samples(shards: Sequence[Index], numbers: dict[int | str, int]) -> list[tuple[Item, int]]:
+def _number_classes(indices: Sequence[Index]) -> dict[int | str, int]:
+    """Return the classes of the training set and their numbers: indices from 0, or sorted names."""
+    classes = {name for index in indices for name in index.classes}
+    if not classes:
+        paths = [index.shard.path for index in indices]
+        raise ValueError(f"{shorten(paths)}: there are no images")
+    numbers = [name for name in classes if isinstance(name, int)]
+    if len(numbers) < len(classes):
+        return {name: i for i, name in enumerate(sorted(classes, key=str))}
+    if max(numbers) >= MOST_CLASSES:
+        raise ValueError(
+            f"{max(numbers)} is no label: indices of classes are from 0 to {MOST_CLASSES - 1:,}"
+        )
+    return {i: i for i in range(max(numbers) + 1)}
+
+
+def _samples(indices: Sequence[Index], numbers: dict[int | str, int]) -> list[tuple[Item, int]]:
     """Return the images of all shards with the numbers of their classes."""
     samples: list[tuple[Item, int]] = []
-    for number, index in enumerate(shards):
-        spans = np.array([span for _, *span, _ in index.samples], np.int64).reshape(-1, 2)
-        shard = TarShard(index.path, index.stamp, spans)
-        read, file = shard.read, PurePosixPath(index.path).name
-        for i, (name, _, _, label) in enumerate(index.samples):
-            if (known := numbers.get(_class_of(label))) is None:
+    for number, (shard, names, classes) in enumerate(indices):
+        read, file = shard.read, PurePosixPath(shard.path).name
+        for i, (name, found) in enumerate(zip(names, classes, strict=True)):
+            if found not in numbers:
                 raise ValueError(
-                    f"{index.path}: {name} has the class {label!r}, which no training image has"
+                    f"{shard.path}: {name} has the class {found!r}, which no training image has"
                 )
-            samples.append((Item(read, i, f"{file}/{name}", number), known))
+            samples.append((Item(read, i, f"{file}/{name}", number), numbers[found]))
     return samples
