@@ -72,7 +72,7 @@ def read_webdataset(config: DataConfig) -> Source:
 
     A sample is one image ``KEY.jpg`` (or of another format) next to its label ``KEY.cls``, the
     index of a class or its name. A file with train, val (or valid, or validation) or test in its
-    name, or else in that of its folder, belongs to that set, any other to the training set. A
+    name, or in a folder of that name, belongs to that set, any other to the training set. A
     validation set is the test set if there is no other. The shards are indexed once.
 
     Raises:
@@ -115,12 +115,9 @@ def _find_shards(root: str) -> dict[str, list[str]]:
 
 
 def _set_of(names: Sequence[str]) -> str:
-    """Return the set that the name of a file, or else of its folder, contains as a word."""
-    for name in names[:-3:-1]:
-        for word in re.findall("[a-z]+", name.lower()):
-            if word in SPLIT_NAMES:
-                return SPLIT_NAMES[word]
-    return "train"
+    """Return the set that is a word in the name of a file, or else the name of its folder."""
+    words = [*re.findall("[a-z]+", names[-1].lower()), *map(str.lower, names[-2:-1])]
+    return next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), "train")
 
 
 def _expand(pattern: str) -> list[str]:
