@@ -943,7 +943,7 @@ def first_stage(model: Any) -> tuple[nn.Module, Any]:
     return stage, torch.randn(3, stage.grid.length, config.dims[0]).double()
 
 
-@pytest.mark.parametrize("name", [n for n in TEST_MODELS if n != "fnet2d_test"])
+@each_test_model
 def test_a_stage_works_alone(name: str) -> None:
     model = randomly_dropping(name)
     stage, x = first_stage(model)
@@ -969,12 +969,11 @@ def test_a_stage_works_alone(name: str) -> None:
         assert torch.equal(plain, again)
 
 
-def test_every_backbone_but_fnet2d_has_stages() -> None:
-    """FNet2D takes any grid, so that its blocks are called with one."""
+def test_every_backbone_has_stages() -> None:
     for backbone in vx.BACKBONES.names():
         model = on_meta(f"{backbone}_test")
         stages = [m for m in model.modules() if isinstance(m, vx.Stage)]
-        assert bool(stages) == (backbone != "fnet2d")
+        assert stages
         for stage in stages:
             assert len(stage) == len([*stage]) > 0
             assert [*stage][-1] is stage[-1] is stage[len(stage) - 1]

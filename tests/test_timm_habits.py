@@ -128,7 +128,7 @@ def test_another_pool(pool: str, tmp_path: Path) -> None:
     """The mean over the patches, or the class token; the norm stays, also in files."""
     model = vx.create_model("vit_test", pool=pool, class_token=True, registers=2).eval()
     x = torch.randn(2, *model.config.input_shape)
-    tokens = model.norm(model.forward_tokens(x))
+    tokens = model.norm(model.blocks(model.embed(x)[0]))
     for global_pool, pooled in (("avg", tokens[:, 3:].mean(1)), ("token", tokens[:, 0])):
         model.reset_classifier(7, global_pool)
         want = model.head(model.fc_norm(pooled))

@@ -17,9 +17,10 @@ from ..registry import Registry
 from ..summary import summary
 from .checkpointing import Checkpointed
 from .config import Config
+from .features import FeatureModel
 
 
-class VisionModel(nn.Module):
+class VisionModel(FeatureModel):
     """An image classifier: (B, C, *shape) -> (B, num_classes). ``config`` rebuilds it.
 
     Subclasses are registered under the name in their ``config_class`` and list sizes in
@@ -55,10 +56,6 @@ class VisionModel(nn.Module):
         for module in self.modules():
             if isinstance(module, Checkpointed):
                 module.grad_checkpointing = enable
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Compute the final tokens, (B, C, *shape) -> (B, N, D)."""
-        raise NotImplementedError
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Classify tokens (B, N, D): (B, num_classes), or pooled (B, D) with ``pre_logits``."""
@@ -196,13 +193,25 @@ class Stage(Checkpointed):
     def __iter__(self) -> Iterator[nn.Module]:
         return (self[index] for index in range(self.depth))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the stage to the tokens of the previous one: (B, M, C) -> (B, N, D)."""
+    def out_grid(self, grid: TokenGrid) -> TokenGrid:
+        """The grid of its tokens for that of the previous stage."""
+        return grid if self.downsample is None else self.grid
+
+    def apply_block(self, index: int, x: Tensor, grid: TokenGrid) -> Tensor:
+        """Apply one block to tokens on ``grid``: (B, N, D) -> (B, N, D)."""
+        rope = None if self.rope is None else self.rope(x)
+        return self.checkpointed(self[index], x, grid, rope)
+
+    def forward(self, x: Tensor, grid: TokenGrid | None = None) -> Tensor:
+        """Apply the stage to the tokens of the previous one: (B, M, C) -> (B, N, D).
+
+        ``grid`` is that of the M tokens, by default the one it was built for.
+        """
         if self.downsample is not None:
             x = self.checkpointed(self.downsample, x)
-        rope = None if self.rope is None else self.rope(x)
-        for block in self:
-            x = self.checkpointed(block, x, self.grid, rope)
+        grid = self.grid if grid is None else self.out_grid(grid)
+        for index in range(self.depth):
+            x = self.apply_block(index, x, grid)
         return x
 
 

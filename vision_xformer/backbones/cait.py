@@ -115,9 +115,8 @@ class CaiT(Isotropic):
         self.norm = nn.LayerNorm(c.dim, c.norm_eps)
         self.head = self.make_head(c.num_classes)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Compute the final tokens, class token first: (B, C, *shape) -> (B, N + 1, D)."""
-        x = self.forward_tokens(x)
+    def finish(self, x: Tensor) -> Tensor:
+        """Compute the class token and prepend it: (B, N, D) -> (B, N + 1, D)."""
         return self.norm(torch.cat((self.class_stage(x), x), 1))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

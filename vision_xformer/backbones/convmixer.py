@@ -118,7 +118,7 @@ class ConvMixer(VisionModel):
         self.blocks = Stage(blocks, grid)
         self.head = self.make_head(c.num_classes)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Compute the final tokens: (B, C, *shape) -> (B, N, D)."""
+    def embed(self, x: Tensor) -> tuple[Tensor, TokenGrid]:
+        """Compute tokens before the first block, (B, C, *shape) -> (B, N, D), and their grid."""
         self.check_input(x)
-        return self.blocks(self.stem_norm(self.act(self.stem(x))))
+        return self.stem_norm(self.act(self.stem(x))), self.stem.grid

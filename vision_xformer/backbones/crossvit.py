@@ -23,6 +23,7 @@ from ..stems.patches import PatchStem
 from .base import BACKBONES, Block, Checkpointed, Stage, VisionModel, drop_paths, init_linears
 from .class_attention import ClassBlock, check_class_mixer, class_attention
 from .config import BlockConfig, StageFields
+from .features import Feature
 
 _RESIZE = {1: "linear", 2: "bicubic", 3: "trilinear"}
 
@@ -171,9 +172,14 @@ class CrossStage(Checkpointed):
             Exchange(c, branch, grids[1 - branch], rates[-1]) for branch in range(2)
         )
 
-    def forward(self, xs: list[Tensor]) -> list[Tensor]:
+    def out_grid(self, grids: list[TokenGrid]) -> list[TokenGrid]:
+        """The grids of the tokens of both branches, which stay as they are."""
+        return grids
+
+    def forward(self, xs: list[Tensor], grids: list[TokenGrid] | None = None) -> list[Tensor]:
         """Apply the stage to both branches: two of (B, N, D) -> two of (B, N, D)."""
-        xs = [stage(x) for stage, x in zip(self.branches, xs, strict=True)]
+        given = [None, None] if grids is None else grids
+        xs = [stage(x, grid) for stage, x, grid in zip(self.branches, xs, given, strict=True)]
         tokens = [
             self.checkpointed(exchange, xs[branch][:, :1], xs[1 - branch][:, 1:])
             for branch, exchange in enumerate(self.exchanges)
@@ -230,10 +236,10 @@ class CrossViT(VisionModel):
         c = config
         self.num_features = sum(c.dims)
         branches = [Branch(c, index) for index in range(2)]
-        grids = [branch.grid for branch in branches]
+        self.grids = [branch.grid for branch in branches]
         self.branches = nn.ModuleList(branches)
         rates = drop_paths(c.drop_path, [max(c.depths)] * c.stages)
-        self.stages = nn.ModuleList(CrossStage(c, grids, stage_rates) for stage_rates in rates)
+        self.stages = nn.ModuleList(CrossStage(c, self.grids, stage_rates) for stage_rates in rates)
         init_linears(self.stages)
         self.norms = nn.ModuleList(nn.LayerNorm(dim, c.norm_eps) for dim in c.dims)
         self.head = self.make_head(c.num_classes)
@@ -246,13 +252,22 @@ class CrossViT(VisionModel):
         init_linears(heads)
         return heads
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Compute both class tokens side by side: (B, C, *shape) -> (B, 1, D + E)."""
+    def embed(self, x: Tensor) -> tuple[list[Tensor], list[TokenGrid]]:
+        """Embed the image in both branches: (B, C, *shape) -> two of (B, N, D), and their grids."""
         self.check_input(x)
-        xs = [branch(x) for branch in self.branches]
-        for stage in self.stages:
-            xs = stage(xs)
-        return torch.cat([norm(y[:, :1]) for norm, y in zip(self.norms, xs, strict=True)], -1)
+        return [branch(x) for branch in self.branches], list(self.grids)
+
+    def features(self) -> list[Feature]:
+        """The tokens of the first branch after each stage, then those of the second."""
+        return [
+            Feature(f"stages.{layer}", layer, norm, branch)
+            for branch, norm in enumerate(self.norms)
+            for layer in range(len(self.stages))
+        ]
+
+    def finish(self, x: list[Tensor]) -> Tensor:
+        """Put both class tokens side by side: two of (B, N, D) -> (B, 1, D + E)."""
+        return torch.cat([norm(y[:, :1]) for norm, y in zip(self.norms, x, strict=True)], -1)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Classify (B, 1, D + E): (B, num_classes), or (B, D + E) with ``pre_logits``."""

@@ -282,12 +282,13 @@ class CvT(VisionModel):
         self.head = self.make_head(c.num_classes)
         init_linears(self.stages)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Compute the tokens of the last stage, class token first: (B, C, *shape) -> (B, N, D)."""
+    def embed(self, x: Tensor) -> tuple[Tensor, TokenGrid]:
+        """View pixels as tokens with channels innermost: (B, C, *shape) -> (B, N, C)."""
         self.check_input(x)
-        x = x.movedim(1, -1).flatten(1, -2)  # pixels as tokens, channels innermost
-        for stage in self.stages:
-            x = stage(x)
+        return x.movedim(1, -1).flatten(1, -2), TokenGrid(tuple(x.shape[2:]))
+
+    def finish(self, x: Tensor) -> Tensor:
+        """Normalize the tokens of the last stage, class token first: (B, N, D) -> (B, N, D)."""
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

@@ -15,7 +15,7 @@ from ..layers import TokenBatchNorm
 from ..mixers.fourier import Fourier
 from ..options import check_at_least
 from ..stems.convolutional import ConvStem
-from .base import BACKBONES, Checkpointed, Mlp, VisionModel, mlp_width
+from .base import BACKBONES, Mlp, Stage, VisionModel, mlp_width
 from .config import Config
 
 
@@ -60,13 +60,13 @@ class FNet2DBlock(nn.Module):
         self.norm = TokenBatchNorm(config.dim)
         self.mlp = Mlp(config.dim, mlp_width(config.dim, config.mlp_ratio), config.dropout)
 
-    def forward(self, x: Tensor, grid: TokenGrid) -> Tensor:
+    def forward(self, x: Tensor, grid: TokenGrid, rope: None = None) -> Tensor:
         """Apply the block to tokens (B, N, D) on ``grid``."""
         return x + self.mlp(self.norm(self.mixer(x, grid)))
 
 
 @BACKBONES.register("fnet2d")
-class FNet2D(VisionModel, Checkpointed):
+class FNet2D(VisionModel):
     """FNet2D, for images of any size; without positions and class token.
 
     Shape: (B, C, *shape) -> (B, num_classes)
@@ -86,16 +86,11 @@ class FNet2D(VisionModel, Checkpointed):
         super().__init__(config)
         self.num_features = config.dim
         self.stem = ConvStem(config.input_shape, 1, config.dim, channels=(config.dim // 2,))
-        self.blocks = nn.ModuleList(
-            FNet2DBlock(config, self.stem.grid) for _ in range(config.depth)
-        )
+        blocks = [FNet2DBlock(config, self.stem.grid) for _ in range(config.depth)]
+        self.blocks = Stage(blocks, self.stem.grid)
         self.head = self.make_head(config.num_classes)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Compute the final tokens: (B, C, *shape) -> (B, N, D)."""
+    def embed(self, x: Tensor) -> tuple[Tensor, TokenGrid]:
+        """Compute tokens before the first block, (B, C, *shape) -> (B, N, D), and their grid."""
         self.check_channels(x)
-        grid = TokenGrid(tuple(x.shape[2:]))
-        x = self.stem(x)
-        for block in self.blocks:
-            x = self.checkpointed(block, x, grid)
-        return x
+        return self.stem(x), TokenGrid(tuple(x.shape[2:]))

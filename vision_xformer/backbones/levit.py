@@ -342,9 +342,7 @@ class LeViT(VisionModel):
         self.config = dataclasses.replace(self.config, fused=True)
         return self
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Compute the tokens of the last stage: (B, C, *shape) -> (B, N, D)."""
+    def embed(self, x: Tensor) -> tuple[Tensor, TokenGrid]:
+        """Compute tokens before the first stage, (B, C, *shape) -> (B, N, D), and their grid."""
         self.check_input(x)
-        for part in (self.stem, *self.stages):
-            x = part(x)
-        return x
+        return self.stem(x), self.stem.grid

@@ -229,9 +229,9 @@ class PVTStage(Stage):
         super().__init__(blocks, grid, downsample=embedding)
         self.norm = norm
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the stage: (B, M, C) -> (B, N, D)."""
-        return self.norm(super().forward(x))
+    def forward(self, x: Tensor, grid: TokenGrid | None = None) -> Tensor:
+        """Apply the stage to tokens on ``grid``: (B, M, C) -> (B, N, D)."""
+        return self.norm(super().forward(x, grid))
 
 
 @BACKBONES.register("pvt")
@@ -281,10 +281,7 @@ class PVT(VisionModel):
         mlp = ConvMlp(len(grid.shape), dim, mlp_width(dim, c.mlp_ratio[stage]), c.dropout)
         return PVTBlock(mixer, mlp, drop_path, c.norm_eps)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Compute the tokens of the last stage: (B, C, *shape) -> (B, N, D)."""
+    def embed(self, x: Tensor) -> tuple[Tensor, TokenGrid]:
+        """View pixels as tokens with channels innermost: (B, C, *shape) -> (B, N, C)."""
         self.check_input(x)
-        x = x.movedim(1, -1).flatten(1, -2)  # pixels as tokens, channels innermost
-        for stage in self.stages:
-            x = stage(x)
-        return x
+        return x.movedim(1, -1).flatten(1, -2), TokenGrid(tuple(x.shape[2:]))

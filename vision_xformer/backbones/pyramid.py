@@ -155,10 +155,12 @@ class Pyramid(VisionModel):
         """The attention of an even or odd block of the stage: (B, N, D) -> (B, N, D)."""
         raise NotImplementedError
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Compute the tokens of the last stage: (B, C, *shape) -> (B, N, D)."""
+    def embed(self, x: Tensor) -> tuple[Tensor, TokenGrid]:
+        """Compute tokens before the first stage, (B, C, *shape) -> (B, N, D), and their grid."""
         self.check_input(x)
-        x = self.stem_norm(self.stem(x).flatten(2).mT)
-        for stage in self.stages:
-            x = stage(x)
+        x = self.stem(x)
+        return self.stem_norm(x.flatten(2).mT), TokenGrid(tuple(x.shape[2:]))
+
+    def finish(self, x: Tensor) -> Tensor:
+        """Normalize the tokens of the last stage: (B, N, D) -> (B, N, D)."""
         return self.norm(x)

@@ -192,8 +192,8 @@ class Isotropic(VisionModel):
     def _space_time(self, make: functools.partial[Mixer]) -> list[Mixer]:
         return space_time(lambda grid: make(grid=grid), self.grid)
 
-    def forward_tokens(self, x: Tensor) -> Tensor:
-        """Compute tokens before the final norm: (B, C, *shape) -> (B, N, D)."""
+    def embed(self, x: Tensor) -> tuple[Tensor, TokenGrid]:
+        """Compute tokens before the first block, (B, C, *shape) -> (B, N, D), and their grid."""
         self.check_input(x)
         x = self.stem(x)
         if self.position is not None and not self.embed_prefix:
@@ -202,7 +202,7 @@ class Isotropic(VisionModel):
         x = torch.cat([*prefix, x], 1) if prefix else x
         if self.position is not None and self.embed_prefix:
             x = x + self.position(x)
-        return self.blocks(self.emb_drop(x))
+        return self.emb_drop(x), self.grid
 
 
 @BACKBONES.register("vit")
@@ -258,9 +258,9 @@ class ViT(Isotropic):
             self.pool = None
         super().reset_classifier(num_classes)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Compute the final tokens, prefix first: (B, C, *shape) -> (B, N, D)."""
-        return self.norm(self.forward_tokens(x))
+    def finish(self, x: Tensor) -> Tensor:
+        """Normalize the tokens, prefix first: (B, N, D) -> (B, N, D)."""
+        return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool and classify tokens (B, N, D): (B, num_classes), or (B, D) with ``pre_logits``."""

@@ -1,0 +1,168 @@
+"""Tokens after the layers of a model, with timm's interface."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from ..grid import TokenGrid
+
+OutputFormat = Literal["NCHW", "NLC"]
+
+
+class Feature(NamedTuple):
+    """The tokens after a layer, or those of one of its branches.
+
+    Args:
+        module: name of the layer, such as "blocks.3" or "stages.1".
+        layer: its index.
+        norm: final norm of the model; None if another stage follows, of another width.
+        branch: index of the branch, in a layer that maps several.
+    """
+
+    module: str
+    layer: int
+    norm: nn.Module | None
+    branch: int | None = None
+
+    def of(self, x: Any, grid: Any) -> tuple[Tensor, TokenGrid]:
+        """The tokens and their grid, from those of the layer."""
+        return (x, grid) if self.branch is None else (x[self.branch], grid[self.branch])
+
+
+class FeatureModel(nn.Module):
+    """A model that embeds pixels and applies layers to the tokens.
+
+    The layers are the blocks of ``blocks``, a single :class:`Stage`, or the modules of ``stages``.
+    """
+
+    blocks: Any
+    stages: Any
+
+    @property
+    def trunk(self) -> Sequence[Any]:
+        """The stages, in order; a model with ``blocks`` has one."""
+        return (self.blocks,) if hasattr(self, "blocks") else self.stages
+
+    def embed(self, x: Tensor) -> tuple[Any, Any]:
+        """Compute the tokens before the first layer, (B, C, *shape) -> (B, N, D), and their grid.
+
+        A model with several branches returns a list of each.
+        """
+        raise NotImplementedError
+
+    def finish(self, x: Any) -> Tensor:
+        """Compute the final tokens from those after the last layer: (B, N, D) -> (B, N, D)."""
+        return x
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Compute the final tokens, (B, C, *shape) -> (B, N, D)."""
+        x, grid = self.embed(x)
+        for stage in self.trunk:
+            x, grid = stage(x, grid), stage.out_grid(grid)
+        return self.finish(x)
+
+    def features(self) -> list[Feature]:
+        """The features that :meth:`forward_intermediates` returns, in the order of its indices."""
+        norm = getattr(self, "norm", nn.Identity())
+        if hasattr(self, "blocks"):
+            return [Feature(f"blocks.{i}", i, norm) for i in range(len(self.blocks))]
+        last = len(self.trunk) - 1
+        return [Feature(f"stages.{i}", i, norm if i == last else None) for i in range(last + 1)]
+
+    def apply_layer(self, index: int, x: Any, grid: Any) -> tuple[Any, Any]:
+        """Apply one layer to tokens on ``grid``: the new tokens and their grid."""
+        if hasattr(self, "blocks"):
+            return self.blocks.apply_block(index, x, grid), grid
+        stage = self.trunk[index]
+        return stage(x, grid), stage.out_grid(grid)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: OutputFormat = "NCHW",
+        intermediates_only: bool = False,
+        return_prefix_tokens: bool = False,
+    ) -> list[Any] | tuple[Tensor, list[Any]]:
+        """Compute the final tokens and those after some of the layers, as timm's models do.
+
+        The layers are the blocks of a model with one grid, and the stages of a pyramid. CrossViT
+        has the stages of its first branch, then those of its second.
+
+        Args:
+            x: batch (B, C, *shape).
+            indices: which layers, negative ones counted from the last; ``n`` for the last n, and
+                None for all. They are returned in their order in the model, each once.
+            norm: whether to apply the final norm, where it has the width of the tokens.
+            stop_early: whether to skip the layers after the last of ``indices``.
+            output_fmt: "NCHW" for (B, D, *grid), "NLC" for (B, N, D); both without class and
+                register tokens.
+            intermediates_only: whether to leave out the final tokens.
+            return_prefix_tokens: whether to return pairs of these and the class and register tokens
+                (B, P, D), for a model that has some.
+
+        Returns:
+            The tokens of :meth:`forward_features` and a list of intermediates, or the list alone.
+            With ``stop_early`` the former are those after the last layer that was applied.
+
+        Raises:
+            ValueError: for an index out of range, or an unknown format.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt {output_fmt!r} must be 'NCHW' or 'NLC'")
+        features = self.features()
+        taken = [(i, features[i]) for i in take_indices(len(features), indices)]
+        wanted = [feature for _, feature in taken] if stop_early else features
+        depth = 1 + max(feature.layer for feature in wanted)
+        x, grid = self.embed(x)
+        found: dict[int, Any] = {}
+        for layer in range(depth):
+            x, grid = self.apply_layer(layer, x, grid)
+            for index, feature in taken:
+                if feature.layer == layer:
+                    y, on = feature.of(x, grid)
+                    y = feature.norm(y) if norm and feature.norm is not None else y
+                    found[index] = _formatted(y, on, output_fmt, return_prefix_tokens)
+        intermediates = [found[index] for index, _ in taken]
+        if intermediates_only:
+            return intermediates
+        ends = next(feature for feature in features if feature.layer == depth - 1)
+        return x if ends.norm is None else self.finish(x), intermediates
+
+
+def take_indices(count: int, indices: int | Sequence[int] | None) -> list[int]:
+    """The indices of ``count`` features that are meant, from 0 and rising.
+
+    Args:
+        count: number of features.
+        indices: n for the last n, None for all, or a sequence in which negative ones are counted
+            from the end.
+
+    Raises:
+        ValueError: for an index out of range, none at all, or another type.
+    """
+    if indices is None:
+        return list(range(count))
+    if type(indices) is int:
+        if not 0 < indices <= count:
+            raise ValueError(f"indices {indices} must be between 1 and {count}, for the last ones")
+        return list(range(count - indices, count))
+    if not isinstance(indices, Sequence) or isinstance(indices, str) or not indices:
+        raise ValueError(f"indices {indices!r} must be a number, a list of numbers or None")
+    for index in indices:
+        if type(index) is not int or not -count <= index < count:
+            raise ValueError(f"index {index!r} of indices must be between {-count} and {count - 1}")
+    return sorted({index % count for index in indices})
+
+
+def _formatted(x: Tensor, grid: TokenGrid, output_fmt: OutputFormat, prefix: bool) -> Any:
+    """The tokens on the grid in that format, with ``prefix`` in a pair with the others."""
+    y = x[:, grid.prefix :]
+    if output_fmt == "NCHW":
+        y = y.mT.unflatten(2, grid.shape).contiguous()
+    return (y, x[:, : grid.prefix]) if prefix and grid.prefix else y
