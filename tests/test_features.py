@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
@@ -13,6 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import vision_xformer as vx
+from vision_xformer.positions import resize_grid
 
 TEST_MODELS = vx.list_models("*_test")
 OF_TIMM = {k: c for k, c in SMALL.items() if hasattr(c.oracle(c.sizes[0]), "forward_intermediates")}
@@ -181,3 +183,146 @@ def test_intermediates_compile_and_export(name: str) -> None:
     for y, one, other in zip(want, exported, compiled, strict=True):
         torch.testing.assert_close(one, y)
         torch.testing.assert_close(other, y)
+
+
+# Input sizes
+
+
+def other_size(model: vx.VisionModel) -> tuple[int, ...]:
+    """Twice as many rows, and as many columns."""
+    _, first, *rest = model.config.input_shape
+    return (2 * first, *rest)
+
+
+def may_be_resized(name: str) -> bool:
+    """Except for mixers that have a matrix over the tokens."""
+    model = vx.create_model(name)
+    return not any(type(m).__name__ == "TokenLinear" for m in model.modules())
+
+
+RESIZABLE = [name for name in TEST_MODELS if may_be_resized(name)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", RESIZABLE)
+def test_set_input_size_is_a_new_model_with_resized_weights(name: str) -> None:
+    model = vx.create_model(name).double().eval()
+    size = other_size(model)
+    want = vx.create_model(model.config, image_size=size).double().eval()
+    vx.load_weights(want, model.state_dict(), resize=True)
+    before = dict(model.named_parameters())
+    state = torch.random.get_rng_state()
+    model.set_input_size(size)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    x = images(model)
+    assert x.shape[2:] == size
+    assert model.config == want.config
+    assert torch.equal(model(x), want(x))
+    assert str(model) == str(want)
+    assert model.state_dict().keys() == want.state_dict().keys()
+    for key, parameter in model.named_parameters():
+        assert (parameter is before[key]) == (parameter.shape == before[key].shape), key
+    rebuilt = vx.create_model(model.config).double().eval()
+    rebuilt.load_state_dict(model.state_dict())
+    assert torch.equal(rebuilt(x), want(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["vit", *(n for n in OF_TIMM if n.startswith("vit,"))])
+@pytest.mark.parametrize(
+    ("size", "patch"), [((24, 36), None), (None, (4, 6)), ((28, 30), (4, 3)), ((10, 20), 1)]
+)
+def test_set_input_size_as_by_timm(name: str, size: Any, patch: Any) -> None:
+    """Patches are resampled as in FlexiViT; timm does so in float32."""
+    case = SMALL[name]
+    theirs = case.theirs((12, 18)).double()
+    ours = case.ours((12, 18)).double().eval()
+    vx.load_weights(ours, theirs.state_dict())
+    theirs.set_input_size(size, patch)
+    ours.set_input_size(size, patch)
+    x = torch.randn(2, 2, *(size or (12, 18)), dtype=torch.float64)
+    assert relative_error(ours(x), theirs(x)) <= 1e-5
+    for one, other in zip(call(ours, x), call(theirs, x), strict=True):
+        assert relative_error(one, other) <= 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(2, 24), (1, 8, 4, 6)], ids=str)
+def test_resampled_patches_map_resized_patches_alike(shape: tuple[int, ...]) -> None:
+    """On signals and volumes, patches of an interpolated sample give the same tokens."""
+    model = vx.create_model("vit_test", input_shape=shape, patch_size=2).double().eval()
+    patches = torch.randn(shape[0], *(2 for _ in shape[1:]), dtype=torch.float64)
+    twice = torch.stack([resize_grid(p[..., None], (4,) * p.ndim)[..., 0] for p in patches])
+    want, other = model.stem(patches[None]), model.stem(patches[None] + 1)
+    model.set_input_size(4, 4)
+    assert relative_error(model.stem(twice[None]), want) <= 1e-10
+    assert relative_error(model.stem(twice[None]), other) > 1e-3
+
+
+def test_set_input_size_keeps_what_was_changed() -> None:
+    """The model, its modules and hooks; modes, dtypes, frozen and fresh parameters."""
+    model = vx.create_model("levit_test", distilled=True).double()
+    model.set_distilled_training()
+    model.set_grad_checkpointing()
+    model.stages[0].eval()
+    model.head.float()
+    model.stages[0].requires_grad_(False)
+    model.pretrained_cfg = {"mean": (0.5,) * 3}
+    modules, called = dict(model.named_modules()), []
+    model.stages[1].register_forward_hook(lambda *_: called.append(1))
+    modes = {k: m.training for k, m in modules.items()}
+    learns = {k: p.requires_grad for k, p in model.named_parameters()}
+    dtypes = {k: v.dtype for k, v in model.state_dict().items()}
+    model.set_input_size((28, 20))
+    assert dict(model.named_modules()) == modules
+    assert {k: m.training for k, m in modules.items()} == modes
+    assert {k: p.requires_grad for k, p in model.named_parameters()} == learns
+    assert {k: v.dtype for k, v in model.state_dict().items()} == dtypes
+    assert model.stages[0].grad_checkpointing
+    assert model.pretrained_cfg == {"mean": (0.5,) * 3}
+    model.head.double()
+    assert len(model(images(model))) == 2
+    assert called == [1]
+    again = copy.deepcopy(model)
+    model.set_input_size()
+    x = images(model)
+    model.eval(), again.eval()
+    assert torch.equal(model(x), again(x))
+    model.set_grad_checkpointing(False)
+    model.reset_classifier(0)
+    model.fuse().set_input_size(14)
+    assert model(images(model)).shape == (2, model.num_features)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("vit_test", (15,), r"^image size 15x15 is not divisible by patch_size 2: 15 could be"),
+        ("vit_test", (None, 3), r"^image size 14x10 is not divisible by patch_size 3"),
+        ("vit_test", ((14, 10, 2),), r"^img_size \(14, 10, 2\) must be one size, or one for each"),
+        ("vit_test", ("14",), r"^img_size='14' must be of type"),
+        ("vit_test", (14.0,), r"^img_size=14.0 must be of type"),
+        ("vit_test", (0,), r"^input_shape \(3, 0, 0\) must be"),
+        ("vit_test", ((),), r"^img_size \(\) must be one size, or one for each of"),
+        ("crossvit_test", (None, 3), r"^CrossViT has no patch_size that could be changed$"),
+        ("crossformer_test", ((18, 24),), r"^stage 1 has a grid of \(9, 12\)"),
+        ("gmlp_test", ((28, 10),), r"^weights are not those of this GMLP: blocks.0.mixer.gate"),
+    ],
+)
+def test_a_size_that_does_not_fit(name: str, arguments: tuple[Any, ...], message: str) -> None:
+    model = vx.create_model(name).eval()
+    x, state, config = images(model), copy.deepcopy(model.state_dict()), model.config
+    want = model(x)
+    with pytest.raises(ValueError, match=message):
+        model.set_input_size(*arguments)
+    assert model.config == config
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert torch.equal(model(x), want)
+
+
+def test_layers_that_were_replaced_are_not_resized() -> None:
+    model = vx.create_model("vit_test")
+    model.blocks[1].mlp.fc1 = nn.Sequential(model.blocks[1].mlp.fc1)
+    with pytest.raises(ValueError, match=r"for layers as built, and blocks.1.mlp.fc1\S+ is not$"):
+        model.set_input_size(28)
+    assert model(images(model)).shape == (2, 5)

@@ -12,12 +12,14 @@ from torchvision.ops import StochasticDepth
 
 from ..grid import TokenGrid
 from ..mixers import Mixer
+from ..options import check_types
 from ..positions import FixedTable, RopeKind, RotaryPosition
 from ..registry import Registry
 from ..summary import summary
 from .checkpointing import Checkpointed
 from .config import Config
 from .features import FeatureModel
+from .resizing import resize_in_place
 
 
 class VisionModel(FeatureModel):
@@ -95,31 +97,41 @@ class VisionModel(FeatureModel):
         init_linears(head)
         return head
 
-    def no_weight_decay(self) -> set[str]:
-        """Return the names of position tables, tokens and biases that should not decay."""
-        return {n for n, p in self.named_parameters() if p.ndim > 1 and not n.endswith("weight")}
+    def set_input_size(
+        self,
+        img_size: int | tuple[int, ...] | None = None,
+        patch_size: int | tuple[int, ...] | None = None,
+    ) -> None:
+        """Change the size of the input in place, as timm's models do.
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return patterns that group parameter names by depth, for timm's layer-wise decay.
-
-        Stem, tokens and positions form the lowest layer, each block is a layer, and the head is the
-        highest. In timm's convention, ``(99999,)`` joins a pattern to the layer below.
+        Tables of tokens are interpolated as by ``load_weights(..., resize=True)``, and the weights
+        of patches are resampled. These become new parameters, so create the optimizer afterwards;
+        all other parameters stay the same.
 
         Args:
-            coarse: group by stage instead of block.
+            img_size: pixels on all axes, or on each; None keeps them.
+            patch_size: pixels per token, one size or one for each axis; None keeps it.
+
+        Raises:
+            ValueError: for a size that does not fit, or a model whose layers have been replaced. It
+                is left untouched.
         """
-        first = None if coarse else (0,)
-        stages = [
-            (r"^stages\.(\d+)\.(?:downsample|branches|exchanges)", first),
-            (r"^stages\.(\d+)\.norm", None if coarse else (99999,)),
-            (r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)", None),
-        ]
-        stem = r"^(?:stem|position|cls_token|reg_token|branches|class_stage\.cls_token)"
-        return {
-            "stem": rf"{stem}|^stages\.0\.downsample",
-            "blocks": [(r"^blocks\.(\d+)", None), *stages],
-            "class_blocks": [(r"^class_stage\.blocks\.(\d+)", None), (r"^norms?\.", (99999,))],
-        }
+        check_types({"img_size": img_size, "patch_size": patch_size}, VisionModel.set_input_size)
+        channels, *shape = self.config.input_shape
+        size = tuple(shape) if img_size is None else img_size
+        size = (size,) * len(shape) if isinstance(size, int) else tuple(size)
+        if len(size) != len(shape):
+            raise ValueError(f"img_size {img_size} must be one size, or one for each of {shape}")
+        changes: dict[str, Any] = {"input_shape": (channels, *size)}
+        if patch_size is not None:
+            if not hasattr(self.config, "patch_size"):
+                raise ValueError(f"{type(self).__name__} has no patch_size that could be changed")
+            changes["patch_size"] = patch_size
+        config = dataclasses.replace(self.config, **changes)
+        backbone = BACKBONES[config.backbone]
+        with torch.device("meta"):
+            before, after = backbone(self.config), backbone(config)
+        resize_in_place(self, before, after)
 
     def weight_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of every saved tensor by name."""

@@ -1,4 +1,4 @@
-"""Tokens after the layers of a model, with timm's interface."""
+"""Layers of a model, with timm's interface: groups of parameters, and the tokens in between."""
 
 from __future__ import annotations
 
@@ -63,6 +63,32 @@ class FeatureModel(nn.Module):
         for stage in self.trunk:
             x, grid = stage(x, grid), stage.out_grid(grid)
         return self.finish(x)
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of position tables, tokens and biases that should not decay."""
+        return {n for n, p in self.named_parameters() if p.ndim > 1 and not n.endswith("weight")}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Return patterns that group parameter names by depth, for timm's layer-wise decay.
+
+        Stem, tokens and positions form the lowest layer, each block is a layer, and the head is the
+        highest. In timm's convention, ``(99999,)`` joins a pattern to the layer below.
+
+        Args:
+            coarse: group by stage instead of block.
+        """
+        first = None if coarse else (0,)
+        stages = [
+            (r"^stages\.(\d+)\.(?:downsample|branches|exchanges)", first),
+            (r"^stages\.(\d+)\.norm", None if coarse else (99999,)),
+            (r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)", None),
+        ]
+        stem = r"^(?:stem|position|cls_token|reg_token|branches|class_stage\.cls_token)"
+        return {
+            "stem": rf"{stem}|^stages\.0\.downsample",
+            "blocks": [(r"^blocks\.(\d+)", None), *stages],
+            "class_blocks": [(r"^class_stage\.blocks\.(\d+)", None), (r"^norms?\.", (99999,))],
+        }
 
     def features(self) -> list[Feature]:
         """The features that :meth:`forward_intermediates` returns, in the order of its indices."""

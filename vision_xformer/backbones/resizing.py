@@ -1,0 +1,89 @@
+"""Change the input size of a model in place."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from ..positions import resize_grid
+from ..stems.patches import PatchStem
+from ..weights import load_weights
+
+_OF_ANY_MODULE = vars(nn.Module()).keys()
+
+
+def resize_in_place(model: nn.Module, before: nn.Module, after: nn.Module) -> None:
+    """Turn the model into one of another input size; parameters of equal shape stay the same.
+
+    What depends on the size is what differs between two new models, so that everything that was
+    changed since the model was built is kept: modes, hooks, frozen parameters, dtypes.
+
+    Args:
+        model: the model.
+        before: a new model like it, on the meta device.
+        after: a new model for the new size, on the meta device.
+
+    Raises:
+        ValueError: for layers other than those of ``before``, or weights that do not fit. The model
+            is left untouched.
+    """
+    state = model.state_dict()
+    shapes = {k: v.shape for k, v in before.state_dict().items()}
+    for key in [*shapes, *state]:
+        if key not in state or state[key].shape != shapes.get(key):
+            raise ValueError(
+                f"the input size can only be changed for layers as built, and {key} is not"
+            )
+    resized = {k: state[k].new_empty(v.shape) for k, v in after.state_dict().items()}
+    after.load_state_dict(resized, assign=True)
+    load_weights(after, state | _resampled(state, before, after), resize=True)
+    for name, new in after.named_modules():
+        _take_over(model.get_submodule(name), before.get_submodule(name), new)
+
+
+def _take_over(module: nn.Module, before: nn.Module, after: nn.Module) -> None:
+    """Give a module the attributes and tensors in which ``after`` differs from ``before``."""
+    for key in vars(after).keys() - _OF_ANY_MODULE:
+        value = getattr(after, key)
+        if getattr(before, key) != value:
+            setattr(module, key, value)
+    for key, parameter in after.named_parameters(recurse=False):
+        old = module.get_parameter(key)
+        if old.shape != parameter.shape:
+            setattr(module, key, nn.Parameter(parameter.detach(), old.requires_grad))
+    for key, buffer in after.named_buffers(recurse=False):
+        if key in after._non_persistent_buffers_set:
+            setattr(module, key, buffer)
+
+
+def _resampled(state: dict[str, Tensor], before: nn.Module, after: nn.Module) -> dict[str, Tensor]:
+    """The weights of patch embeddings and convolutions whose kernel size differs, for the new."""
+    found = {}
+    for name, module in before.named_modules():
+        other: Any = after.get_submodule(name)
+        if isinstance(module, PatchStem) and module.patch_size != other.patch_size:
+            key = f"{name}.proj.weight"
+            weight = state[key].unflatten(1, (*module.patch_size, -1)).movedim(-1, 1)
+            found[key] = resample_kernel(weight, other.patch_size).movedim(1, -1).flatten(1)
+        elif isinstance(module, _ConvNd) and module.kernel_size != other.kernel_size:
+            found[f"{name}.weight"] = resample_kernel(state[f"{name}.weight"], other.kernel_size)
+    return found
+
+
+def resample_kernel(weight: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Resample weights so that they map a resized patch to the same values.
+
+    The pseudoinverse of the interpolation is applied (FlexiViT, Beyer et al. 2022, arXiv
+    2212.08013, section 3.4).
+
+    Shape: (D, C, *old) -> (D, C, *size)
+    """
+    old = weight.shape[2:]
+    table = torch.eye(math.prod(old), dtype=torch.float64).unflatten(0, old)
+    inverse = torch.linalg.pinv(resize_grid(table, size).flatten(0, -2))  # (old, size)
+    new = weight.detach().to("cpu", torch.float64).flatten(2) @ inverse
+    return new.unflatten(2, size).to(weight)
