@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -326,3 +327,169 @@ def test_layers_that_were_replaced_are_not_resized() -> None:
     with pytest.raises(ValueError, match=r"for layers as built, and blocks.1.mlp.fc1\S+ is not$"):
         model.set_input_size(28)
     assert model(images(model)).shape == (2, 5)
+
+
+# Pruning, and models of features only
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", OF_TIMM.values(), ids=OF_TIMM)
+def test_feature_info_and_pruning_as_by_timm(case: Case) -> None:
+    theirs, ours, x = with_weights_of(case, 0)
+    count = len(ours.features())
+    want = [{k: info[k] for k in ("num_chs", "reduction")} for info in theirs.feature_info]
+    assert [{k: info[k] for k in ("num_chs", "reduction")} for info in ours.feature_info] == want
+    assert [info["module"] for info in ours.feature_info] == [f.module for f in ours.features()]
+    for indices, norm, head in ((1, False, True), ([0], False, False), ([-count], True, True)):
+        one, other = copy.deepcopy(ours), copy.deepcopy(theirs)
+        before = call(ours, x, indices=indices)
+        kept = one.prune_intermediate_layers(indices, norm, head)
+        other.prune_intermediate_layers(indices, norm, head)
+        for y, z in zip(call(one, x, indices=kept), before, strict=True):
+            assert torch.equal(y, z)
+        if case.model != "crossvit_test":
+            assert one.num_features == one.head_hidden_size == other.num_features
+        assert (one.num_classes == 0) == (other.num_classes == 0)
+        assert one(x).shape[0] == 2
+        with pytest.raises(ValueError, match=r"^index 9 of indices must be between"):
+            one.prune_intermediate_layers([9])
+
+
+@pytest.mark.parametrize("name", TEST_MODELS)
+def test_models_of_features_only(name: str) -> None:
+    """Widths and strides as announced, negative indices too; no parameter without a gradient."""
+    whole = vx.create_model(name)
+    net = vx.create_model(name, features_only=True, out_indices=[-1, 0])
+    x = images(whole)
+    assert len(vx.create_model(name, features_only=True)(x)) == len(whole.features())
+    maps = net(x)
+    assert [y.shape[1] for y in maps] == net.feature_info.channels()
+    assert net.feature_info.module_name() == [i["module"] for i in net.feature_info.get_dicts()]
+    for y, stride in zip(maps, net.feature_info.reduction(), strict=True):
+        _, *shape = whole.config.input_shape
+        near = [(n // stride, -(-n // stride)) for n in shape]
+        assert all(m in around for m, around in zip(y.shape[2:], near, strict=True))
+    loss = sum(y.square().mean() for y in maps)
+    assert isinstance(loss, Tensor)
+    loss.backward()
+    idle = [n for n, p in net.named_parameters() if p.grad is None]
+    assert all("exchanges" in n for n in idle), idle  # CrossViT's go into the other branch
+    assert net.model.config.num_classes == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"features_only": True, "out_indices": [4]}, r"^index 4 of indices must be between"),
+        ({"out_indices": [1]}, r"^out_indices \[1\] needs features_only=True$"),
+        ({"features_only": "yes"}, r"^features_only='yes' must be of type bool$"),
+    ],
+)
+def test_wrong_arguments_of_features_only(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        vx.create_model("vit_test", **options)
+
+
+def test_a_pruned_model_is_not_saved(tmp_path: Path) -> None:
+    """Its configuration would build another one."""
+    model = vx.create_model("swin_test")
+    model.prune_intermediate_layers([0])
+    with pytest.raises(ValueError, match=r"save_model cannot save .* stages.1.* save its state_d"):
+        vx.save_model(model, tmp_path / "model.safetensors")
+    assert not [*tmp_path.iterdir()]
+
+
+# Dynamic sizes
+
+
+def is_tied(name: str) -> bool:
+    fields = vars(vx.create_model(name).config)
+    names = {fields.get(k) for k in ("mixer", "class_mixer", "cross_mixer")}
+    tied = bool(names & {"linformer", "mlp", "gmlp", "lucidrains_linformer"})
+    return tied or name.startswith("crossformer")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [n for n in TEST_MODELS if not is_tied(n)])
+def test_dynamic_sizes_are_those_of_models_with_resized_weights(name: str) -> None:
+    options = {"position_bias": False} if "position_bias" in dynamic_fields(name) else {}
+    model = vx.create_model(name, dynamic_size=True, **options).double().eval()
+    static = vx.create_model(model.config, dynamic_size=False).double().eval()
+    static.load_state_dict(model.state_dict())
+    x = images(model)
+    assert torch.equal(model(x), static(x))
+    _, *shape = model.config.input_shape
+    for size in ([2 * n for n in shape], [shape[0], 3 * shape[1]]):
+        want = vx.create_model(static.config, image_size=tuple(size)).double().eval()
+        vx.load_weights(want, model.state_dict(), resize=True)
+        x = torch.randn(2, 3, *size, dtype=torch.float64)
+        assert relative_error(model(x), want(x)) <= 1e-10
+        for one, other in zip(call(model, x, norm=True), call(want, x, norm=True), strict=True):
+            assert relative_error(one, other) <= 1e-10
+        with pytest.raises(ValueError, match=r"input of size"):
+            static(x)
+
+
+def dynamic_fields(name: str) -> dict[str, Any]:
+    """The position bias of LeViT, which is tied to its grid, unlike that of Swin's windows."""
+    model = vx.create_model(name)
+    return vars(model.config) if isinstance(model, vx.LeViT) else {}
+
+
+@pytest.mark.parametrize("name", [n for n in TEST_MODELS if is_tied(n)])
+def test_models_that_are_tied_to_their_grid_say_what_is(name: str) -> None:
+    with pytest.raises(ValueError, match=r"(tied to one|are tied to one).*dynamic_size must be F"):
+        vx.create_model(name, dynamic_size=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("vil_test", {}, r"^mixer 'linformer' is tied to one number of tokens: dynamic_size must"),
+        ("cait_test", {"class_mixer": "linformer"}, r"^class_mixer 'linformer' is tied to one"),
+        ("crossvit_test", {"cross_mixer": "linformer"}, r"^cross_mixer 'linformer' is tied to"),
+        ("levit_test", {}, r"^position_bias=True is tied to one grid: dynamic_size must be False$"),
+        ("vit_test", {"stem": "fft", "pool": "mean"}, r"^stem 'fft' is tied to one number of freq"),
+        ("crossformer_test", {}, r"^CrossFormer's intervals are tied to one grid"),
+    ],
+)
+def test_parts_that_are_tied_to_a_grid(name: str, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        vx.create_model(name, dynamic_size=True, **fields)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(position="sincos"), dict(position="raster_sincos"), dict(rope="axial"),
+        dict(rope="raster"), dict(registers=2, no_embed_class=True), dict(position="none"),
+        dict(input_shape=(2, 24), patch_size=3), dict(input_shape=(1, 4, 6, 8), factorized=True),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_dynamic_positions(options: dict[str, Any]) -> None:
+    model = vx.create_model("vit_test", dynamic_size=True, **options).double().eval()
+    channels, *shape = model.config.input_shape
+    size = tuple(3 * n for n in shape)
+    want = vx.create_model(model.config, image_size=size, dynamic_size=False).double().eval()
+    vx.load_weights(want, model.state_dict(), resize=True)
+    x = torch.randn(2, channels, *size, dtype=torch.float64)
+    assert relative_error(model(x), want(x)) <= 1e-10
+    model(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+def test_a_wrong_size_of_a_dynamic_model() -> None:
+    model = vx.create_model("vit_test", dynamic_size=True)
+    with pytest.raises(
+        ValueError, match=r"^image size 15x10 is not divisible by patch_size \(2, 2\)"
+    ):
+        model(torch.randn(2, 3, 15, 10))
+    with pytest.raises(ValueError, match=r"^input has 2 channels"):
+        model(torch.randn(2, 2, 14, 10))
+
+
+def test_vin_tiny_takes_160_by_288() -> None:
+    model = vx.create_model("vin_tiny", dynamic_size=True, depth=2).eval()
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, 160, 288)).shape == (1, 1000)

@@ -8,6 +8,7 @@ from .backbones.convmixer import ConvMixer
 from .backbones.crossformer import CrossFormer
 from .backbones.crossvit import CrossViT
 from .backbones.cvt import CvT
+from .backbones.feature_net import FeatureNet
 from .backbones.levit import LeViT
 from .backbones.mlp_mixer import GMLP, MlpMixer
 from .backbones.pvt import PVT
@@ -65,6 +66,7 @@ __all__ = [
     "CvT",
     "FNet",
     "FNet2D",
+    "FeatureNet",
     "Fourier",
     "Kernel",
     "LeViT",

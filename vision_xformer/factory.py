@@ -6,15 +6,18 @@ import dataclasses
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .backbones import BACKBONES, Config, VisionModel
+from .backbones.feature_net import FeatureNet
+from .backbones.resizing import changed_layer
 from .mixers import mixer_options as options_of_mixer
 from .names import name_to_config, with_mixer
 from .options import check_options, check_types
@@ -23,6 +26,14 @@ from .weights import load_weights, read_metadata, read_weights
 _PIXELS = ("mean", "std")  # entries of pretrained_cfg that are saved
 
 
+@overload
+def create_model(
+    name: str | Config | Mapping[str, Any], *, features_only: Literal[False] = False, **options: Any
+) -> VisionModel: ...
+@overload
+def create_model(
+    name: str | Config | Mapping[str, Any], *, features_only: Literal[True], **options: Any
+) -> FeatureNet: ...
 def create_model(
     name: str | Config | Mapping[str, Any],
     *,
@@ -31,8 +42,10 @@ def create_model(
     mixer: str | None = None,
     mixer_options: Mapping[str, Any] | None = None,
     weights: Mapping[str, Tensor] | str | os.PathLike[str] | None = None,
+    features_only: bool = False,
+    out_indices: int | Sequence[int] | None = None,
     **overrides: Any,
-) -> VisionModel:
+) -> VisionModel | FeatureNet:
     """Build a model (B, C, *shape) -> (B, num_classes) by name, or from the ``config`` of another.
 
     Args:
@@ -48,21 +61,27 @@ def create_model(
             :func:`~vision_xformer.load_weights` understands. Tensors that fit are loaded, adapted
             to the image size and number of channels if necessary; a warning lists the others. To
             require all of them, call ``load_weights``.
+        features_only: return a :class:`~vision_xformer.FeatureNet`, which computes maps of layers
+            instead of logits.
+        out_indices: the layers of these maps, as ``indices`` of ``forward_intermediates``.
         overrides: any other field of the configuration, such as ``num_classes``, or
             ``input_shape=(1, 4096)`` for signals and ``(1, 28, 28, 28)`` for volumes.
 
     Returns:
-        The model in training mode, with new weights except for those given.
+        The model in training mode, a :class:`~vision_xformer.VisionModel` or FeatureNet, with new
+        weights except for those given.
 
     Raises:
         ValueError: for an unknown name, field or option (with the nearest), or values that do not
             fit together.
     """
-    check_types({"mixer": mixer, "mixer_options": mixer_options}, create_model)
+    given = {"mixer": mixer, "mixer_options": mixer_options}
+    check_types({**given, "features_only": features_only}, create_model)
+    if out_indices is not None and not features_only:
+        raise ValueError(f"out_indices {out_indices} needs features_only=True")
     config = _config_of(name, mixer)
     what = f"model {name!r}" if isinstance(name, str) else f"backbone {config.backbone!r}"
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    given = {"mixer": mixer, "mixer_options": mixer_options}
     changes = overrides | {k: v for k, v in given.items() if v is not None}
     used = str(mixer or fields["mixer"]) if "mixer" in fields else ""
     own = options_of_mixer(used).keys() if used else set()
@@ -87,7 +106,7 @@ def create_model(
         report = load_weights(model, weights, resize=True, strict=False)
         if report.unused or report.missing:
             warnings.warn(f"weights of {what}: {report}", stacklevel=2)
-    return model
+    return FeatureNet(model, out_indices) if features_only else model
 
 
 def _config_of(name: str | Config | Mapping[str, Any], mixer: str | None) -> Config:
@@ -130,6 +149,13 @@ def save_model(model: VisionModel, path: str | os.PathLike[str]) -> None:
         raise ValueError(f"save_model takes a model of create_model, not a {type(model).__name__}")
     if any(hasattr(module, "recipe") for module in model.modules()):
         raise ValueError("save_model cannot save a converted model: use vx.save_converted")
+    with torch.device("meta"):
+        changed = changed_layer(model, BACKBONES[model.config.backbone](model.config))
+    if changed:
+        raise ValueError(
+            f"save_model cannot save a model with other layers than it was built with, {changed}: "
+            "save its state_dict()"
+        )
     pixels = {k: json.dumps(model.pretrained_cfg[k]) for k in _PIXELS if k in model.pretrained_cfg}
     metadata = {"config": json.dumps(model.config.to_dict()), **pixels}
     write_weights(model.state_dict(), path, metadata)

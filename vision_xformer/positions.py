@@ -46,7 +46,10 @@ class TokenTable(nn.Module):
 
     def forward(self) -> Tensor:
         """The table (N, C)."""
-        rows = self.grid.flatten(0, -2)
+        return self._with_prefix(self.grid)
+
+    def _with_prefix(self, cells: Tensor) -> Tensor:
+        rows = cells.flatten(0, -2)
         return rows if self.prefix is None else torch.cat((self.prefix, rows))
 
 
@@ -61,7 +64,7 @@ def resize_grid(table: Tensor, shape: tuple[int, ...]) -> Tensor:
     old = tuple(table.shape[:-1])
     if len(shape) != len(old):
         raise ValueError(f"a table over the grid {old} cannot be resized to the grid {shape}")
-    x = table.detach().to(torch.promote_types(table.dtype, torch.float32)).movedim(-1, 0)[None]
+    x = table.to(torch.promote_types(table.dtype, torch.float32)).movedim(-1, 0)[None]
     if len(shape) == 2:
         x = F.interpolate(x, shape, mode="bicubic", antialias=True, align_corners=False)
     else:  # one axis after another: only the two-dimensional modes support antialiasing
@@ -76,9 +79,14 @@ def resize_grid(table: Tensor, shape: tuple[int, ...]) -> Tensor:
 class LearnedPosition(TokenTable):
     """A learned vector for each token, including the prefix. Shape: () -> (N, D)."""
 
-    def forward(self, like: Tensor | None = None) -> Tensor:
-        """Return the table (N, D); ``like`` is accepted for compatibility with FixedTable."""
-        return super().forward()
+    def forward(self, like: Tensor | None = None, grid: TokenGrid | None = None) -> Tensor:
+        """Return the table (N, D), interpolated for another grid.
+
+        ``like`` is accepted for compatibility with GridTable.
+        """
+        if grid is None or grid.shape == tuple(self.grid.shape[:-1]):
+            return super().forward()
+        return self._with_prefix(resize_grid(self.grid, grid.shape))
 
 
 class FixedTable(nn.Module):
@@ -119,7 +127,27 @@ class FixedTable(nn.Module):
         return self.table
 
 
-class SinCosPosition(FixedTable):
+class GridTable(FixedTable):
+    """A computed table with a row for each token, also for other grids. Shape: () -> (N, C)."""
+
+    tokens: TokenGrid
+
+    def rows(self, grid: TokenGrid, device: torch.device) -> Tensor:
+        """Compute the table of a grid: (N, C)."""
+        raise NotImplementedError
+
+    def _make(self, device: torch.device) -> Tensor:
+        return self.rows(self.tokens, device)
+
+    def forward(self, like: Tensor | None = None, grid: TokenGrid | None = None) -> Tensor:
+        """Return the table (N, C) of ``grid``, on the device of ``like``."""
+        table = super().forward(like)
+        if grid is None or grid == self.tokens:
+            return table
+        return self.rows(grid, table.device).to(table.dtype)
+
+
+class SinCosPosition(GridTable):
     """Fixed sines and cosines of each coordinate (Beyer et al. 2022, arXiv 2205.01580).
 
     Each axis gets an equal share of the width, the last axis first: its sines, then its cosines, at
@@ -145,8 +173,9 @@ class SinCosPosition(FixedTable):
         table = self._make(torch.get_default_device()).to(torch.get_default_dtype())
         self.register_buffer("table", table, persistent=False)
 
-    def _make(self, device: torch.device) -> Tensor:
-        grid, dim, pairs = self.tokens, self.dim, self.pairs
+    def rows(self, grid: TokenGrid, device: torch.device) -> Tensor:
+        """Compute the table of a grid: (N, D)."""
+        dim, pairs = self.dim, self.pairs
         with torch.device(device):
             powers = torch.arange(pairs, dtype=torch.float32) / max(1, pairs - 1)
             frequency = 1 / 10000.0**powers
@@ -169,14 +198,15 @@ class RasterSinCosPosition(SinCosPosition):
     Shape: () -> (N, D)
     """
 
-    def _make(self, device: torch.device) -> Tensor:
-        positions = torch.arange(self.tokens.length, dtype=torch.float32, device=device)
+    def rows(self, grid: TokenGrid, device: torch.device) -> Tensor:
+        """Compute the table of a grid: (N, D)."""
+        positions = torch.arange(grid.length, dtype=torch.float32, device=device)
         channels = torch.arange(self.dim, device=device)
         angle = positions[:, None] / 10000.0 ** ((channels // 2 * 2).float() / self.dim)
         return torch.where(channels % 2 == 0, angle.sin(), angle.cos())
 
 
-class RotaryPosition(FixedTable):
+class RotaryPosition(GridTable):
     """Angles of rotary position embedding (Su et al. 2021, arXiv 2104.09864), in radians.
 
     Angles are float32 whatever the dtype of the module: in bfloat16 an angle near 1000 would be
@@ -210,10 +240,11 @@ class RotaryPosition(FixedTable):
         self.axis_dim = head_dim // (2 * axes) * 2
         self.register_buffer("table", self._make(torch.get_default_device()), persistent=False)
 
-    def _make(self, device: torch.device) -> Tensor:
-        shape, prefix = self.tokens
+    def rows(self, grid: TokenGrid, device: torch.device) -> Tensor:
+        """Compute the angles on a grid: (N, A)."""
+        shape, prefix = grid
         axial = self.kind == "axial"
-        lines = [range(g) for g in shape] if axial else [range(prefix, self.tokens.length)]
+        lines = [range(g) for g in shape] if axial else [range(prefix, grid.length)]
         with torch.device(device):
             coordinates = torch.meshgrid(*map(torch.tensor, lines), indexing="ij")
             # RotaryEmbedding has a parameter, which accelerate's init_empty_weights moves to meta

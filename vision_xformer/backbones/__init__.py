@@ -1,8 +1,9 @@
 """Configuration, sizes and class of each backbone."""
 
 from ..registry import import_all
-from .base import BACKBONES, Stage, VisionModel
+from .base import BACKBONES, VisionModel
 from .config import Config
+from .stage import Stage
 
 __all__ = ["BACKBONES", "Config", "Stage", "VisionModel"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -52,6 +52,15 @@ class VisionModel(FeatureModel):
     def num_classes(self) -> int:
         """Number of classes of the head."""
         return self.config.num_classes
+
+    @property
+    def head_hidden_size(self) -> int:
+        """Width of the pooled features, under timm's name."""
+        return self.num_features
+
+    def drop_head(self) -> None:
+        """Remove the classifier, and what only it reads."""
+        self.reset_classifier(0)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Store only the inputs of the blocks for the backward pass, and recompute the rest."""
@@ -151,9 +160,15 @@ class VisionModel(FeatureModel):
         if x.shape[1] != want[0]:
             raise ValueError(f"input has {x.shape[1]} channels; the model was built for {want[0]}")
 
-    def check_input(self, x: Tensor) -> None:
-        """Raise a ValueError unless the batch is (B, *input_shape)."""
+    def check_input(self, x: Tensor) -> tuple[int, ...]:
+        """Return the shape (C, *shape) of a sample.
+
+        Raises:
+            ValueError: unless the batch is (B, *input_shape), or (B, C, ...) with ``dynamic_size``.
+        """
         self.check_channels(x)
+        if self.config.dynamic_size:
+            return tuple(x.shape[1:])
         want = self.config.input_shape[1:]
         if x.shape[2:] != torch.Size(want):
             got, built = ("x".join(map(str, size)) for size in (x.shape[2:], want))
@@ -161,6 +176,7 @@ class VisionModel(FeatureModel):
                 f"input of size {got}; the model was built for {built}: build it for that; "
                 "load_weights(..., resize=True) carries tables of tokens over"
             )
+        return self.config.input_shape
 
 
 def _tables_follow(model: nn.Module, _: Any) -> None:
@@ -172,59 +188,6 @@ def _tables_follow(model: nn.Module, _: Any) -> None:
     for module in model.modules():
         if isinstance(module, FixedTable):
             module(like)
-
-
-class Stage(Checkpointed):
-    """Blocks on one grid: (B, N, D) -> (B, N, D). It can be called alone and indexed by block.
-
-    Args:
-        blocks: modules called as ``block(x, grid, rope)``.
-        grid: positions of their tokens.
-        rope: rotary positions of the grid.
-        downsample: brings the output of the previous stage to this grid, before the blocks.
-    """
-
-    def __init__(
-        self,
-        blocks: Sequence[nn.Module],
-        grid: TokenGrid,
-        rope: RotaryPosition | None = None,
-        downsample: nn.Module | None = None,
-    ) -> None:
-        super().__init__()
-        self.downsample, self.grid, self.rope, self.depth = downsample, grid, rope, len(blocks)
-        for index, block in enumerate(blocks):
-            self.add_module(str(index), block)
-
-    def __len__(self) -> int:
-        return self.depth
-
-    def __getitem__(self, index: int) -> nn.Module:
-        return self.get_submodule(str(range(self.depth)[index]))
-
-    def __iter__(self) -> Iterator[nn.Module]:
-        return (self[index] for index in range(self.depth))
-
-    def out_grid(self, grid: TokenGrid) -> TokenGrid:
-        """The grid of its tokens for that of the previous stage."""
-        return grid if self.downsample is None else self.grid
-
-    def apply_block(self, index: int, x: Tensor, grid: TokenGrid) -> Tensor:
-        """Apply one block to tokens on ``grid``: (B, N, D) -> (B, N, D)."""
-        rope = None if self.rope is None else self.rope(x)
-        return self.checkpointed(self[index], x, grid, rope)
-
-    def forward(self, x: Tensor, grid: TokenGrid | None = None) -> Tensor:
-        """Apply the stage to the tokens of the previous one: (B, M, C) -> (B, N, D).
-
-        ``grid`` is that of the M tokens, by default the one it was built for.
-        """
-        if self.downsample is not None:
-            x = self.checkpointed(self.downsample, x)
-        grid = self.grid if grid is None else self.out_grid(grid)
-        for index in range(self.depth):
-            x = self.apply_block(index, x, grid)
-        return x
 
 
 def make_drop_path(rate: float) -> nn.Module:

@@ -43,6 +43,7 @@ class CaiTConfig(IsotropicConfig):
         super().__post_init__()
         check_at_least("class_depth", self.class_depth, 1)
         check_class_mixer("class_mixer", self.class_mixer)
+        self.check_tied("class_mixer", self.class_mixer)
 
 
 def _size(dim: int, depth: int, **fields: Any) -> dict[str, Any]:
@@ -59,20 +60,20 @@ class ClassStage(Checkpointed):
 
     Args:
         blocks: blocks of class attention.
-        grid: positions of the class token and the N tokens together.
         dim: width D.
     """
 
-    def __init__(self, blocks: Sequence[ClassBlock], grid: TokenGrid, dim: int) -> None:
+    def __init__(self, blocks: Sequence[ClassBlock], dim: int) -> None:
         super().__init__()
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
-        self.blocks, self.grid = nn.ModuleList(blocks), grid
+        self.blocks = nn.ModuleList(blocks)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Update the class token: (B, N, D) -> (B, 1, D)."""
+    def forward(self, x: Tensor, grid: TokenGrid) -> Tensor:
+        """Update the class token from tokens on ``grid``: (B, N, D) -> (B, 1, D)."""
         token = self.cls_token.expand(x.shape[0], -1, -1)
+        grid = grid._replace(prefix=grid.prefix + 1)
         for block in self.blocks:
-            token = self.checkpointed(block, token, x, self.grid)
+            token = self.checkpointed(block, token, x, grid)
         return token
 
 
@@ -110,16 +111,23 @@ class CaiT(Isotropic):
                 norm_eps=c.norm_eps,
             )  # fmt: skip
             blocks.append(block)
-        self.class_stage = ClassStage(blocks, grid, c.dim)
+        self.class_stage: ClassStage | None = ClassStage(blocks, c.dim)
         init_linears(self.class_stage)
         self.norm = nn.LayerNorm(c.dim, c.norm_eps)
         self.head = self.make_head(c.num_classes)
 
-    def finish(self, x: Tensor) -> Tensor:
+    def drop_head(self) -> None:
+        """Remove the classifier and the class attention."""
+        super().drop_head()
+        self.class_stage = None
+
+    def finish(self, x: Tensor, grid: TokenGrid) -> Tensor:
         """Compute the class token and prepend it: (B, N, D) -> (B, N + 1, D)."""
-        return self.norm(torch.cat((self.class_stage(x), x), 1))
+        if self.class_stage is None:
+            return self.norm(x)
+        return self.norm(torch.cat((self.class_stage(x, grid), x), 1))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Classify the class token: (B, num_classes), or the token (B, D) with ``pre_logits``."""
-        x = x[:, 0]
+        x = x.mean(1) if self.class_stage is None else x[:, 0]
         return x if pre_logits else self.head(x)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from typing_extensions import Self
 
-from ..mixers import takes_heads
+from ..mixers import is_fixed, takes_heads
 from ..options import check_at_least, check_options, check_probability, check_types
 
 
@@ -19,6 +19,8 @@ class Config:
     Args:
         input_shape: (C, *shape) of one sample, in pixels.
         num_classes: width of the logits; 0 for a model without a head.
+        dynamic_size: whether the model takes samples of other sizes than ``input_shape``. Learned
+            positions are then interpolated in each call.
 
     Raises:
         ValueError: for a value of the wrong type or out of range.
@@ -27,6 +29,7 @@ class Config:
     backbone: ClassVar[str]
     input_shape: tuple[int, ...] = (3, 32, 32)
     num_classes: int = 10
+    dynamic_size: bool = False
 
     def __post_init__(self) -> None:
         check_types(vars(self), type(self))
@@ -81,6 +84,17 @@ class MixerConfig(Config):
 
     mixer: str = "softmax"
     mixer_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_tied("mixer", self.mixer)
+
+    def check_tied(self, field: str, name: str) -> None:
+        """Raise a ValueError for a mixer with a row for each token, if sizes may change."""
+        if self.dynamic_size and is_fixed(name):
+            raise ValueError(
+                f"{field} {name!r} is tied to one number of tokens: dynamic_size must be False"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,9 @@ from ..mixers import Mixer, create_mixer
 from ..mixers.factorized import space_time
 from ..options import check_at_least
 from ..stems.patches import PatchStem
-from .base import BACKBONES, Stage, VisionModel
+from .base import BACKBONES, VisionModel
 from .config import MixerConfig
+from .stage import Stage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,5 +121,5 @@ class ConvMixer(VisionModel):
 
     def embed(self, x: Tensor) -> tuple[Tensor, TokenGrid]:
         """Compute tokens before the first block, (B, C, *shape) -> (B, N, D), and their grid."""
-        self.check_input(x)
-        return self.stem_norm(self.act(self.stem(x))), self.stem.grid
+        grid = self.stem.grid_of(self.check_input(x))
+        return self.stem_norm(self.act(self.stem(x))), grid

@@ -18,6 +18,7 @@ from ..mixers import Mixer
 from ..stems import patch_grid
 from .base import BACKBONES
 from .pyramid import Pyramid, PyramidConfig, window_attention
+from .stage import Downsampling
 
 _IMAGENET = dict(input_shape=(3, 224, 224), num_classes=1000, mixer_options={"qkv_bias": True})
 
@@ -54,11 +55,11 @@ class CrossScale(nn.Module):
         return torch.cat([conv(x) for conv in self.convs], 1)
 
 
-class CrossScaleMerging(nn.Module):
+class CrossScaleMerging(Downsampling):
     """Layer norm, then :class:`CrossScale` over the grid. Shape: (B, N, D) -> (B, n, E).
 
     Args:
-        grid: positions of the N tokens.
+        axes: number of axes of the grid.
         dim: width D.
         out_dim: width E.
         kernels: kernel sizes.
@@ -66,16 +67,20 @@ class CrossScaleMerging(nn.Module):
     """
 
     def __init__(
-        self, grid: TokenGrid, dim: int, out_dim: int, kernels: tuple[int, ...], norm_eps: float
+        self, axes: int, dim: int, out_dim: int, kernels: tuple[int, ...], norm_eps: float
     ) -> None:
         super().__init__()
-        self.grid = grid
+        self.stride = (2,) * axes
         self.norm = nn.LayerNorm(dim, norm_eps)
-        self.merge = CrossScale(dim, out_dim, kernels, (2,) * len(grid.shape))
+        self.merge = CrossScale(dim, out_dim, kernels, self.stride)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def out_grid(self, grid: TokenGrid) -> TokenGrid:
+        """Half the grid."""
+        return grid.strided(2)
+
+    def forward(self, x: Tensor, grid: TokenGrid) -> Tensor:
         """Halve the grid: (B, N, D) -> (B, n, E)."""
-        return on_grid(self.merge, self.norm(x), self.grid)
+        return on_grid(self.merge, self.norm(x), grid)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,6 +105,10 @@ class CrossFormerConfig(PyramidConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_stages(self.mixer, "intervals")
+        if self.dynamic_size:
+            raise ValueError(
+                "CrossFormer's intervals are tied to one grid: dynamic_size must be False"
+            )
         patch_size, shape = patch_grid(self.input_shape, self.patch_size)
         strides = {"stem_kernels": patch_size, "merge_kernels": (2,)}
         for name, stride in strides.items():
@@ -166,11 +175,11 @@ class CrossFormer(Pyramid):
         patch_size, _ = patch_grid(c.input_shape, c.patch_size)
         return CrossScale(c.input_shape[0], c.dims[0], c.stem_kernels, patch_size)
 
-    def make_merging(self, index: int, grid: TokenGrid) -> nn.Module:
+    def make_merging(self, index: int, axes: int) -> Downsampling:
         """Parallel convolutions over the grid, (B, N, D) -> (B, n, E)."""
         c = self.config
         return CrossScaleMerging(
-            grid, c.dims[index - 1], c.dims[index], c.merge_kernels, c.norm_eps
+            axes, c.dims[index - 1], c.dims[index], c.merge_kernels, c.norm_eps
         )
 
     def make_attention(self, index: int, odd: bool, grid: TokenGrid) -> Mixer:

@@ -20,10 +20,11 @@ from ..options import check_at_least
 from ..positions import LearnedPosition
 from ..stems import check_input_shape
 from ..stems.patches import PatchStem
-from .base import BACKBONES, Block, Checkpointed, Stage, VisionModel, drop_paths, init_linears
+from .base import BACKBONES, Block, Checkpointed, VisionModel, drop_paths, init_linears
 from .class_attention import ClassBlock, check_class_mixer, class_attention
 from .config import BlockConfig, StageFields
 from .features import Feature
+from .stage import Stage
 
 _RESIZE = {1: "linear", 2: "bicubic", 3: "trilinear"}
 
@@ -66,6 +67,7 @@ class CrossViTConfig(StageFields, BlockConfig):
         if len(self.scales) != 2 or not all(0 < scale < math.inf for scale in self.scales):
             raise ValueError(f"scales {self.scales} must be two numbers above 0")
         check_class_mixer("cross_mixer", self.cross_mixer)
+        self.check_tied("cross_mixer", self.cross_mixer)
         self.check_stages(self.mixer, "patch_sizes", "cross_heads")
         for name in ("stages", "mlp_ratio"):
             check_at_least(name, getattr(self, name), 1)
@@ -90,22 +92,29 @@ class Branch(nn.Module):
     def __init__(self, config: CrossViTConfig, index: int) -> None:
         super().__init__()
         c, dim = config, config.dims[index]
-        channels, *shape = c.input_shape
-        self.shape = tuple(int(size * c.scales[index]) for size in shape)
+        self.scale = c.scales[index]
         try:
-            self.stem = PatchStem((channels, *self.shape), c.patch_sizes[index], dim)
+            self.stem = PatchStem(self.resized(c.input_shape), c.patch_sizes[index], dim)
         except ValueError as error:
             raise ValueError(f"at scale {c.scales[index]} of branch {index + 1}: {error}") from None
         self.grid = TokenGrid(self.stem.grid.shape, 1)
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
         self.position = LearnedPosition(self.grid, dim, c.position_std)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Embed the image: (B, C, *shape) -> (B, N, D)."""
-        if x.shape[2:] != torch.Size(self.shape):
-            x = F.interpolate(x, self.shape, mode=_RESIZE[len(self.shape)], align_corners=False)
+    def resized(self, input_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape (C, *shape) at the scale of the branch."""
+        channels, *shape = input_shape
+        return channels, *(int(size * self.scale) for size in shape)
+
+    def forward(self, x: Tensor, input_shape: tuple[int, ...]) -> tuple[Tensor, TokenGrid]:
+        """Embed images of that shape, (B, C, *shape) -> (B, N, D); returns the grid, too."""
+        shape = self.resized(input_shape)
+        cells = self.stem.grid_of(shape)
+        if shape != input_shape:
+            x = F.interpolate(x, shape[1:], mode=_RESIZE[len(cells.shape)], align_corners=False)
         token = self.cls_token.expand(x.shape[0], -1, -1)
-        return torch.cat((token, self.stem(x)), 1) + self.position()
+        grid = cells._replace(prefix=1)
+        return torch.cat((token, self.stem(x)), 1) + self.position(x, grid), grid
 
 
 class Exchange(nn.Module):
@@ -135,11 +144,10 @@ class Exchange(nn.Module):
             c.cross_mixer, c.cross_options, dim=c.dims[other], heads=c.cross_heads[other], grid=grid
         )
         self.block = ClassBlock(mixer, 0, drop_path=drop_path, norm_eps=c.norm_eps)
-        self.grid = grid
 
-    def forward(self, token: Tensor, x: Tensor) -> Tensor:
-        """Attend from the class token (B, 1, D) to ``x`` (B, N, E): (B, 1, D)."""
-        return self.proj_out(self.block(self.proj_in(token), x, self.grid))
+    def forward(self, token: Tensor, x: Tensor, grid: TokenGrid) -> Tensor:
+        """Attend from the class token (B, 1, D) to ``x`` (B, N, E), on one grid: (B, 1, D)."""
+        return self.proj_out(self.block(self.proj_in(token), x, grid))
 
 
 class CrossStage(Checkpointed):
@@ -155,7 +163,7 @@ class CrossStage(Checkpointed):
 
     def __init__(self, config: CrossViTConfig, grids: list[TokenGrid], rates: list[float]) -> None:
         super().__init__()
-        c = config
+        c, self.grids = config, grids
 
         def block(branch: int, rate: float) -> Block:
             mixer = create_mixer(
@@ -178,10 +186,10 @@ class CrossStage(Checkpointed):
 
     def forward(self, xs: list[Tensor], grids: list[TokenGrid] | None = None) -> list[Tensor]:
         """Apply the stage to both branches: two of (B, N, D) -> two of (B, N, D)."""
-        given = [None, None] if grids is None else grids
-        xs = [stage(x, grid) for stage, x, grid in zip(self.branches, xs, given, strict=True)]
+        grids = self.grids if grids is None else grids
+        xs = [stage(x, grid) for stage, x, grid in zip(self.branches, xs, grids, strict=True)]
         tokens = [
-            self.checkpointed(exchange, xs[branch][:, :1], xs[1 - branch][:, 1:])
+            self.checkpointed(exchange, xs[branch][:, :1], xs[1 - branch][:, 1:], grids[1 - branch])
             for branch, exchange in enumerate(self.exchanges)
         ]
         return [torch.cat((token, x[:, 1:]), 1) for token, x in zip(tokens, xs, strict=True)]
@@ -236,10 +244,10 @@ class CrossViT(VisionModel):
         c = config
         self.num_features = sum(c.dims)
         branches = [Branch(c, index) for index in range(2)]
-        self.grids = [branch.grid for branch in branches]
+        grids = [branch.grid for branch in branches]
         self.branches = nn.ModuleList(branches)
         rates = drop_paths(c.drop_path, [max(c.depths)] * c.stages)
-        self.stages = nn.ModuleList(CrossStage(c, self.grids, stage_rates) for stage_rates in rates)
+        self.stages = nn.ModuleList(CrossStage(c, grids, stage_rates) for stage_rates in rates)
         init_linears(self.stages)
         self.norms = nn.ModuleList(nn.LayerNorm(dim, c.norm_eps) for dim in c.dims)
         self.head = self.make_head(c.num_classes)
@@ -254,18 +262,25 @@ class CrossViT(VisionModel):
 
     def embed(self, x: Tensor) -> tuple[list[Tensor], list[TokenGrid]]:
         """Embed the image in both branches: (B, C, *shape) -> two of (B, N, D), and their grids."""
-        self.check_input(x)
-        return [branch(x) for branch in self.branches], list(self.grids)
+        shape = self.check_input(x)
+        xs, grids = zip(*(branch(x, shape) for branch in self.branches), strict=True)
+        return list(xs), list(grids)
 
     def features(self) -> list[Feature]:
         """The tokens of the first branch after each stage, then those of the second."""
+        c = self.config
+        reductions = [round(p / s) for p, s in zip(c.patch_sizes, c.scales, strict=True)]
         return [
-            Feature(f"stages.{layer}", layer, norm, branch)
+            Feature(f"stages.{layer}", layer, c.dims[branch], reductions[branch], norm, branch)
             for branch, norm in enumerate(self.norms)
             for layer in range(len(self.stages))
         ]
 
-    def finish(self, x: list[Tensor]) -> Tensor:
+    def drop_norm(self) -> None:
+        """Remove the final norms."""
+        self.norms = nn.ModuleList(nn.Identity() for _ in self.norms)
+
+    def finish(self, x: list[Tensor], grid: list[TokenGrid]) -> Tensor:
         """Put both class tokens side by side: two of (B, N, D) -> (B, 1, D + E)."""
         return torch.cat([norm(y[:, :1]) for norm, y in zip(self.norms, x, strict=True)], -1)
 

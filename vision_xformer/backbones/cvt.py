@@ -26,7 +26,6 @@ from ..stems import check_input_shape
 from .base import (
     BACKBONES,
     Block,
-    Stage,
     VisionModel,
     check_prefix,
     drop_paths,
@@ -34,6 +33,7 @@ from .base import (
     make_rope,
 )
 from .config import BlockConfig, StageFields
+from .stage import Downsampling, Stage
 
 _IMAGENET = dict(
     input_shape=(3, 224, 224), num_classes=1000, mixer_options={"qkv_bias": True}, drop_path=0.1
@@ -179,7 +179,7 @@ def cvt_attention(
     return Attention(projection, made, proj, proj_dropout=own.proj_dropout)
 
 
-class CvTEmbedding(nn.Module):
+class CvTEmbedding(Downsampling):
     """An overlapping convolution over the grid, layer norm, and a class token if there is one.
 
     Shape: (B, M, C) -> (B, N, D); the M tokens of the first stage are pixels
@@ -187,17 +187,11 @@ class CvTEmbedding(nn.Module):
     Args:
         channels: input width C.
         dim: width D.
-        shape: grid shape of the M input tokens.
+        axes: number of axes of the grid.
         kernel: kernel size of the convolution.
         stride: its stride.
         class_token: whether to prepend a class token.
         norm_eps: epsilon of the layer norm.
-
-    Attributes:
-        grid: positions of the N output tokens.
-
-    Raises:
-        ValueError: for a grid that is too small for the convolution.
     """
 
     cls_token: nn.Parameter | None
@@ -206,7 +200,7 @@ class CvTEmbedding(nn.Module):
         self,
         channels: int,
         dim: int,
-        shape: tuple[int, ...],
+        axes: int,
         *,
         kernel: int,
         stride: int,
@@ -214,22 +208,34 @@ class CvTEmbedding(nn.Module):
         norm_eps: float,
     ) -> None:
         super().__init__()
-        padding = (kernel - stride + 1) // 2
-        self.in_grid = TokenGrid(shape)
-        self.conv = CONV[len(shape)](channels, dim, kernel, stride, padding)
+        self.kernel, self.padding, self.stride = (
+            kernel,
+            (kernel - stride + 1) // 2,
+            (stride,) * axes,
+        )
+        self.conv = CONV[axes](channels, dim, kernel, stride, self.padding)
         self.norm = nn.LayerNorm(dim, norm_eps)
         token = nn.Parameter(torch.randn(1, 1, dim) * 0.02) if class_token else None
         self.register_parameter("cls_token", token)
-        out_shape = tuple((size + 2 * padding - kernel) // stride + 1 for size in shape)
-        if min(out_shape) < 1:
-            raise ValueError(
-                f"a grid of {shape} is too small for embed_kernel {kernel}, embed_stride {stride}"
-            )
-        self.grid = TokenGrid(out_shape, int(class_token))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def out_grid(self, grid: TokenGrid) -> TokenGrid:
+        """The grid of the output of the convolution.
+
+        Raises:
+            ValueError: for a grid that is too small for it.
+        """
+        stride, around = self.stride[0], 2 * self.padding - self.kernel
+        shape = tuple((size + around) // stride + 1 for size in grid.shape)
+        if min(shape) < 1:
+            raise ValueError(
+                f"a grid of {grid.shape} is too small for embed_kernel {self.kernel}, "
+                f"embed_stride {stride}"
+            )
+        return TokenGrid(shape, int(self.cls_token is not None))
+
+    def forward(self, x: Tensor, grid: TokenGrid) -> Tensor:
         """Embed: (B, M, C) -> (B, N, D)."""
-        x = self.norm(on_grid(self.conv, x, self.in_grid))
+        x = self.norm(on_grid(self.conv, x, grid))
         if self.cls_token is None:
             return x
         return torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), 1)
@@ -271,12 +277,12 @@ class CvT(VisionModel):
         stages = []
         for index, dim in enumerate(c.dims):
             embedding = CvTEmbedding(
-                channels, dim, grid.shape, kernel=c.embed_kernels[index],
+                channels, dim, len(shape), kernel=c.embed_kernels[index],
                 stride=c.embed_strides[index], norm_eps=c.norm_eps,
                 class_token=c.class_token and index == len(c.dims) - 1,
             )  # fmt: skip
-            stages.append(_stage(c, index, embedding, rates[index]))
-            channels, grid = dim, embedding.grid
+            stages.append(_stage(c, index, grid, embedding, rates[index]))
+            channels, grid = dim, stages[-1].grid
         self.stages = nn.ModuleList(stages)
         self.norm = nn.LayerNorm(c.dims[-1], c.norm_eps)
         self.head = self.make_head(c.num_classes)
@@ -284,22 +290,24 @@ class CvT(VisionModel):
 
     def embed(self, x: Tensor) -> tuple[Tensor, TokenGrid]:
         """View pixels as tokens with channels innermost: (B, C, *shape) -> (B, N, C)."""
-        self.check_input(x)
-        return x.movedim(1, -1).flatten(1, -2), TokenGrid(tuple(x.shape[2:]))
+        _, *shape = self.check_input(x)
+        return x.movedim(1, -1).flatten(1, -2), TokenGrid(tuple(shape))
 
-    def finish(self, x: Tensor) -> Tensor:
+    def finish(self, x: Tensor, grid: TokenGrid) -> Tensor:
         """Normalize the tokens of the last stage, class token first: (B, N, D) -> (B, N, D)."""
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Classify tokens (B, N, D): (B, num_classes), or pooled (B, D) with ``pre_logits``."""
-        x = x[:, 0] if self.config.class_token else x.mean(1)
+        x = x[:, 0] if self.stages[-1].grid.prefix else x.mean(1)
         return x if pre_logits else self.head(x)
 
 
-def _stage(config: CvTConfig, index: int, embedding: CvTEmbedding, rates: list[float]) -> Stage:
+def _stage(
+    config: CvTConfig, index: int, before: TokenGrid, embedding: CvTEmbedding, rates: list[float]
+) -> Stage:
     """The stage of that index, with a block for each rate of stochastic depth."""
-    c, grid = config, embedding.grid
+    c, grid = config, embedding.out_grid(before)
     mixers = [
         cvt_attention(
             c.mixer, c.mixer_options, dim=c.dims[index], heads=c.heads_of(index), grid=grid,
@@ -313,4 +321,4 @@ def _stage(config: CvTConfig, index: int, embedding: CvTEmbedding, rates: list[f
     ]
     if grid.prefix:
         check_prefix(blocks, c.mixer, "class_token must be False")
-    return Stage(blocks, grid, make_rope(c.rope, mixers[0], c.mixer), embedding)
+    return Stage(blocks, grid, make_rope(c.rope, mixers[0], c.mixer), embedding, before)

@@ -18,12 +18,16 @@ class Feature(NamedTuple):
     Args:
         module: name of the layer, such as "blocks.3" or "stages.1".
         layer: its index.
+        dim: width D of the tokens.
+        reduction: pixels per token, the largest of the axes.
         norm: final norm of the model; None if another stage follows, of another width.
         branch: index of the branch, in a layer that maps several.
     """
 
     module: str
     layer: int
+    dim: int
+    reduction: int
     norm: nn.Module | None
     branch: int | None = None
 
@@ -38,8 +42,11 @@ class FeatureModel(nn.Module):
     The layers are the blocks of ``blocks``, a single :class:`Stage`, or the modules of ``stages``.
     """
 
+    config: Any
     blocks: Any
     stages: Any
+    norm: nn.Module
+    num_features: int
 
     @property
     def trunk(self) -> Sequence[Any]:
@@ -53,7 +60,7 @@ class FeatureModel(nn.Module):
         """
         raise NotImplementedError
 
-    def finish(self, x: Any) -> Tensor:
+    def finish(self, x: Any, grid: Any) -> Tensor:
         """Compute the final tokens from those after the last layer: (B, N, D) -> (B, N, D)."""
         return x
 
@@ -62,7 +69,7 @@ class FeatureModel(nn.Module):
         x, grid = self.embed(x)
         for stage in self.trunk:
             x, grid = stage(x, grid), stage.out_grid(grid)
-        return self.finish(x)
+        return self.finish(x, grid)
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of position tables, tokens and biases that should not decay."""
@@ -92,11 +99,70 @@ class FeatureModel(nn.Module):
 
     def features(self) -> list[Feature]:
         """The features that :meth:`forward_intermediates` returns, in the order of its indices."""
-        norm = getattr(self, "norm", nn.Identity())
+        c, norm = self.config, getattr(self, "norm", nn.Identity())
+        reduction = _largest(getattr(c, "patch_size", 1))
         if hasattr(self, "blocks"):
-            return [Feature(f"blocks.{i}", i, norm) for i in range(len(self.blocks))]
-        last = len(self.trunk) - 1
-        return [Feature(f"stages.{i}", i, norm if i == last else None) for i in range(last + 1)]
+            layers = range(len(self.blocks))
+            return [Feature(f"blocks.{i}", i, c.dim, reduction, norm) for i in layers]
+        found, last = [], len(self.stages) - 1
+        for i, stage in enumerate(self.stages):
+            if stage.downsample is not None:
+                reduction = _largest(stage.downsample.stride) * (reduction if i else 1)
+            ends = norm if i == last else None
+            found.append(Feature(f"stages.{i}", i, c.dims[i], reduction, ends))
+        return found
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """Width, pixels per token and name of each feature, as timm's models have them."""
+        return [
+            {"num_chs": f.dim, "reduction": f.reduction, "module": f.module, "index": i}
+            for i, f in enumerate(self.features())
+        ]
+
+    def drop_norm(self) -> None:
+        """Remove the final norm."""
+        if hasattr(self, "norm"):
+            self.norm = nn.Identity()
+
+    def drop_head(self) -> None:
+        """Remove the classifier, and what only it reads."""
+        raise NotImplementedError
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove the layers after those of :meth:`forward_intermediates`, as timm's models do.
+
+        The model can then no longer be saved by ``save_model``, only its state dict.
+
+        Args:
+            indices: as there.
+            prune_norm: whether to remove the final norm; it goes with the last stage.
+            prune_head: whether to remove the classifier; it goes with the last stage.
+
+        Returns:
+            The indices of the same features in the pruned model.
+
+        Raises:
+            ValueError: for an index out of range.
+        """
+        features = self.features()
+        taken = [features[i] for i in take_indices(len(features), indices)]
+        depth = 1 + max(feature.layer for feature in taken)
+        last = next(feature for feature in features if feature.layer == depth - 1)
+        if hasattr(self, "blocks"):
+            self.blocks.truncate(depth)
+        else:
+            self.stages = self.stages[:depth]
+        if prune_norm or last.norm is None:
+            self.drop_norm()
+        if prune_head or last.norm is None:
+            self.drop_head()
+        if last.norm is None:
+            self.num_features = last.dim
+        kept = {(f.layer, f.branch): i for i, f in enumerate(self.features())}
+        return [kept[f.layer, f.branch] for f in taken]
 
     def apply_layer(self, index: int, x: Any, grid: Any) -> tuple[Any, Any]:
         """Apply one layer to tokens on ``grid``: the new tokens and their grid."""
@@ -158,7 +224,11 @@ class FeatureModel(nn.Module):
         if intermediates_only:
             return intermediates
         ends = next(feature for feature in features if feature.layer == depth - 1)
-        return x if ends.norm is None else self.finish(x), intermediates
+        return x if ends.norm is None else self.finish(x, grid), intermediates
+
+
+def _largest(size: int | tuple[int, ...]) -> int:
+    return size if isinstance(size, int) else max(size)
 
 
 def take_indices(count: int, indices: int | Sequence[int] | None) -> list[int]:

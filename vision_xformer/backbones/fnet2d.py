@@ -15,8 +15,9 @@ from ..layers import TokenBatchNorm
 from ..mixers.fourier import Fourier
 from ..options import check_at_least
 from ..stems.convolutional import ConvStem
-from .base import BACKBONES, Mlp, Stage, VisionModel, mlp_width
+from .base import BACKBONES, Mlp, VisionModel, mlp_width
 from .config import Config
+from .stage import Stage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,7 @@ class FNet2DConfig(Config):
     """Configuration of :class:`FNet2D`.
 
     Args:
+        dynamic_size: whether the model takes samples of any size; here it does by default.
         dim: width D, even.
         depth: number of blocks.
         mlp_ratio: hidden width of the MLPs for a width of 1.
@@ -31,6 +33,7 @@ class FNet2DConfig(Config):
     """
 
     backbone: ClassVar[str] = "fnet2d"
+    dynamic_size: bool = True
     dim: int = 128
     depth: int = 5
     mlp_ratio: float = 2.0
@@ -92,5 +95,5 @@ class FNet2D(VisionModel):
 
     def embed(self, x: Tensor) -> tuple[Tensor, TokenGrid]:
         """Compute tokens before the first block, (B, C, *shape) -> (B, N, D), and their grid."""
-        self.check_channels(x)
-        return self.stem(x), TokenGrid(tuple(x.shape[2:]))
+        grid = self.stem.grid_of(self.check_input(x))
+        return self.stem(x), grid

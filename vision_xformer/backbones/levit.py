@@ -25,16 +25,9 @@ from ..mixers.factory import check_mixer, create_kernel
 from ..options import check_at_least
 from ..positions import RopeKind, RotaryPosition
 from ..stems import STEMS
-from .base import (
-    BACKBONES,
-    Stage,
-    VisionModel,
-    init_linears,
-    make_drop_path,
-    make_rope,
-    mlp_width,
-)
+from .base import BACKBONES, VisionModel, init_linears, make_drop_path, make_rope, mlp_width
 from .config import MixerConfig, StageFields
+from .stage import Downsampling, Stage
 
 _IMAGENET = dict(input_shape=(3, 224, 224), num_classes=1000, distilled=True)
 _KEY32 = dict(key_dim=32, depths=(4, 4, 4), **_IMAGENET)
@@ -78,18 +71,19 @@ class LeViTConfig(StageFields, MixerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_stages(self.mixer)
-        if self.heads is None and self.key_dim is not None:
-            raise ValueError(
-                f"mixer {self.mixer!r} has no heads: key_dim {self.key_dim} must be None"
-            )
-        if self.heads is not None and self.key_dim is None:
-            raise ValueError(f"mixer {self.mixer!r} needs heads and key_dim, not key_dim None")
-        if self.key_dim is not None:
-            check_at_least("key_dim", self.key_dim, 1)
+        name, width = self.mixer, self.key_dim
+        if self.heads is None and width is not None:
+            raise ValueError(f"mixer {name!r} has no heads: key_dim {width} must be None")
+        if self.heads is not None and width is None:
+            raise ValueError(f"mixer {name!r} needs heads and key_dim, not key_dim None")
+        if width is not None:
+            check_at_least("key_dim", width, 1)
         if "head_dim" in self.mixer_options:
             raise ValueError("head_dim in mixer_options is key_dim in LeViT: set that")
         check_at_least("value_ratio", self.value_ratio, 1)
         check_at_least("mlp_ratio", self.mlp_ratio, 1)
+        if self.dynamic_size and self.position_bias:
+            raise ValueError("position_bias=True is tied to one grid: dynamic_size must be False")
 
 
 class NormProjection(Projection):
@@ -215,22 +209,26 @@ class LeViTBlock(nn.Module):
         return x + self.drop_path(self.mlp(x))
 
 
-class Downsample(nn.Module):
+class Downsample(Downsampling):
     """A block whose attention downsamples the previous grid. Shape: (B, N, D) -> (B, n, E).
 
     Args:
         block: applied on the previous grid.
-        grid: positions of the N tokens.
         rope: rotary positions of that grid.
     """
 
-    def __init__(self, block: LeViTBlock, grid: TokenGrid, rope: RotaryPosition | None) -> None:
+    def __init__(self, block: LeViTBlock, rope: RotaryPosition | None) -> None:
         super().__init__()
-        self.block, self.grid, self.rope = block, grid, rope
+        self.block, self.rope = block, rope
+        self.stride = (2,) * len(block.mixer.grid.shape)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def out_grid(self, grid: TokenGrid) -> TokenGrid:
+        """The grid of the queries."""
+        return self.block.mixer.out_grid(grid)
+
+    def forward(self, x: Tensor, grid: TokenGrid) -> Tensor:
         """Halve the grid: (B, N, D) -> (B, n, E)."""
-        return self.block(x, self.grid, None if self.rope is None else self.rope(x))
+        return self.block(x, grid, None if self.rope is None else self.rope(x, grid))
 
 
 def _stage(config: LeViTConfig, index: int, grid: TokenGrid) -> Stage:
@@ -239,7 +237,7 @@ def _stage(config: LeViTConfig, index: int, grid: TokenGrid) -> Stage:
     options = dict(c.mixer_options)
     if c.key_dim is not None and "head_dim" in mixer_options(c.mixer):
         options["head_dim"] = c.key_dim
-    downsample = None
+    downsample, before = None, grid
     if index:
         width = c.dims[index - 1]
         mixer = levit_attention(
@@ -249,8 +247,8 @@ def _stage(config: LeViTConfig, index: int, grid: TokenGrid) -> Stage:
             stride=2, out_dim=c.dims[index],
         )  # fmt: skip
         block = LeViTBlock(mixer, c.dims[index], c.mlp_ratio, c.drop_path, downsamples=True)
-        downsample = Downsample(block, grid, make_rope(c.rope, mixer, c.mixer))
-        grid = mixer.out_grid(grid)
+        downsample = Downsample(block, make_rope(c.rope, mixer, c.mixer))
+        grid = downsample.out_grid(grid)
     mixers = [
         levit_attention(
             c.mixer, options, dim=c.dims[index], heads=c.heads_of(index), grid=grid,
@@ -259,7 +257,7 @@ def _stage(config: LeViTConfig, index: int, grid: TokenGrid) -> Stage:
         for _ in range(c.depths[index])
     ]  # fmt: skip
     blocks = [LeViTBlock(m, m.dim, c.mlp_ratio, c.drop_path, downsamples=False) for m in mixers]
-    return Stage(blocks, grid, make_rope(c.rope, mixers[0], c.mixer), downsample)
+    return Stage(blocks, grid, make_rope(c.rope, mixers[0], c.mixer), downsample, before)
 
 
 @BACKBONES.register("levit")
@@ -344,5 +342,5 @@ class LeViT(VisionModel):
 
     def embed(self, x: Tensor) -> tuple[Tensor, TokenGrid]:
         """Compute tokens before the first stage, (B, C, *shape) -> (B, N, D), and their grid."""
-        self.check_input(x)
-        return self.stem(x), self.stem.grid
+        grid = self.stem.grid_of(self.check_input(x))
+        return self.stem(x), grid

@@ -19,16 +19,9 @@ from ..mixers import Mixer, create_mixer
 from ..mixers.attention import Attention, SplitProjection
 from ..mixers.factory import check_mixer, create_kernel
 from ..stems import patch_grid
-from .base import (
-    BACKBONES,
-    Stage,
-    VisionModel,
-    drop_paths,
-    init_linears,
-    make_drop_path,
-    mlp_width,
-)
+from .base import BACKBONES, VisionModel, drop_paths, init_linears, make_drop_path, mlp_width
 from .config import BlockConfig, StageFields
+from .stage import Downsampling, Stage
 
 _IMAGENET = dict(input_shape=(3, 224, 224), num_classes=1000, mixer_options={"qkv_bias": True})
 
@@ -186,7 +179,7 @@ class PVTBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x), grid))
 
 
-class PVTEmbedding(nn.Module):
+class PVTEmbedding(Downsampling):
     """An overlapping convolution over the grid, then layer norm.
 
     Shape: (B, M, C) -> (B, N, D); the M tokens of the first stage are pixels
@@ -194,23 +187,25 @@ class PVTEmbedding(nn.Module):
     Args:
         channels: input width C.
         dim: width D.
-        shape: grid shape of the M input tokens.
         stride: of the convolution, whose kernel size is 2 * stride - 1, and at least 3.
     """
 
-    def __init__(
-        self, channels: int, dim: int, shape: tuple[int, ...], stride: tuple[int, ...]
-    ) -> None:
+    def __init__(self, channels: int, dim: int, stride: tuple[int, ...]) -> None:
         super().__init__()
-        self.in_grid = TokenGrid(shape)
+        self.stride = stride
         kernel = tuple(max(3, 2 * s - 1) for s in stride)
         padding = tuple(k // 2 for k in kernel)
-        self.conv = CONV[len(shape)](channels, dim, kernel, stride, padding)
+        self.conv = CONV[len(stride)](channels, dim, kernel, stride, padding)
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def out_grid(self, grid: TokenGrid) -> TokenGrid:
+        """The grid divided by the stride, rounded up."""
+        pairs = zip(grid.shape, self.stride, strict=True)
+        return TokenGrid(tuple(-(-size // s) for size, s in pairs))
+
+    def forward(self, x: Tensor, grid: TokenGrid) -> Tensor:
         """Embed: (B, M, C) -> (B, N, D)."""
-        return self.norm(on_grid(self.conv, x, self.in_grid))
+        return self.norm(on_grid(self.conv, x, grid))
 
 
 class PVTStage(Stage):
@@ -221,12 +216,18 @@ class PVTStage(Stage):
         grid: positions of the N tokens.
         embedding: brings the output of the previous stage to this grid.
         norm: layer norm of width D.
+        in_grid: positions of the M tokens.
     """
 
     def __init__(
-        self, blocks: list[PVTBlock], grid: TokenGrid, embedding: PVTEmbedding, norm: nn.Module
+        self,
+        blocks: list[PVTBlock],
+        grid: TokenGrid,
+        embedding: PVTEmbedding,
+        norm: nn.Module,
+        in_grid: TokenGrid,
     ) -> None:
-        super().__init__(blocks, grid, downsample=embedding)
+        super().__init__(blocks, grid, downsample=embedding, in_grid=in_grid)
         self.norm = norm
 
     def forward(self, x: Tensor, grid: TokenGrid | None = None) -> Tensor:
@@ -259,14 +260,13 @@ class PVT(VisionModel):
         self.num_features = c.dims[-1]
         patch_size, _ = patch_grid(c.input_shape, c.patch_size, ragged=True)
         channels, *shape = c.input_shape
-        stride, stages = patch_size, []
+        grid, stride, stages = TokenGrid(tuple(shape)), patch_size, []
         for index, rates in enumerate(drop_paths(c.drop_path, c.depths)):
-            embedding = PVTEmbedding(channels, c.dims[index], tuple(shape), stride)
-            shape = [-(-size // s) for size, s in zip(shape, stride, strict=True)]
-            grid = TokenGrid(tuple(shape))
+            embedding = PVTEmbedding(channels, c.dims[index], stride)
+            before, grid = grid, embedding.out_grid(grid)
             blocks = [self._block(index, grid, rate) for rate in rates]
             norm = nn.LayerNorm(c.dims[index], c.norm_eps)
-            stages.append(PVTStage(blocks, grid, embedding, norm))
+            stages.append(PVTStage(blocks, grid, embedding, norm, before))
             channels, stride = c.dims[index], (2,) * len(shape)
         self.stages = nn.ModuleList(stages)
         init_linears(self.stages)
@@ -283,5 +283,5 @@ class PVT(VisionModel):
 
     def embed(self, x: Tensor) -> tuple[Tensor, TokenGrid]:
         """View pixels as tokens with channels innermost: (B, C, *shape) -> (B, N, C)."""
-        self.check_input(x)
-        return x.movedim(1, -1).flatten(1, -2), TokenGrid(tuple(x.shape[2:]))
+        _, *shape = self.check_input(x)
+        return x.movedim(1, -1).flatten(1, -2), TokenGrid(tuple(shape))

@@ -21,8 +21,9 @@ from ..mixers.attention import Attention, LinearProjection
 from ..mixers.factory import check_mixer, create_kernel
 from ..options import check_at_least
 from ..stems import patch_grid
-from .base import Block, Stage, VisionModel, drop_paths, init_linears
+from .base import Block, VisionModel, drop_paths, init_linears
 from .config import BlockConfig, StageFields
+from .stage import Downsampling, Stage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,8 +129,8 @@ class Pyramid(VisionModel):
         self.stem_norm = nn.LayerNorm(c.dims[0], c.norm_eps)
         stages = []
         for index, rates in enumerate(drop_paths(c.drop_path, c.depths)):
-            merging = self.make_merging(index, grid) if index else None
-            grid = grid.strided(2) if index else grid
+            merging = self.make_merging(index, len(grid.shape)) if index else None
+            before, grid = grid, grid if merging is None else merging.out_grid(grid)
             blocks = [
                 Block(
                     self.make_attention(index, bool(number % 2), grid), c.mlp_ratio,
@@ -137,7 +138,7 @@ class Pyramid(VisionModel):
                 )
                 for number, rate in enumerate(rates)
             ]  # fmt: skip
-            stages.append(Stage(blocks, grid, downsample=merging))
+            stages.append(Stage(blocks, grid, downsample=merging, in_grid=before))
         self.stages = nn.ModuleList(stages)
         init_linears(self.stages)
         self.norm = nn.LayerNorm(c.dims[-1], c.norm_eps)
@@ -147,7 +148,7 @@ class Pyramid(VisionModel):
         """The module (B, C, *shape) -> (B, D, *grid)."""
         raise NotImplementedError
 
-    def make_merging(self, index: int, grid: TokenGrid) -> nn.Module:
+    def make_merging(self, index: int, axes: int) -> Downsampling:
         """The module (B, N, D) -> (B, n, E) that halves the previous grid before a stage."""
         raise NotImplementedError
 
@@ -157,10 +158,9 @@ class Pyramid(VisionModel):
 
     def embed(self, x: Tensor) -> tuple[Tensor, TokenGrid]:
         """Compute tokens before the first stage, (B, C, *shape) -> (B, N, D), and their grid."""
-        self.check_input(x)
-        x = self.stem(x)
-        return self.stem_norm(x.flatten(2).mT), TokenGrid(tuple(x.shape[2:]))
+        _, shape = patch_grid(self.check_input(x), self.config.patch_size)
+        return self.stem_norm(self.stem(x).flatten(2).mT), TokenGrid(shape)
 
-    def finish(self, x: Tensor) -> Tensor:
+    def finish(self, x: Tensor, grid: TokenGrid) -> Tensor:
         """Normalize the tokens of the last stage: (B, N, D) -> (B, N, D)."""
         return self.norm(x)

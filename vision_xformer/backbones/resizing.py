@@ -32,17 +32,22 @@ def resize_in_place(model: nn.Module, before: nn.Module, after: nn.Module) -> No
             is left untouched.
     """
     state = model.state_dict()
-    shapes = {k: v.shape for k, v in before.state_dict().items()}
-    for key in [*shapes, *state]:
-        if key not in state or state[key].shape != shapes.get(key):
-            raise ValueError(
-                f"the input size can only be changed for layers as built, and {key} is not"
-            )
+    changed = changed_layer(model, before)
+    if changed:
+        raise ValueError(
+            f"the input size can only be changed for layers as built, and {changed} is not"
+        )
     resized = {k: state[k].new_empty(v.shape) for k, v in after.state_dict().items()}
     after.load_state_dict(resized, assign=True)
     load_weights(after, state | _resampled(state, before, after), resize=True)
     for name, new in after.named_modules():
         _take_over(model.get_submodule(name), before.get_submodule(name), new)
+
+
+def changed_layer(model: nn.Module, built: nn.Module) -> str:
+    """The first parameter or buffer in which the model differs from a new one, or ""."""
+    ours, theirs = ({k: v.shape for k, v in m.state_dict().items()} for m in (model, built))
+    return next((k for k in (theirs | ours) if ours.get(k) != theirs.get(k)), "")
 
 
 def _take_over(module: nn.Module, before: nn.Module, after: nn.Module) -> None:

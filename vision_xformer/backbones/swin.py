@@ -16,6 +16,7 @@ from ..mixers import Mixer
 from ..stems import patch_grid
 from .base import BACKBONES
 from .pyramid import Pyramid, PyramidConfig, window_attention
+from .stage import Downsampling
 
 _IMAGENET = dict(input_shape=(3, 224, 224), num_classes=1000, mixer_options={"qkv_bias": True})
 _NEIGHBORS = {
@@ -25,7 +26,7 @@ _NEIGHBORS = {
 }
 
 
-class PatchMerging(nn.Module):
+class PatchMerging(Downsampling):
     """Concatenate neighbors, 2 on each axis, then norm and linear layer (section 3.1).
 
     Axes of odd length are padded with zeros.
@@ -33,22 +34,26 @@ class PatchMerging(nn.Module):
     Shape: (B, N, D) -> (B, n, E)
 
     Args:
-        grid: positions of the N tokens.
+        axes: number of axes of the grid.
         dim: width D.
         out_dim: width E.
         norm_eps: epsilon of the layer norm.
     """
 
-    def __init__(self, grid: TokenGrid, dim: int, out_dim: int, norm_eps: float) -> None:
+    def __init__(self, axes: int, dim: int, out_dim: int, norm_eps: float) -> None:
         super().__init__()
-        neighbors = 2 ** len(grid.shape)
-        self.grid = grid
+        neighbors = 2**axes
+        self.stride = (2,) * axes
         self.norm = nn.LayerNorm(neighbors * dim, norm_eps)
         self.linear = nn.Linear(neighbors * dim, out_dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def out_grid(self, grid: TokenGrid) -> TokenGrid:
+        """Half the grid, rounded up."""
+        return grid.strided(2)
+
+    def forward(self, x: Tensor, grid: TokenGrid) -> Tensor:
         """Halve the grid: (B, N, D) -> (B, n, E)."""
-        shape = self.grid.shape
+        shape = grid.shape
         x = x.unflatten(1, shape)
         if any(size % 2 for size in shape):
             x = F.pad(x, (0, 0, *(n for size in reversed(shape) for n in (0, size % 2))))
@@ -92,10 +97,10 @@ class Swin(Pyramid):
         patch_size, _ = patch_grid(self.config.input_shape, self.config.patch_size)
         return CONV[len(shape)](channels, self.config.dims[0], patch_size, patch_size)
 
-    def make_merging(self, index: int, grid: TokenGrid) -> nn.Module:
+    def make_merging(self, index: int, axes: int) -> Downsampling:
         """Patch merging, (B, N, D) -> (B, n, E)."""
         c = self.config
-        return PatchMerging(grid, c.dims[index - 1], c.dims[index], c.norm_eps)
+        return PatchMerging(axes, c.dims[index - 1], c.dims[index], c.norm_eps)
 
     def make_attention(self, index: int, odd: bool, grid: TokenGrid) -> Mixer:
         """Attention in windows, shifted in odd blocks: (B, N, D) -> (B, N, D)."""

@@ -19,17 +19,9 @@ from ..mixers.factorized import space_time
 from ..options import check_at_least
 from ..positions import PositionKind, RopeKind, make_position
 from ..stems import STEMS
-from .base import (
-    BACKBONES,
-    Block,
-    Stage,
-    VisionModel,
-    check_prefix,
-    drop_paths,
-    init_linears,
-    make_rope,
-)
+from .base import BACKBONES, Block, VisionModel, check_prefix, drop_paths, init_linears, make_rope
 from .config import BlockConfig, Config
+from .stage import Stage
 
 _IMAGENET = dict(  # what the sizes of Touvron et al. 2020 (DeiT) share
     input_shape=(3, 224, 224), num_classes=1000, patch_size=16, depth=12, mlp_ratio=4.0,
@@ -82,6 +74,10 @@ class IsotropicConfig(BlockConfig):
         if self.dropout and not self.mlp_ratio:
             raise ValueError(
                 f"dropout {self.dropout} is that of the MLPs: with mlp_ratio 0 it must be 0"
+            )
+        if self.dynamic_size and self.stem == "fft":
+            raise ValueError(
+                "stem 'fft' is tied to one number of frequencies: dynamic_size must be False"
             )
 
 
@@ -194,15 +190,16 @@ class Isotropic(VisionModel):
 
     def embed(self, x: Tensor) -> tuple[Tensor, TokenGrid]:
         """Compute tokens before the first block, (B, C, *shape) -> (B, N, D), and their grid."""
-        self.check_input(x)
+        cells = self.stem.grid_of(self.check_input(x))
+        grid = self.grid._replace(shape=cells.shape)
         x = self.stem(x)
         if self.position is not None and not self.embed_prefix:
-            x = x + self.position(x)
+            x = x + self.position(x, cells)
         prefix = [getattr(self, name).expand(x.shape[0], -1, -1) for name in self.prefix_names]
         x = torch.cat([*prefix, x], 1) if prefix else x
         if self.position is not None and self.embed_prefix:
-            x = x + self.position(x)
-        return self.emb_drop(x), self.grid
+            x = x + self.position(x, grid)
+        return self.emb_drop(x), grid
 
 
 @BACKBONES.register("vit")
@@ -258,7 +255,12 @@ class ViT(Isotropic):
             self.pool = None
         super().reset_classifier(num_classes)
 
-    def finish(self, x: Tensor) -> Tensor:
+    def drop_head(self) -> None:
+        """Remove the classifier and the norm and weights of its pool."""
+        super().drop_head()
+        self.fc_norm, self.pool = nn.Identity(), None
+
+    def finish(self, x: Tensor, grid: TokenGrid) -> Tensor:
         """Normalize the tokens, prefix first: (B, N, D) -> (B, N, D)."""
         return self.norm(x)
 

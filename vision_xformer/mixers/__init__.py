@@ -4,6 +4,7 @@ from ..registry import import_all
 from .base import MIXERS, Mixer
 from .factory import (
     create_mixer,
+    is_fixed,
     list_mixers,
     mixer_options,
     takes_bias,
@@ -15,6 +16,7 @@ __all__ = [
     "MIXERS",
     "Mixer",
     "create_mixer",
+    "is_fixed",
     "list_mixers",
     "mixer_options",
     "takes_bias",

@@ -51,6 +51,11 @@ def takes_heads(name: str) -> bool:
     return name in KERNELS or _mixer(name).takes_heads
 
 
+def is_fixed(name: str) -> bool:
+    """Whether the mixer of that name has parameters that are sized by the number of tokens."""
+    return KERNELS[name].fixed if name in KERNELS else _mixer(name).fixed
+
+
 def takes_rope(name: str) -> bool:
     """Whether the mixer of that name has queries and keys that can be rotated."""
     return KERNELS[name].takes_rope if name in KERNELS else _mixer(name).rope_dim is not None

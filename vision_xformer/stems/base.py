@@ -69,6 +69,14 @@ class Stem(nn.Module):
         self.patch_size, shape = patch_grid(input_shape, patch_size, self.ragged)
         self.grid = TokenGrid(shape)
 
+    def grid_of(self, input_shape: tuple[int, ...]) -> TokenGrid:
+        """The positions of the tokens of samples (C, *shape).
+
+        Raises:
+            ValueError: for a shape that the patch size does not divide.
+        """
+        return self.grid._replace(shape=patch_grid(input_shape, self.patch_size, self.ragged)[1])
+
     def extra_repr(self) -> str:
         """The options that ``print`` shows."""
         return f"patch_size={self.patch_size}, grid={self.grid.shape}"
