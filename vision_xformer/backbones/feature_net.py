@@ -53,9 +53,7 @@ class FeatureNet(nn.Module):
 
     def __init__(self, model: VisionModel, out_indices: int | Sequence[int] | None = None) -> None:
         super().__init__()
-        count = len(model.features())
-        indices = count if out_indices is None else out_indices
-        self.out_indices = model.prune_intermediate_layers(indices, prune_norm=True)
+        self.out_indices = model.prune_intermediate_layers(out_indices, prune_norm=True)
         self.model = model
         self.feature_info = FeatureInfo([model.feature_info[i] for i in self.out_indices])
 

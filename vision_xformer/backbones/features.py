@@ -130,7 +130,10 @@ class FeatureModel(nn.Module):
         raise NotImplementedError
 
     def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+        self,
+        indices: int | Sequence[int] | None = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
     ) -> list[int]:
         """Remove the layers after those of :meth:`forward_intermediates`, as timm's models do.
 
