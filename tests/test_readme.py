@@ -89,6 +89,7 @@ def test_every_snippet_runs(file: str) -> None:
             "for_teacher": (2, 10),
         },
         "docs/mixers.md": {"y": (2, 1024, 256)},
+        "docs/timm.md": {"tokens": (2, 256, 256)},
         "docs/extending.md": {"shifted": (2, 10), "scores": (2, 3)},
     }
     for name, shape in shapes.get(file, {}).items():
