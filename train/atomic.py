@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,22 +10,19 @@ from typing import Any
 import torch
 import yaml
 
+from vision_xformer.weights.files import replacing
+
 from .text import reason
 
 
 def replace(path: Path, write: Callable[[Path], Any]) -> None:
     """Write next to the file, flush to disk, and rename; a failure is an OSError."""
-    part = path.with_name(f".{path.name}.part")
     try:
-        write(part)
-        with part.open("r+b") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
+        with replacing(path) as part:
+            write(part)
     except (OSError, RuntimeError) as error:  # torch.save raises the latter for a full disk
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         raise OSError(f"{path} cannot be written: {reason(cause)}") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, text: str) -> None:

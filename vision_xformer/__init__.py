@@ -42,6 +42,7 @@ from .mixers import MIXERS, Mixer, create_mixer, list_mixers, mixer_options
 from .mixers.attention import Attention, Projection
 from .mixers.fourier import Fourier
 from .names import list_models
+from .onnx_export import export_onnx
 from .stems import STEMS, Stem
 from .version import __version__
 from .weights import LoadReport, load_weights
@@ -102,6 +103,7 @@ __all__ = [
     "count_flops",
     "create_mixer",
     "create_model",
+    "export_onnx",
     "list_mixers",
     "list_models",
     "load_converted",

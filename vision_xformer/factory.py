@@ -22,6 +22,7 @@ from .mixers import mixer_options as options_of_mixer
 from .names import name_to_config, with_mixer
 from .options import check_options, check_types
 from .weights import load_weights, read_metadata, read_weights
+from .weights.files import replacing
 
 _PIXELS = ("mean", "std")  # entries of pretrained_cfg that are saved
 
@@ -173,21 +174,12 @@ def write_weights(
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path} must end in .safetensors")
-    if path.is_dir() or not path.parent.is_dir():
-        raise ValueError(f"{path} must be a file in a folder that exists")
-    part = path.with_name(f".{path.name}.part")
     try:
-        part.touch()
-        usual = part.stat().st_mode  # safetensors makes files that only their owner may read
-        save_file({k: v.contiguous() for k, v in state.items()}, part, {"format": "pt", **metadata})
-        part.chmod(usual)
-        with part.open("r+b") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
+        with replacing(path) as part:
+            tensors = {k: v.contiguous() for k, v in state.items()}
+            save_file(tensors, part, {"format": "pt", **metadata})
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def load_model(path: str | os.PathLike[str]) -> VisionModel:

@@ -94,11 +94,11 @@ class Linformer(MapKernel):
 
     def shorten(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Project along the length: (B, M, C), (B, M, C') -> (B, R, C), (B, R, C')."""
-        e = self.proj_k()
+        e = self.proj_k().to(k.dtype)  # in exports to float16, kernels stay in float32
         if self.proj_v is None:
             short = _shorten(k, e)
             return short, short if v is k else _shorten(v, e)
-        f = self.proj_v()
+        f = self.proj_v().to(k.dtype)
         if v is k:
             both = _shorten(k, torch.cat((e, f), 1))
             return both[:, : self.rank], both[:, self.rank :]

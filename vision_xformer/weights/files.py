@@ -1,10 +1,11 @@
-"""Read state dicts from files, and extract them from checkpoints."""
+"""Read state dicts from files, extract them from checkpoints, and replace files atomically."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +89,25 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         keys = f"; its keys are {sorted(map(str, state))[:5]}" if isinstance(state, dict) else ""
         raise ValueError(f"{path} is not a state dict, name -> tensor{keys}")
     return state
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary file next to ``path``; flush it and rename it unless writing it failed.
+
+    Raises:
+        ValueError: if there cannot be a file at ``path``.
+    """
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"{path} must be a file in a folder that exists")
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.touch()
+        usual = part.stat().st_mode  # safetensors makes files that only their owner may read
+        yield part
+        part.chmod(usual)
+        with part.open("r+b") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

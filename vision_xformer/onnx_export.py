@@ -1,0 +1,197 @@
+"""Export models to ONNX, and compare each file with its model before it is kept."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .backbones import VisionModel
+from .kernels import Kernel
+from .mixers import Mixer
+from .mixers.attention import Attention
+from .weights.files import replacing
+
+_LIMIT = 2**31  # bytes of a file in the format of protobuf
+_TOLERANCE, _HALF_TOLERANCE = 1e-4, 3e-2  # of the largest logit, or of 1 if that is larger
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    half: bool = False,
+    batch_size: int | None = None,
+    input_shape: Sequence[int] | None = None,
+) -> float:
+    """Export a model in evaluation mode to an ONNX file, (B, C, *shape) -> (B, num_classes).
+
+    The file is run by onnxruntime on random images, of two batch sizes unless ``batch_size`` fixes
+    one, and compared with the model in float32 before it replaces ``path``. Its input is
+    "images", its output "logits"; its metadata holds "mean" and "std" of the pixels and the names
+    of the classes if the model's ``pretrained_cfg`` has them. The model itself is not changed.
+
+    Args:
+        model: a model of :func:`create_model`, converted or not, or another module on images.
+        path: of the file.
+        half: store weights and activations in float16. Token mixing, where sums over many tokens
+            overflow, is computed in float32; linear layers, convolutions and MLPs in float16.
+        batch_size: the only batch size that the file accepts; None for any.
+        input_shape: (C, *shape) of an image; by default that of the model's configuration, which
+            modules of other libraries do not have.
+
+    Returns:
+        The largest absolute difference between the logits of the file and of the model.
+
+    Raises:
+        ValueError: for a missing package, an invalid path, a model that cannot be exported, or a
+            file whose logits differ by more than 1e-4 (``half``: 3e-2) of the largest logit.
+        OSError: if the file cannot be written.
+    """
+    _require("onnx", "onnxscript", "onnxruntime")
+    path, shape = Path(path), _shape_of(model, input_shape)
+    if path.suffix != ".onnx":
+        raise ValueError(f"{path} must end in .onnx")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size {batch_size} must be at least 1, or None for any")
+    reference = copy.deepcopy(model).eval().requires_grad_(False).to("cpu", torch.float32)
+    size = sum(t.nbytes for t in reference.state_dict().values()) // (2 if half else 1)
+    if size >= _LIMIT:
+        raise ValueError(
+            f"the weights have {size:,} bytes, and an ONNX file holds less than {_LIMIT:,}"
+        )
+    exported = in_half(copy.deepcopy(reference)) if half else reference
+    program = _program(exported, shape, torch.float16 if half else torch.float32, batch_size)
+    program.model.metadata_props.update(_metadata(model))
+    with replacing(path) as part:
+        program.save(part, external_data=False)
+        sizes = (2, 5) if batch_size is None else (batch_size,)
+        difference, largest = _compare(part, reference, [(n, *shape) for n in sizes], half)
+        if not difference <= (_HALF_TOLERANCE if half else _TOLERANCE) * max(1.0, largest):
+            raise ValueError(
+                f"the ONNX file of {_name(model)} differs from the model by {difference:.2g}, with "
+                f"logits up to {largest:.2g}{': leave out half' if half else ''}; nothing is written"
+            )
+    return difference
+
+
+def in_half(model: nn.Module) -> nn.Module:
+    """Cast a model to float16 in place, except the token mixing, which casts to float32 and back.
+
+    A kernel is computed in float32 from the projected queries, keys and values on, any other
+    mixer as a whole.
+    """
+    model.half()
+    for module in model.modules():
+        if isinstance(module, Kernel) or (
+            isinstance(module, Mixer) and not isinstance(module, Attention)
+        ):
+            module.float()
+            module.register_forward_pre_hook(_widen, with_kwargs=True)
+            module.register_forward_hook(lambda module, inputs, output: output.half())
+    return model
+
+
+def _widen(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    def wide(value: Any) -> Any:
+        floating = isinstance(value, Tensor) and value.is_floating_point()
+        return value.float() if floating else value
+
+    return tuple(map(wide, args)), {name: wide(value) for name, value in kwargs.items()}
+
+
+def _program(
+    model: nn.Module, shape: Sequence[int], dtype: torch.dtype, batch_size: int | None
+) -> torch.onnx.ONNXProgram:
+    """Export a model for images of a shape (C, *shape)."""
+    dynamic = ({0: torch.export.Dim("batch")},) if batch_size is None else None
+    images = torch.zeros(batch_size or 2, *shape, dtype=dtype)
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                model, (images,), dynamo=True, dynamic_shapes=dynamic, verbose=False,
+                input_names=["images"], output_names=["logits"],
+            )  # fmt: skip
+    except torch.onnx.OnnxExporterError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+        raise ValueError(f"{_name(model)} cannot be exported to ONNX: {reason}") from error
+    assert program is not None
+    return program
+
+
+def _compare(
+    path: Path, model: nn.Module, shapes: Sequence[Sequence[int]], half: bool
+) -> tuple[float, float]:
+    """The largest difference of the logits of a file and a model, and the largest logit."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    generator, difference, largest = torch.Generator().manual_seed(0), 0.0, 0.0
+    for shape in shapes:
+        images = torch.randn(*shape, generator=generator)
+        [found] = session.run(None, {"images": (images.half() if half else images).numpy()})
+        with torch.no_grad():
+            logits = model(images)
+        error = (torch.from_numpy(found).float() - logits).abs().max()
+        if not error.isfinite():
+            return float("nan"), float(logits.abs().max())
+        difference = max(difference, float(error))
+        largest = max(largest, float(logits.abs().max()))
+    return difference, largest
+
+
+def _shape_of(model: nn.Module, given: Sequence[int] | None) -> tuple[int, ...]:
+    if given is not None:
+        return tuple(given)
+    if isinstance(model, VisionModel):
+        return model.config.input_shape
+    raise ValueError(
+        f"{type(model).__name__} does not state the shape of its images: give input_shape, "
+        "such as (3, 224, 224)"
+    )
+
+
+def _name(model: nn.Module) -> str:
+    mixer = getattr(getattr(model, "config", None), "mixer", "")
+    return type(model).__name__ + (f" with mixer {mixer!r}" if mixer else "")
+
+
+def _metadata(model: nn.Module) -> dict[str, str]:
+    known: Any = getattr(model, "pretrained_cfg", {})
+    return {key: json.dumps(known[key]) for key in ("mean", "std", "label_names") if key in known}
+
+
+def _require(*packages: str) -> None:
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise ValueError(
+                f"ONNX export needs the package {package}: pip install {' '.join(packages)}"
+            ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out the exporter's notes on every constant that it does not fold."""
+    logger = logging.getLogger("onnxscript")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
