@@ -1,6 +1,6 @@
 """Image classifiers whose stem, backbone and token mixer are chosen independently."""
 
-from . import compat
+from . import compat, hub
 from .backbones import BACKBONES, Config, Stage, VisionModel
 from .backbones.cait import CaiT
 from .backbones.cct import CCT, CVTLite, ViTLite
@@ -32,6 +32,7 @@ from .explain import attention_heat, attention_maps, overlay, rollout
 from .factory import create_model, load_model, save_model
 from .flops import count_flops
 from .grid import TokenGrid
+from .hub import from_pretrained
 from .kernels import KERNELS, Kernel, Site
 from .kernels.linformer import Linformer
 from .kernels.nystrom import Nystrom
@@ -104,6 +105,8 @@ __all__ = [
     "create_mixer",
     "create_model",
     "export_onnx",
+    "from_pretrained",
+    "hub",
     "list_mixers",
     "list_models",
     "load_converted",

@@ -192,11 +192,20 @@ def load_model(path: str | os.PathLike[str]) -> VisionModel:
     if "config" not in metadata:
         raise ValueError(f"{path} has no model configuration: was it written by save_model?")
     try:
-        model = create_model(json.loads(metadata["config"]))
-        # in the type it was saved in
-        model.to(next(t.dtype for t in state.values() if t.is_floating_point()))
-        load_weights(model, state)
+        model = rebuilt(json.loads(metadata["config"]), state)
         model.pretrained_cfg = {k: tuple(json.loads(metadata[k])) for k in _PIXELS if k in metadata}
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    return model
+
+
+def rebuilt(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> VisionModel:
+    """Build a model from its configuration and all its weights, in their dtype, for evaluation.
+
+    Raises:
+        ValueError: for a configuration that is not one, or does not fit the weights.
+    """
+    model = create_model(config)
+    model.to(next(t.dtype for t in state.values() if t.is_floating_point()))
+    load_weights(model, state)
     return model.eval()

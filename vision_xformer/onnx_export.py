@@ -79,7 +79,7 @@ def export_onnx(
         if not difference <= (_HALF_TOLERANCE if half else _TOLERANCE) * max(1.0, largest):
             raise ValueError(
                 f"the ONNX file of {_name(model)} differs from the model by {difference:.2g}, with "
-                f"logits up to {largest:.2g}{': leave out half' if half else ''}; nothing is written"
+                f"logits up to {largest:.2g}{': leave out half' if half else ''}; it is not kept"
             )
     return difference
 

@@ -19,10 +19,11 @@ from ..summary import summary
 from .checkpointing import Checkpointed
 from .config import Config
 from .features import FeatureModel
+from .publishing import Publishable
 from .resizing import resize_in_place
 
 
-class VisionModel(FeatureModel):
+class VisionModel(FeatureModel, Publishable):
     """An image classifier: (B, C, *shape) -> (B, num_classes). ``config`` rebuilds it.
 
     Subclasses are registered under the name in their ``config_class`` and list sizes in
@@ -33,7 +34,8 @@ class VisionModel(FeatureModel):
 
     Attributes:
         num_features: width of the pooled features.
-        pretrained_cfg: "mean" and "std" of the pixels (0 to 1) that the weights expect, if known.
+        pretrained_cfg: "mean" and "std" of the pixels (0 to 1) that the weights expect, and
+            "label_names" of the classes, if known.
     """
 
     config_class: ClassVar[type[Config]]

@@ -1,0 +1,71 @@
+"""Our classifiers in transformers: ``import vision_xformer.transformers`` registers them.
+
+Folders and repositories of ``save_pretrained`` and ``push_to_hub`` then load with
+``AutoModelForImageClassification`` and ``pipeline("image-classification")``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .factory import create_model
+from .hub import SECTION
+
+try:
+    from transformers import (
+        AutoConfig,
+        AutoModelForImageClassification,
+        PretrainedConfig,
+        PreTrainedModel,
+    )
+    from transformers.modeling_outputs import ImageClassifierOutput
+except ImportError as error:
+    raise ImportError(
+        "vision_xformer.transformers needs the package transformers: pip install transformers"
+    ) from error
+
+
+class VisionXformerConfig(PretrainedConfig):
+    """The config.json of :meth:`VisionModel.save_pretrained`."""
+
+    model_type = SECTION
+
+
+class VisionXformerForImageClassification(PreTrainedModel):
+    """A classifier of this package with the interface of transformers.
+
+    Args:
+        config: with the model's own configuration in ``vision_xformer``.
+
+    Attributes:
+        model: the classifier, (B, C, H, W) -> (B, num_labels).
+    """
+
+    config_class = VisionXformerConfig
+    base_model_prefix = "model"  # keys of weights do not have it
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: VisionXformerConfig) -> None:
+        super().__init__(config)
+        self.model = create_model(getattr(config, SECTION))
+        self.post_init()
+
+    def _init_weights(self, module: Any) -> None:
+        """Leave new weights as the model drew them."""
+
+    def forward(
+        self, pixel_values: Tensor, labels: Tensor | None = None, **options: Any
+    ) -> ImageClassifierOutput:
+        """Classify images (B, C, H, W); with labels (B,), the output has their cross-entropy."""
+        logits = self.model(pixel_values)
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        return ImageClassifierOutput(loss=loss, logits=logits)
+
+
+AutoConfig.register(SECTION, VisionXformerConfig, exist_ok=True)
+AutoModelForImageClassification.register(
+    VisionXformerConfig, VisionXformerForImageClassification, exist_ok=True
+)
