@@ -1,8 +1,8 @@
 """Train and compare models: ``python -m train fit --config configs/cifar10/base.yaml ...``.
 
 ``resume`` continues an interrupted run, or a complete one for more epochs; ``evaluate``,
-``predict``, ``explain`` and ``report`` use finished runs; ``convert`` replaces the attention of a
-trained model; ``benchmark`` measures memory and time.
+``predict``, ``explain``, ``report`` and ``export`` use finished runs; ``convert`` replaces the
+attention of a trained model; ``benchmark`` measures memory and time.
 ``python -m train --config FILE`` means ``fit``, and ``python -m train --resume DIR`` means
 ``resume``.
 """
@@ -24,6 +24,7 @@ from .classify import Classifier
 from .cli import Parser, parse_command, resume_text, with_commands
 from .config import RunConfig, plain_type
 from .explain import explain
+from .export import export
 from .loop import Run
 from .recipes import fit_parser, options_parser, parse, with_options
 from .run_dir import discard
@@ -39,8 +40,9 @@ def command_line() -> Parser:
     resume = options_parser(FREE, "a run resumes with its own configuration; only the options in "
                             "resume --help may change")  # fmt: skip
     evaluate, predict = options_parser(_EVALUATION), options_parser(_PREDICTION)
-    explaining, report, benchmark, convert = (Parser() for _ in range(4))
-    for parser, what in ((resume, "to resume"), (evaluate, "to evaluate"), (predict, "to use")):
+    explaining, report, exported, benchmark, convert = (Parser() for _ in range(5))
+    for parser, what in ((resume, "to resume"), (evaluate, "to evaluate"), (predict, "to use"),
+                         (exported, "to export")):  # fmt: skip
         parser.add_argument("run", type=Path, help=f"folder of the run {what}")
     evaluate.add_argument("--split", choices=("test", "val"), default="test", help="which images")
     predict.add_argument(
@@ -66,6 +68,10 @@ def command_line() -> Parser:
     report.add_argument(
         "--out", type=Path, help="the page (default: report.html in the first folder)"
     )
+    exported.add_argument("--onnx", type=Path, help="ONNX file to write")
+    exported.add_argument("--half", action="store_true", help="the ONNX file is in float16")
+    exported.add_argument("--hub", type=Path, help="folder to write for the Hugging Face Hub")
+    exported.add_argument("--license", type=str, help="license of the weights in the model card")
     return with_commands(
         "python -m train",
         "Train image classifiers, and use and compare the runs.",
@@ -76,6 +82,7 @@ def command_line() -> Parser:
             "predict": ("classes of image files and folders", predict),
             "explain": ("attention maps and rollouts over images, on one page", explaining),
             "report": ("compare runs on one page", report),
+            "export": ("an ONNX file, or a folder for the Hugging Face Hub", exported),
             "convert": ("replace the attention of a trained model; see convert --help", convert),
             "benchmark": ("memory and time; see python -m train.benchmark --help", benchmark),
         },
@@ -116,6 +123,8 @@ def start(arguments: list[str]) -> Run | None:
         config = with_options(folder, _PREDICTION, args)
         classifier = Classifier(folder, config.data, args["train.device"])
         commands.classify(classifier, args.images, args.out)
+    elif name == "export":
+        print(export(folder, args.onnx, args.hub, args.half, args.license))
     else:
         print(commands.evaluate(folder, with_options(folder, _EVALUATION, args), args.split))
     return None

@@ -37,14 +37,14 @@ def resumable(path: Path, changed: bool) -> Path:
     return folder
 
 
-def output_file(path: Path) -> Path:
-    """Check a path of ``--out``, before anything is computed.
+def output_file(path: Path, option: str = "--out") -> Path:
+    """Check the path of an output file, before anything is computed.
 
     Raises:
         ValueError: unless a file can be there.
     """
     if path.is_dir() or not path.parent.is_dir():
-        raise ValueError(f"--out {path} must be a file in a folder that exists")
+        raise ValueError(f"{option} {path} must be a file in a folder that exists")
     return path
 
 
