@@ -84,6 +84,21 @@ def error_table() -> Table:
     return Table(["landmarks or features", *map(str, sizes)], rows)
 
 
+def exports() -> dict[str, dict[str, str]]:
+    """The table of times in onnxruntime, once there are any."""
+    files = [*RESULTS.rglob("onnx.csv")]
+    rows = [row for file in files for row in read_csv(file)[1]]
+    head = ["model", "image size", "eager, ms", "compiled, ms", "onnxruntime, ms", "difference"]
+    columns = ("eager_ms", "compiled_ms", "onnx_ms")
+    cells = [
+        [f"`{r['name']}`", r["size"], *(number(float(r[c])) for c in columns), r["difference"]]
+        if r["status"] == "ok"
+        else [f"`{r['name']}`", r["size"], "", "", "", r["status"]]
+        for r in rows
+    ]
+    return {"docs/export.md": {"onnx": Table(head, cells).markdown()}} if files else {}
+
+
 def blocks() -> dict[str, dict[str, str]]:
     """The text of each block, by the file that it stands in and its name."""
     mixers, models = measured("mixers"), measured("models")
@@ -103,6 +118,7 @@ def blocks() -> dict[str, dict[str, str]]:
             "plan": f"```text\n{plan.read_text(encoding='utf-8')}```",
             "errors": error_table().markdown(),
         },
+        **exports(),
     }
 
 

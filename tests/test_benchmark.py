@@ -35,6 +35,7 @@ from train.benchmark.rows import (
     key,
     machine,
     package_table,
+    read_csv,
     read_rows,
     write_csv,
 )
@@ -668,6 +669,38 @@ def test_attention_that_cannot_be_approximated_is_refused(tmp_path: Path) -> Non
         vx.save_model(model, tmp_path / name / "best.safetensors")
         with pytest.raises(ValueError, match="has no softmax attention without position bias"):
             list(trained(tmp_path / name, config))
+
+
+@pytest.mark.filterwarnings("ignore")  # those of inductor
+def test_exports_are_timed_and_refusals_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export = vx.export_onnx
+
+    def refuses_vit(model: vx.VisionModel, path: Path) -> float:
+        if type(model) is vx.ViT:
+            raise ValueError("ViT cannot be exported to ONNX: a reason")
+        return export(model, path)
+
+    monkeypatch.setattr(vx, "export_onnx", refuses_vit)
+    out = tmp_path / "onnx.csv"
+    words = ["onnx", "--batch", "2", "--out", str(out), "--names"]
+    program.main([*words, "mlp_mixer_test", "vit_test"])
+    assert capsys.readouterr().out == f"2 rows in {out}\n"
+    mixer, vit = read_csv(out)[1]
+    assert (mixer["status"], mixer["batch"]) == ("ok", "2")
+    assert float(mixer["difference"]) < 1e-4
+    assert all(float(mixer[f"{way}_ms"]) > 0 for way in ("eager", "compiled", "onnx"))
+    assert (vit["status"], vit["onnx_ms"]) == ("ViT cannot be exported to ONNX: a reason", "")
+    other = put(tmp_path / "other.csv", [dict.fromkeys(COLUMNS, "1")])
+    for arguments, sentence in (
+        ([*words, "nothing*"], "--names nothing*: no model matches"),
+        (["onnx", "--out", other], "is not a file of exports: choose another file"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            program.main(arguments)
+        assert stop.value.code == 2
+        assert sentence in capsys.readouterr().err
 
 
 def test_pictures_of_errors_leave_out_what_was_not_measured() -> None:

@@ -90,6 +90,8 @@ def test_every_snippet_runs(file: str) -> None:
         },
         "docs/mixers.md": {"y": (2, 1024, 256)},
         "docs/timm.md": {"tokens": (2, 256, 256)},
+        "docs/export.md": {"logits": (4, 10)},
+        "docs/hub.md": {"logits": (2, 10)},
         "docs/extending.md": {"shifted": (2, 10), "scores": (2, 3)},
     }
     for name, shape in shapes.get(file, {}).items():
@@ -343,6 +345,7 @@ def test_training_commands_are_there() -> None:
         "evaluate",
         "predict",
         "report",
+        "export",
         "convert",
     }
 
@@ -350,5 +353,5 @@ def test_training_commands_are_there() -> None:
 def test_benchmark_commands_are_there() -> None:
     found = [words[1:] for words in commands("python -m train") if words[0] == "benchmark"]
     assert {benchmark_line().parse_args(words).command for words in found} == {
-        "mixers", "models", "plan", "errors", "compare", "page", "gpu"
+        "mixers", "models", "onnx", "plan", "errors", "compare", "page", "gpu"
     }  # fmt: skip

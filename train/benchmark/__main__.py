@@ -1,4 +1,4 @@
-"""Command line: ``python -m train.benchmark {mixers,models,plan,errors,compare,page,gpu}``."""
+"""Command line: ``python -m train.benchmark {mixers,models,onnx,plan,errors,compare,page,gpu}``."""
 
 from __future__ import annotations
 
@@ -32,6 +32,10 @@ from .controls import CONTROLS
 from .errors import COLUMNS as ERROR_COLUMNS
 from .errors import METHOD as ERROR_METHOD
 from .errors import fields, measure_errors, trained
+from .exports import COLUMNS as EXPORT_COLUMNS
+from .exports import METHOD as EXPORT_METHOD
+from .exports import measure_exports
+from .exports import models as exported_models
 from .measuring import measure_memory, run
 from .page import write
 from .pictures import wins
@@ -41,7 +45,7 @@ from .rows import Row, column_table, machine, package_table, read_csv, refusals,
 from .suite import PARTS, gpu
 
 RESULTS = Path("results") / "benchmark"
-_NOT_DRAWN = ("tests", "training")  # files of the suite without figures
+_NOT_DRAWN = ("onnx", "tests", "training")  # files of the suite without figures
 
 
 def default_out(command: str) -> Path:
@@ -53,7 +57,7 @@ def default_out(command: str) -> Path:
 
 def command_line() -> Parser:
     """Build the parser of all subcommands."""
-    mixers, models, planned, errors, compared, page, suite = (Parser() for _ in range(7))
+    mixers, models, exports, planned, errors, compared, page, suite = (Parser() for _ in range(8))
     known = [*vx.list_mixers(), *CONTROLS]
     mixers.add_argument("--only", nargs="+", choices=known, default=known, metavar="MIXER",
                         help="mixers, packages and controls to measure")  # fmt: skip
@@ -66,8 +70,11 @@ def command_line() -> Parser:
                         help="height and width of the images")  # fmt: skip
     models.add_argument("--checkpointing", action="store_true",
                         help="also measure with activation checkpointing")  # fmt: skip
-    for one in (mixers, models):
+    exports.add_argument("--names", nargs="+", default=["vi?_tiny", "cc?_7_3x1"],
+                         help="patterns for list_models")  # fmt: skip
+    for one in (mixers, models, exports):
         one.add_argument("--batch", type=PositiveInt, default=8, help="batch size")
+    for one in (mixers, models):
         one.add_argument("--compile", action="store_true", help="also measure under torch.compile")
     add_options(planned)
     errors.add_argument(
@@ -76,8 +83,10 @@ def command_line() -> Parser:
     for one in (mixers, models):
         one.add_argument("--dtype", choices=DTYPES, default="fp32",
                          help="precision; bf16 and fp16 use autocast")  # fmt: skip
-    for one in (mixers, models, errors):
-        again = "" if one is errors else "; rows that it already has are not measured again"
+    for one in (mixers, models, exports, errors):
+        again = (
+            "" if one in (exports, errors) else "; rows that it already has are not measured again"
+        )
         one.add_argument("--out", type=Path, help="CSV file (default: one for this device in "
                          f"results/benchmark){again}")  # fmt: skip
     compared.add_argument("before", type=Path, help="CSV file of the baseline")
@@ -108,6 +117,7 @@ def command_line() -> Parser:
         {
             "mixers": ("measure single layers: every mixer at every length", mixers),
             "models": ("measure whole models: inference and training step", models),
+            "onnx": ("time models in onnxruntime, eager and compiled PyTorch", exports),
             "plan": ("compute memory and the largest batch size, without a GPU", planned),
             "errors": ("measure the error of approximations of exact attention", errors),
             "compare": ("report regressions; exit code 1 if one exceeds the threshold", compared),
@@ -218,6 +228,16 @@ def answer(command: str, args: Namespace, arguments: Sequence[str]) -> str:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_csv(out, [*machine(), *ERROR_METHOD, f"command: {asked}"], ERROR_COLUMNS, found)
         return f"{len(found)} rows in {out}"
+    if command == "onnx":
+        if out.is_file() and "onnx_ms" not in read_csv(out)[1][0]:
+            raise ValueError(f"--out {out} is not a file of exports: choose another file")
+        names, rows = exported_models(args.names), []
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for row in tqdm(measure_exports(names, args.batch), total=len(names), disable=None):
+            rows.append(row)
+            lines = [*machine(), *EXPORT_METHOD, f"command: {asked}"]
+            write_csv(out, lines, EXPORT_COLUMNS, rows)
+        return f"{len(rows)} rows in {out}"
     return f"{tables(run(cases_of(command, args), out, asked))}\n\nrows in {out}"
 
 
