@@ -200,6 +200,7 @@ def test_transformers_classifies_with_our_models(model: vx.VisionModel, tmp_path
     theirs.save_pretrained(tmp_path / "theirs")
     again = AutoModelForImageClassification.from_pretrained(tmp_path / "theirs")
     torch.testing.assert_close(again(images).logits, model(images), rtol=0, atol=0)
+    assert_same(vx.from_pretrained(tmp_path / "theirs"), model)
     rows, columns = np.mgrid[:48, :40]
     picture = Image.fromarray(
         np.stack([4 * rows, 6 * columns, 255 - 5 * rows], -1).astype(np.uint8)
@@ -213,10 +214,11 @@ def test_transformers_classifies_with_our_models(model: vx.VisionModel, tmp_path
 
 
 def test_images_without_three_channels_have_no_processor(tmp_path: Path) -> None:
-    model = vx.create_model("vit_test", channels=1)
-    model.pretrained_cfg = {"mean": (0.5,), "std": (0.5,)}
-    model.save_pretrained(tmp_path)
-    assert not (tmp_path / "preprocessor_config.json").exists()
+    for channels in (3, 1):
+        model = vx.create_model("vit_test", channels=channels)
+        model.pretrained_cfg = {"mean": (0.5,), "std": (0.5,)}
+        model.save_pretrained(tmp_path)
+        assert (tmp_path / "preprocessor_config.json").exists() == (channels == 3)
     assert pixels_of_weights(tmp_path / "model.safetensors", "") == NAMED["half"]
 
 

@@ -22,7 +22,7 @@ from .mixers import mixer_options as options_of_mixer
 from .names import name_to_config, with_mixer
 from .options import check_options, check_types
 from .weights import load_weights, read_metadata, read_weights
-from .weights.files import replacing
+from .weights.files import check_target, replacing
 
 _PIXELS = ("mean", "std")  # entries of pretrained_cfg that are saved
 
@@ -174,6 +174,7 @@ def write_weights(
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path} must end in .safetensors")
+    check_target(path)
     try:
         with replacing(path) as part:
             tensors = {k: v.contiguous() for k, v in state.items()}

@@ -30,12 +30,14 @@ def save_pretrained(model: Any, folder: str | os.PathLike[str], card: str | None
     if card is None and not (folder / CARD).is_file():
         card = model_card(model)
     parent = next(path for path in folder.absolute().parents if path.exists())
-    with tempfile.TemporaryDirectory(dir=parent, prefix=".vx-") as made:  # all files or none
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".vx-") as made:
         save_model(model, Path(made) / WEIGHTS)
         texts = {CONFIG: _json(config_of(model)), CARD: card}
         if (processor := processor_of(model)) is not None:
             texts[PROCESSOR] = _json(processor)
         folder.mkdir(parents=True, exist_ok=True)
+        if processor is None:  # that of an earlier model
+            (folder / PROCESSOR).unlink(missing_ok=True)
         for name, text in texts.items():
             if text is not None:
                 with replacing(folder / name) as part:

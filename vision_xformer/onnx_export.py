@@ -19,7 +19,7 @@ from .backbones import VisionModel
 from .kernels import Kernel
 from .mixers import Mixer
 from .mixers.attention import Attention
-from .weights.files import replacing
+from .weights.files import check_target, replacing
 
 _LIMIT = 2**31  # bytes of a file in the format of protobuf
 _TOLERANCE, _HALF_TOLERANCE = 1e-4, 3e-2  # of the largest logit, or of 1 if that is larger
@@ -61,6 +61,7 @@ def export_onnx(
     path, shape = Path(path), _shape_of(model, input_shape)
     if path.suffix != ".onnx":
         raise ValueError(f"{path} must end in .onnx")
+    check_target(path)
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size {batch_size} must be at least 1, or None for any")
     reference = copy.deepcopy(model).eval().requires_grad_(False).to("cpu", torch.float32)

@@ -91,15 +91,15 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return state
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary file next to ``path``; flush it and rename it unless writing it failed.
-
-    Raises:
-        ValueError: if there cannot be a file at ``path``.
-    """
+def check_target(path: Path) -> None:
+    """Raise a ValueError if there cannot be a file at ``path``."""
     if path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"{path} must be a file in a folder that exists")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary file next to ``path``; flush it and rename it unless writing it failed."""
     part = path.with_name(f".{path.name}.part")
     try:
         part.touch()
