@@ -48,7 +48,9 @@ def assert_same(path: Path, model: vx.VisionModel, atol: float) -> None:
         torch.testing.assert_close(got, want, rtol=0, atol=atol * max(1.0, float(want.abs().max())))
 
 
-@pytest.mark.parametrize("name", vx.list_mixers())
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if "-" in n else n for n in vx.list_mixers()]
+)
 def test_every_mixer_runs_in_onnxruntime(name: str, tmp_path: Path) -> None:
     model = tiny("vit_test", mixer=name, pool=pool_for(name))
     vx.export_onnx(model, tmp_path / "model.onnx")
