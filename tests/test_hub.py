@@ -26,9 +26,10 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, pi
 import vision_xformer as vx
 from train.__main__ import main
 from train.augment import plain
+from train.config import ConvertConfig, ModelConfig
 from train.data import decode
 from train.loop import Run
-from train.model import load_model
+from train.model import Sizes, build_model, load_model, save_weights
 from train.pixels import NAMED, pixels_of, pixels_of_weights
 
 LABELS = ("cat", "dog", "emu")
@@ -286,3 +287,28 @@ def test_exports_that_cannot_be_are_refused(
     ):
         assert sentence in fails(["export", *words], capsys)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["photos"]
+
+
+@pytest.mark.parametrize(
+    ("name", "mixer", "kind"),
+    [
+        ("timm:vit_tiny_patch16_224", None, "a VisionTransformer of timm"),
+        ("vit_test", "linear", "a converted model"),
+    ],
+)
+def test_runs_of_other_models_do_not_become_folders(
+    name: str,
+    mixer: str | None,
+    kind: str,
+    finished: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = shutil.copytree(finished, tmp_path / "run")
+    options = {"depth": 1, "patch_size": 8} if mixer is None else {"depth": 1}
+    config = ModelConfig(name=name, options=options, convert=ConvertConfig(mixer=mixer))
+    sizes = Sizes(16, 3, 10)
+    save_weights(build_model(config, sizes), folder / "best.safetensors", config, sizes)
+    sentence = fails(["export", str(folder), "--hub", str(tmp_path / "out")], capsys)
+    assert sentence == f"{folder} has {kind}: --hub is for models of vx.create_model"
+    assert not (tmp_path / "out").exists()
