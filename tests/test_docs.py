@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import nbclient
+import nbformat
 import pytest
 import yaml
 from blocks import between
@@ -106,3 +108,15 @@ def test_spelling_is_american_and_terms_are_those_of_the_field() -> None:
             flags=re.DOTALL,
         )
         assert [match[0] for match in wrong.finditer(text)] == [], path.name
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path: Path) -> None:
+    notebook = nbformat.read(DOCS / "quickstart.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+    resources = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=900, resources=resources).execute()
+    outputs = str([cell.get("outputs") for cell in notebook.cells])
+    scores = [float(score) for score in re.findall(r"test top-1 ([\d.]+)%", outputs)]
+    assert len(scores) == 3 and min(scores) > 90
+    assert "image/png" in outputs
