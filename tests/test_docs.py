@@ -118,5 +118,6 @@ def test_the_notebook_runs(tmp_path: Path) -> None:
     nbclient.NotebookClient(notebook, timeout=900, resources=resources).execute()
     outputs = str([cell.get("outputs") for cell in notebook.cells])
     scores = [float(score) for score in re.findall(r"test top-1 ([\d.]+)%", outputs)]
-    assert len(scores) == 3 and min(scores) > 90
+    assert len(scores) == 3
+    assert min(scores) > 90
     assert "image/png" in outputs
