@@ -120,6 +120,68 @@ def performer_attention(q, k, v, w, form):
     return per_head(one_head, phi_q, phi_k, v)
 
 
+def feature(x, name, is_query, part, head, places):
+    """f of the tokens of one head, (N, K) -> (N, F).
+
+    ``part`` has the weights of learned feature maps; ``places``: see :func:`coordinates`.
+    """
+    eps, zero = 1e-6, torch.zeros_like(x)
+    signs = [torch.where(sign * x > 0, sign * x, zero) for sign in (1, -1)]
+    if name == "squared_relu":
+        return signs[0] * signs[0] + eps
+    if name == "focused":
+        y = signs[0] + eps
+        factor = (y * y).sum(1).sqrt() / (y**6).sum(1).sqrt()
+        return factor[:, None] * y**3
+    if name == "polarity":
+        power = 1 + 4 / (1 + (-part.power[head]).exp())
+        return torch.cat([side.clamp(min=eps) ** power for side in signs], 1) + eps
+    if name == "norm_aware":
+        if not is_query:
+            return torch.cat([side**3 for side in signs], 1) + eps
+        norm = (x * x).sum(1, keepdim=True).sqrt()
+        power = 3 * (0.5 + torch.tanh(norm))
+        return torch.cat([(side / norm).clamp(min=eps) ** power for side in signs], 1) + eps
+    out = []  # "cosine": the product over the axes of cos(a - b) = cos a cos b + sin a sin b
+    for waves in itertools.product((math.cos, math.sin), repeat=len(places[1])):
+        factors = [
+            math.prod(
+                w(math.pi / 2 * c / size) for w, c, size in zip(waves, at, places[1], strict=True)
+            )
+            for at in places[0]
+        ]
+        out.append((signs[0] + eps) * torch.tensor(factors, dtype=x.dtype)[:, None])
+    return torch.cat(out, 1)
+
+
+def feature_attention(q, k, v, name, kernel, queries, keys):
+    """Means of the values with weights f(q).f(k); those of opposite signs for half of them.
+
+    ``queries``, ``keys``: see :func:`coordinates`.
+    """
+
+    def one_head(q, k, v, head):
+        fq = feature(q, name, True, kernel.q_map, head, queries)
+        fk = feature(k, name, False, kernel.k_map, head, keys)
+
+        def means(weights):
+            return torch.stack([row @ v / row.sum() for row in weights])
+
+        if name != "polarity":
+            return means(fq @ fk.T)
+        width, half = q.shape[1], -(-v.shape[1] // 2)
+        opposite = torch.cat((fk[:, width:], fk[:, :width]), 1)
+        return torch.cat((means(fq @ fk.T)[:, :half], means(fq @ opposite.T)[:, half:]), 1)
+
+    return per_head(one_head, q, k, v)
+
+
+def coordinates(grid, prefix):
+    """The coordinates of each token in cells, and the sizes of the grid; prefix at the center."""
+    cells = [tuple(c + 0.5 for c in cell) for cell in itertools.product(*map(range, grid))]
+    return [tuple(size / 2 for size in grid)] * prefix + cells, grid
+
+
 def runs(size, parts):
     """``size`` cells in ``parts`` runs whose lengths differ by at most one."""
     return [range(-(-p * size // parts), -(-(p + 1) * size // parts)) for p in range(parts)]

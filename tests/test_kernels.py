@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from reference import assert_same, relative_error, site
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
 
 from vision_xformer import KERNELS, Site, TokenGrid, create_mixer
 from vision_xformer.grid import grid_parts, pool_grid, segment_means
@@ -563,6 +564,116 @@ def test_depthwise_conv_is_right_in_float32(length):
     for single, double in zip(*results, strict=True):
         assert single.dtype == torch.float32
         assert relative_error(single, double) <= 1e-5
+
+
+# Linear attention: feature maps without weights, and "polarity"
+
+MAPS = ("squared_relu", "focused", "polarity", "norm_aware", "cosine")
+
+
+@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize(("queries", "keys"), [PAIRS[1], PAIRS[3], *CROSS[1:]], ids=str)
+def test_feature_maps_are_their_loops(name, queries, keys):
+    qkv = operands(queries, keys)
+    kernel = build("linear", keys, feature_map=name)
+    places = [reference.coordinates(*grid) for grid in (queries, keys)]
+    assert_same(
+        lambda: kernel(*qkv, queries, keys),
+        lambda: reference.feature_attention(*qkv, name, kernel, *places),
+        (*qkv, *kernel.parameters()),
+    )
+    assert (
+        relative_error(kernel(*qkv, queries, keys), build("linear", keys)(*qkv, queries, keys))
+        > 0.01
+    )
+
+
+@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_feature_maps_are_finite_in_half_precision(name, dtype):
+    """At activations six times as large as usual, and where all features are zero."""
+    grid = TokenGrid((5, 7), 1)
+    kernel = KERNELS.create("linear", site(HEADS, K, grid), options={"feature_map": name})
+    for scale in (6, 0):
+        low = [(scale * t.detach()).to(dtype).requires_grad_() for t in operands(grid, grid)]
+        low[2] = operands(grid, grid)[2].detach().to(dtype).requires_grad_()
+        out = kernel.to(dtype)(*low, grid, grid)
+        assert out.dtype == dtype
+        gradients = torch.autograd.grad(out.float().square().mean(), low)
+        assert all(t.isfinite().all() for t in (out, *gradients))
+        exact = kernel.double()(*(t.detach().double() for t in low), grid, grid)
+        assert relative_error(out, exact) <= 3e-2
+    mean = low[2].detach().double().mean(-2, keepdim=True).expand_as(exact)
+    assert relative_error(exact, mean) < 1e-3 or name == "cosine"  # which still knows positions
+
+
+def test_focused_features_keep_the_norm_and_sharpen_the_direction():
+    """Proposition 1 of the paper: of two channels, the ratio of the larger to the smaller grows."""
+    grid = TokenGrid((13,))
+    f = build("linear", grid, feature_map="focused").q_map
+    x = torch.rand(2, HEADS, 13, K, dtype=torch.float64) + 0.1
+    y = f(x, grid)
+    assert relative_error(y.norm(dim=-1), x.norm(dim=-1)) < 1e-5
+    assert relative_error(y[..., 0] / y[..., 1], (x[..., 0] / x[..., 1]) ** 3) < 1e-4
+    assert relative_error(y, x) > 0.1
+
+
+def test_polarity_pairs_signs():
+    """Queries and keys of one sign see nothing of the half of the values for opposite signs."""
+    grid = TokenGrid((2,))
+    kernel = build("linear", grid, feature_map="polarity")
+    q = torch.ones(1, HEADS, 2, K, dtype=torch.float64)
+    k = torch.cat((q[:, :, :1], -q[:, :, :1]), 2)
+    v = torch.tensor([[1.0] * V, [2.0] * V], dtype=torch.float64).expand(1, HEADS, 2, V)
+    out = kernel(q, k, v, grid, grid)
+    half = -(-V // 2)
+    assert (out[..., :half] - 1).abs().max() < 1e-4
+    assert (out[..., half:] - 2).abs().max() < 1e-4
+
+
+def test_long_queries_of_norm_aware_features_attend_more_sharply():
+    grid = TokenGrid((13,))
+    q, k, _ = operands(grid, grid)
+    v = torch.eye(13, dtype=torch.float64).expand(2, HEADS, 13, 13)
+    entropies = []
+    for name in ("norm_aware", "relu"):
+        kernel = build("linear", grid, feature_map=name)
+        for factor in (0.1, 10):
+            weights = kernel(factor * q, k, v, grid, grid)
+            entropies.append(-(weights * weights.log()).sum(-1).mean())
+    short, long, *relu = entropies
+    assert long < 0.9 * short
+    assert abs(relu[0] - relu[1]) < 0.01 * relu[0]  # blind to the norm
+
+
+def test_cosine_features_prefer_neighbors_on_every_axis():
+    grid = TokenGrid((5, 7), 1)
+    kernel = build("linear", grid, feature_map="cosine")
+    ones = torch.ones(1, HEADS, 36, K, dtype=torch.float64)
+    v = torch.eye(36, dtype=torch.float64).expand(1, HEADS, 36, 36)
+    weights = (
+        kernel(ones, ones, v, grid, grid)[0, 0, 1:, 1:].unflatten(1, (5, 7)).unflatten(0, (5, 7))
+    )
+    assert (weights[0, 0].diff(dim=0) < 0).all()
+    assert (weights[0, 0].diff(dim=1) < 0).all()
+    ratio = weights[0, 0, 3, 4] / weights[0, 0, 0, 0]
+    expected = math.cos(math.pi / 2 * 3 / 5) * math.cos(math.pi / 2 * 4 / 7)
+    assert abs(ratio - expected) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("name", "features", "sums"),
+    [("polarity", 2, 2), ("norm_aware", 2, 1), ("cosine", 4, 1), ("focused", 1, 1)],
+)
+def test_feature_maps_count_their_products(name, features, sums):
+    queries, keys = TokenGrid((6, 8)), TokenGrid((3, 4))
+    kernel = build("linear", keys, feature_map=name)
+    q, k, v = operands(queries, keys)
+    with FlopCounterMode(display=False) as counter:
+        kernel(q, k, v, queries, keys)
+    stated = kernel.flops(q, k, v, queries, keys)
+    assert stated == counter.get_total_flops()
+    assert stated == 2 * 2 * HEADS * (48 + 12) * features * K * (V + sums)
 
 
 # Fourier

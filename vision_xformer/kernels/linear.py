@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..grid import TokenGrid
@@ -24,8 +23,9 @@ class LinearAttention(Kernel):
 
     Args:
         site: heads, widths and grids of the kernel.
-        feature_map: "elu" (elu + 1), "relu" or "exp", which have no weights; or "hedgehog" or
-            "t2r", which are learned separately for queries and keys.
+        feature_map: "elu" (elu + 1), "relu", "squared_relu", "exp", "focused", "norm_aware" or
+            "cosine", which have no weights; or "polarity", "hedgehog" or "t2r", which are learned
+            separately for queries and keys.
 
     Raises:
         ValueError: for an unknown feature map.
@@ -37,8 +37,11 @@ class LinearAttention(Kernel):
         self,
         site: Site,
         *,
-        feature_map: Literal["elu", "relu", "exp", "hedgehog", "t2r"] = "elu",
-    ) -> None:
+        feature_map: Literal[
+            "elu", "relu", "squared_relu", "exp", "focused", "polarity", "norm_aware", "cosine",
+            "hedgehog", "t2r",
+        ] = "elu",
+    ) -> None:  # fmt: skip
         super().__init__(site)
         self.feature_map, kind = feature_map, FEATURE_MAPS[feature_map]
         self.q_map, self.k_map = (kind(site.heads, site.key_dim, q) for q in (True, False))
@@ -53,9 +56,8 @@ class LinearAttention(Kernel):
         bias: Tensor | None = None,
     ) -> Tensor:
         """Attend: q (B, H, N, K), k (B, G, M, K), v (B, G, M, V) -> (B, H, N, V)."""
-        fq, fk, values = to_accumulate(self.q_map(q), self.k_map(k), v)
-        y = fq @ (fk.mT @ F.pad(values, (0, 1), value=1.0))  # the last column: sums of weights
-        return (y[..., :-1] / y[..., -1:]).to(v.dtype)
+        operands = to_accumulate(self.q_map(q, queries), self.k_map(k, keys), v)
+        return self.q_map.attend(*operands).to(v.dtype)
 
     def flops(
         self,
@@ -66,11 +68,17 @@ class LinearAttention(Kernel):
         keys: TokenGrid,
         bias: Tensor | None = None,
     ) -> int:
-        """Count 2 (N + M) F (V + 1) for each head, and the products of learned feature maps."""
-        width, features = q.shape[-1], q.shape[-1] * self.q_map.ratio
-        learned = width * width if [*self.q_map.parameters()] else 0
-        tokens = (q.numel() + k.numel()) // width
-        return 2 * tokens * (features * (v.shape[-1] + 1) + learned)
+        """Count 2 (N + M) F (V + S) for each head, and the products of learned feature maps.
+
+        S is 1, or 2 for "polarity", whose halves of the values have a denominator each.
+        """
+        width = q.shape[-1]
+        sums = v.shape[-1] + self.q_map.denominators
+        learned = width * width if hasattr(self.q_map, "weight") else 0
+        return sum(
+            2 * x.numel() // width * (self.q_map.features(grid) * sums + learned)
+            for x, grid in ((q, queries), (k, keys))
+        )
 
     def extra_repr(self) -> str:
         """The options that ``print`` shows."""
