@@ -13,10 +13,12 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from vision_xformer import KERNELS
 from vision_xformer.backbones.base import LayerScale
 
 NOISE = 1e-13  # relative to the largest gradient of the module, in float64
 KEYS_UNDER_SOFTMAX = ("softmax", "softmax_eager", "talking_heads", "nystrom", "efficient")
+SHIFTED_KEYS = (*KEYS_UNDER_SOFTMAX, "inline")  # which subtracts the mean of the products
 
 
 def silent(module: nn.Module) -> Iterator[tuple[str, str]]:
@@ -29,7 +31,7 @@ def silent(module: nn.Module) -> Iterator[tuple[str, str]]:
     yield "pool.attention.bias", f"{why}; in the weights of CCT"
     yield "*kernel.before.bias", f"{why}; in the weights of CaiT"
     yield "*.position_bias.layers.9.bias", f"{why}; in the weights of CrossFormer"
-    if mixer in KEYS_UNDER_SOFTMAX and c.get("rope") is None:
+    if mixer in SHIFTED_KEYS and c.get("rope") is None:
         yield "*.projection.k.bias", f"{why}; rotary angles differ between them"
 
     if backbone == "cvt":
@@ -37,9 +39,10 @@ def silent(module: nn.Module) -> Iterator[tuple[str, str]]:
         alike = [f"stages.{i}.*" for i in range(len(c["dims"]) - c["class_token"])]
         if mixer == "external":
             yield from ((f"{stage}.mixer.conv.norm.bias", why) for stage in alike)
-        if mixer in KEYS_UNDER_SOFTMAX and c["rope"] is None:
+        if mixer in SHIFTED_KEYS and c["rope"] is None:
             yield from ((f"{stage}.projection.convs.1.norm.bias", why) for stage in alike)
-        if c["class_token"] and mixer != "nystrom":
+        pools_queries = mixer in KERNELS and not KERNELS[mixer].supports_single_query
+        if c["class_token"] and not pools_queries:
             last = f"stages.{len(c['dims']) - 1}.{c['depths'][-1] - 1}"
             only = "only the class token is read, and its query bypasses the convolution"
             yield f"{last}.mixer.projection.convs.0.*", only

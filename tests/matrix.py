@@ -34,14 +34,17 @@ efficient           –    –     ✓      ✓    ✓   ✓   ✓    ✓       
 external            –    –     ✓      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
 fourier             –    –     ✓      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
 gmlp                –    –     –      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
+inline              –    –     ✓      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
 linear              –    –     ✓      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
 linformer           ✓    –     –      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
 linformer-pytorch   –    –     –      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
+mala                –    –     ✓      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
 mlp                 –    –     –      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
 nystrom             ✓    –     ✓      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
 nystrom-attention   –    –     ✓      –    ✓   ✓   ✓    ✓       ✓       –        –        ✓         ✓        ✓      ✓
 performer           ✓    –     ✓      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
 performer-pytorch   –    –     ✓      ✓    ✓   ✓   ✓    ✓       ✓       ✓        –        ✓         –        ✓      ✓
+rala                –    –     ✓      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
 softmax             ✓    ✓     ✓      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
 softmax_eager       ✓    ✓     ✓      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
 talking_heads       ✓    –     ✓      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓

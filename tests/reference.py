@@ -176,6 +176,50 @@ def feature_attention(q, k, v, name, kernel, queries, keys):
     return per_head(one_head, q, k, v)
 
 
+def elu_plus_one(x):
+    return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
+
+
+def mala_attention(q, k, v):
+    """MALA: (1 + 1/z) s/N f(q).f(k) - z/N, all weights of one query at a time."""
+
+    def one_head(q, k, v, _):
+        rows = []
+        for query in elu_plus_one(q):
+            products = elu_plus_one(k) @ query / math.sqrt(q.shape[1]) / len(k)
+            z = products.sum()
+            rows.append(((1 + 1 / z) * products - z / len(k)) @ v)
+        return torch.stack(rows)
+
+    return per_head(one_head, q, k, v)
+
+
+def rala_attention(q, k, v):
+    """RALA: linear attention whose keys are scaled by M softmax(mean f(q).f(k) / sqrt(K))."""
+
+    def one_head(q, k, v, _):
+        fq, fk = elu_plus_one(q), elu_plus_one(k)
+        mean = sum(fq) / len(fq)
+        scores = softmax_rows((fk @ mean / math.sqrt(q.shape[1]))[None])[0]
+        fk = torch.stack([len(k) * a * key for a, key in zip(scores, fk, strict=True)])
+        return torch.stack([(fk @ query) @ v / (fk @ query).sum() for query in fq])
+
+    return per_head(one_head, q, k, v)
+
+
+def inline_attention(q, k, v):
+    """InLine: s q.k / M + (1 - sum of s q.k / M) / M, all weights of one query at a time."""
+
+    def one_head(q, k, v, _):
+        rows = []
+        for query in q:
+            products = k @ query / math.sqrt(q.shape[1]) / len(k)
+            rows.append((products + (1 - products.sum()) / len(k)) @ v)
+        return torch.stack(rows)
+
+    return per_head(one_head, q, k, v)
+
+
 def coordinates(grid, prefix):
     """The coordinates of each token in cells, and the sizes of the grid; prefix at the center."""
     cells = [tuple(c + 0.5 for c in cell) for cell in itertools.product(*map(range, grid))]

@@ -42,8 +42,12 @@ def equation(name, kernel, q, k, v, grids):
         return (q @ k.mT) @ v
     if name == "efficient":
         return q @ (k.mT @ v)
-    if name == "linear":
+    if name in ("linear", "mala"):
         return q @ (k.mT @ F.pad(v, (0, 1)))
+    if name == "rala":
+        return q @ ((k @ q.mean(-2, keepdim=True).mT * k).mT @ F.pad(v, (0, 1)))
+    if name == "inline":
+        return q @ (k.mT @ v)
     if name == "talking_heads":
         maps = q @ k.mT
         for weight in torch.randn(2, HEADS, HEADS):

@@ -676,6 +676,71 @@ def test_feature_maps_count_their_products(name, features, sums):
     assert stated == 2 * 2 * HEADS * (48 + 12) * features * K * (V + sums)
 
 
+@pytest.mark.parametrize("name", ["mala", "rala", "inline"])
+@pytest.mark.parametrize(("queries", "keys"), [PAIRS[1], PAIRS[3], *CROSS], ids=str)
+def test_summary_kernels_are_their_loops(name, queries, keys):
+    qkv = operands(queries, keys)
+    kernel, slow = build(name, keys), getattr(reference, f"{name}_attention")
+    assert not [*kernel.parameters()]
+    assert_same(lambda: kernel(*qkv, queries, keys), lambda: slow(*qkv), qkv)
+
+
+def weights_of(name, q, k, grid):
+    """The N x N weights of a kernel that is linear in the values."""
+    eye = torch.eye(grid.length, dtype=torch.float64).expand(*q.shape[:2], -1, -1)
+    return build(name, grid)(q, k, eye, grid, grid)
+
+
+@pytest.mark.parametrize("name", ["mala", "rala", "inline"])
+def test_weights_of_summary_kernels_sum_to_one(name):
+    grid = TokenGrid((5, 7), 1)
+    q, k, _ = operands(grid, grid)
+    weights = weights_of(name, 3 * q, k, grid)
+    assert (weights.sum(-1) - 1).abs().max() < 1e-10
+    assert bool((weights < 0).any()) == (name != "rala")
+
+
+def test_mala_keeps_the_magnitude_of_queries():
+    """Of two keys, the ratio of their weights depends on |f(q)|; linear attention cancels it."""
+    grid = TokenGrid((13,))
+    q, k, _ = (t.detach().abs() for t in operands(grid, grid))  # there f is x + 1: linear in q + 1
+    for name, changes in (("mala", True), ("linear", False)):
+        spreads = [weights_of(name, factor * (q + 1) - 1, k, grid).std(-1) for factor in (1, 4)]
+        assert bool((spreads[1] > 1.1 * spreads[0]).all()) == changes
+        assert changes or relative_error(*spreads) < 1e-10
+
+
+def test_rala_weighs_the_keys_that_queries_look_for_on_average():
+    grid = TokenGrid((13,))
+    q, k, _ = (t.detach() for t in operands(grid, grid))
+    k[:, :, 3] = 3.0  # similar to every query
+    share = weights_of("rala", q, k, grid)[..., 3].mean()
+    assert share > 1.5 * weights_of("linear", q, k, grid)[..., 3].mean()
+
+
+def test_inline_tells_queries_apart_that_linear_attention_confuses():
+    """Injectivity, the paper's proposition: q and 2 q have equal weights only with a division."""
+    grid = TokenGrid((13,))
+    q, k, _ = operands(grid, grid)
+    assert (
+        relative_error(weights_of("inline", 2 * q, k, grid), weights_of("inline", q, k, grid)) > 0.1
+    )
+    shifted = weights_of("inline", q, k + 3, grid)
+    assert relative_error(shifted, weights_of("inline", q, k, grid)) < 1e-10  # a shift of all keys
+
+
+@pytest.mark.parametrize("name", ["linear", "mala", "rala", "inline"])
+def test_sums_over_many_tokens_do_not_overflow_under_autocast(name):
+    grid = TokenGrid((32, 32))
+    kernel = KERNELS.create(name, site(1, 32, grid), options={})
+    low = [(6 * torch.randn(1, 1, 1024, 32)).half().requires_grad_() for _ in range(3)]
+    with torch.autocast("cpu", torch.float16):
+        out = kernel(*low, grid, grid)
+    assert out.dtype == torch.float16
+    gradients = torch.autograd.grad(out.float().square().mean(), low)
+    assert all(t.isfinite().all() for t in (out, *gradients))
+
+
 # Fourier
 
 

@@ -93,7 +93,7 @@ class Relu(FeatureMap):
 
 
 class SquaredRelu(FeatureMap):
-    """relu(x)^2 (So et al. 2021, arXiv 2109.08668, section 3.1)."""
+    """relu(x)^2 (So et al. 2021, arXiv 2109.08668)."""
 
     def forward(self, x: Tensor, grid: TokenGrid) -> Tensor:
         """(B, H, N, K) -> (B, H, N, K)."""
@@ -102,7 +102,7 @@ class SquaredRelu(FeatureMap):
 
 
 class Focused(FeatureMap):
-    """|y| y^3 / |y^3| of y = relu(x) (Han et al. 2023, arXiv 2308.00442, eq. 5): norms are kept.
+    """|y| y^3 / |y^3| of y = relu(x) (Han et al. 2023, arXiv 2308.00442): norms are kept.
 
     The learned scale of each channel in the authors' code is part of the projections.
     """
@@ -163,7 +163,7 @@ class T2R(FeatureMap):
 
 
 class Polarity(FeatureMap):
-    """relu(x)^p and relu(-x)^p, p learned (Meng et al. 2025, arXiv 2501.15061, eq. 8-10).
+    """relu(x)^p and relu(-x)^p, p learned (Meng et al. 2025, arXiv 2501.15061).
 
     The first half of the values is weighted by products of equal signs, the other half by products
     of opposite signs. p = 1 + 4 sigmoid(g) for each channel starts as 3. The gate of the paper is
@@ -195,7 +195,7 @@ class Polarity(FeatureMap):
 
 
 class NormAware(FeatureMap):
-    """Signed powers whose exponent grows with |q| (Meng et al. 2025, arXiv 2506.21137, v3, sec. 4).
+    """Signed powers whose exponent grows with |q| (Meng et al. 2025, arXiv 2506.21137).
 
     Queries: relu(d)^p and relu(-d)^p of the direction d = q / |q|, p = 3 (0.5 + tanh |q|), so that
     long queries attend more sharply. Keys: relu(k)^3 and relu(-k)^3.
@@ -216,7 +216,7 @@ class NormAware(FeatureMap):
 
 
 class Cosine(FeatureMap):
-    """relu(q) relu(k)^T cos(pi/2 (i - j) / L) (Qin et al. 2022, arXiv 2202.08791, eq. 10-12).
+    """relu(q) relu(k)^T cos(pi/2 (i - j) / L) (Qin et al. 2022, arXiv 2202.08791).
 
     The paper has one axis of length L. On a grid the weights are multiplied by the cosines of all
     axes, each with its own length; prefix tokens are at the center of the grid.

@@ -5,14 +5,40 @@ f(q) (f(k)^T v) / (f(q) sum f(k)) with a feature map f. The cost is N F V; no N 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from ..grid import TokenGrid
-from ..precision import to_accumulate
+from ..precision import to_accumulate, without_autocast
 from .base import KERNELS, Kernel, Site
 from .feature_maps import FEATURE_MAPS
+
+
+class SummaryKernel(Kernel):
+    """Base of the kernels that multiply each query by one K x V summary of keys and values.
+
+    Args:
+        site: heads, widths and grids of the kernel.
+
+    Attributes:
+        denominators: number of sums of weights for each query, which are columns of the summary.
+    """
+
+    takes_rope = False
+    denominators: ClassVar[int] = 1
+
+    def flops(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        queries: TokenGrid,
+        keys: TokenGrid,
+        bias: Tensor | None = None,
+    ) -> int:
+        """Count 2 (N + M) K (V + S) for each head, S the number of denominators."""
+        return 2 * (q.numel() + k.numel()) * (v.shape[-1] + self.denominators)
 
 
 @KERNELS.register("linear")
@@ -57,7 +83,8 @@ class LinearAttention(Kernel):
     ) -> Tensor:
         """Attend: q (B, H, N, K), k (B, G, M, K), v (B, G, M, V) -> (B, H, N, V)."""
         operands = to_accumulate(self.q_map(q, queries), self.k_map(k, keys), v)
-        return self.q_map.attend(*operands).to(v.dtype)
+        with without_autocast(q):  # sums over tokens overflow in float16
+            return self.q_map.attend(*operands).to(v.dtype)
 
     def flops(
         self,
