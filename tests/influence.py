@@ -17,7 +17,7 @@ from vision_xformer import KERNELS
 from vision_xformer.backbones.base import LayerScale
 
 NOISE = 1e-13  # relative to the largest gradient of the module, in float64
-KEYS_UNDER_SOFTMAX = ("softmax", "softmax_eager", "talking_heads", "nystrom", "efficient")
+KEYS_UNDER_SOFTMAX = ("softmax", "softmax_eager", "talking_heads", "nystrom", "efficient", "agent")
 SHIFTED_KEYS = (*KEYS_UNDER_SOFTMAX, "inline")  # which subtracts the mean of the products
 
 

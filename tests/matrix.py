@@ -29,6 +29,7 @@ CAPABILITIES = {
 # fmt: off
 _TABLE = """
 mixer              rope bias length batch 1-D 2-D 3-D prefix float64 bfloat16 float16 auto-bf16 auto-fp16 compile export
+agent               ✓    –     ✓      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
 conv                –    –     ✓      ✓    ✓   ✓   ✓    –       ✓       ✓        ✓        ✓         ✓        ✓      ✓
 efficient           –    –     ✓      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
 external            –    –     ✓      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓

@@ -220,6 +220,16 @@ def inline_attention(q, k, v):
     return per_head(one_head, q, k, v)
 
 
+def agent_attention(q, k, v, queries, parts):
+    """softmax(q A^T) softmax(A k^T) v, A the means of q in boxes; ``queries``: (grid, prefix)."""
+
+    def one_head(q, k, v, _):
+        agents = cell_means(q, *queries, parts)
+        return attend(q, agents, attend(agents, k, v))
+
+    return per_head(one_head, q, k, v)
+
+
 def coordinates(grid, prefix):
     """The coordinates of each token in cells, and the sizes of the grid; prefix at the center."""
     cells = [tuple(c + 0.5 for c in cell) for cell in itertools.product(*map(range, grid))]

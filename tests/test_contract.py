@@ -35,8 +35,8 @@ from vision_xformer.positions import ROPE_KINDS, RotaryPosition
 DIM, HEADS = 14, 2
 GRIDS = {"1-D": TokenGrid((11,)), "2-D": TokenGrid((7, 5), 1), "3-D": TokenGrid((2, 3, 5), 2)}
 # fewer landmarks than there are tokens, and more
-FEW = {"landmarks": 5, "rank": 5, "features": 13}
-MANY = {"landmarks": 53, "rank": 53, "features": 61}
+FEW = {"landmarks": 5, "agents": 5, "rank": 5, "features": 13}
+MANY = {"landmarks": 53, "agents": 53, "rank": 53, "features": 61}
 
 MODELS = vx.list_models()
 TEST_MODELS = [n for n in MODELS if parse_name(n).size == "test"]

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import vision_xformer as vx
+from vision_xformer.grid import grid_parts
 from vision_xformer.mixers import takes_heads
 
 BATCH, HEADS, KEY, VALUE = 2, 3, 5, 7
@@ -48,6 +49,9 @@ def equation(name, kernel, q, k, v, grids):
         return q @ ((k @ q.mean(-2, keepdim=True).mT * k).mT @ F.pad(v, (0, 1)))
     if name == "inline":
         return q @ (k.mT @ v)
+    if name == "agent":
+        agents = torch.randn(BATCH, HEADS, math.prod(grid_parts(grids[0].shape, 49)), KEY)
+        return (q @ agents.mT) @ ((agents @ k.mT) @ v)
     if name == "talking_heads":
         maps = q @ k.mT
         for weight in torch.randn(2, HEADS, HEADS):

@@ -6,6 +6,7 @@ must not (the same, away from the limit), and the helpers: convolution, inverse,
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 
@@ -739,6 +740,32 @@ def test_sums_over_many_tokens_do_not_overflow_under_autocast(name):
     assert out.dtype == torch.float16
     gradients = torch.autograd.grad(out.float().square().mean(), low)
     assert all(t.isfinite().all() for t in (out, *gradients))
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "agents", "parts"),
+    [
+        (TokenGrid((13,), 1), TokenGrid((13,), 1), 5, (5,)),
+        (TokenGrid((5, 7), 1), TokenGrid((5, 7), 1), 6, (2, 3)),
+        (TokenGrid((5, 7), 2), TokenGrid((3, 4), 2), 100, (5, 7)),
+        (TokenGrid((2, 3, 5)), TokenGrid((2, 2)), 12, (2, 2, 3)),
+    ],
+    ids=str,
+)
+def test_agent_is_its_loop(queries, keys, agents, parts):
+    qkv = operands(queries, keys)
+    kernel = build("agent", keys, agents=agents)
+    slow = functools.partial(reference.agent_attention, *qkv, queries, parts)
+    assert_same(lambda: kernel(*qkv, queries, keys), slow, qkv)
+
+
+def test_agents_for_each_query_are_two_softmax_attentions():
+    """With agents = queries nothing is pooled; with fewer, they are an approximation."""
+    grid = TokenGrid((5, 7))
+    q, k, v = operands(grid, grid)
+    exact = reference.softmax_attention(q, q, reference.softmax_attention(q, k, v))
+    assert relative_error(build("agent", grid, agents=35)(q, k, v, grid, grid), exact) < 1e-12
+    assert relative_error(build("agent", grid, agents=34)(q, k, v, grid, grid), exact) > 1e-3
 
 
 # Fourier

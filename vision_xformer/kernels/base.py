@@ -7,7 +7,7 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from ..grid import TokenGrid
+from ..grid import TokenGrid, pool_grid
 from ..registry import Registry
 
 
@@ -132,6 +132,15 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 def merge_heads(x: Tensor) -> Tensor:
     """(B, H, N, V) -> (B, N, H V)."""
     return x.transpose(1, 2).flatten(2)
+
+
+def pool_heads(x: Tensor, grid: TokenGrid, parts: tuple[int, ...]) -> Tensor:
+    """Average over rectangular cells of the grid, see :func:`~vision_xformer.grid.pool_grid`.
+
+    Heads are merged so that the inner axis is long. The result is contiguous, so that the operators
+    that store it share one copy. Shape: (B, H, N, K) -> (B, H, prod(parts), K)
+    """
+    return split_heads(pool_grid(merge_heads(x), grid, parts), x.shape[1]).contiguous()
 
 
 KERNELS: Registry[Kernel] = Registry("kernel")

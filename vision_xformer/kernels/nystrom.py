@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..derivatives import needs_plain, plain_second
-from ..grid import TokenGrid, grid_parts, pool_grid
+from ..grid import TokenGrid, grid_parts
 from ..options import check_at_least
 from ..precision import to_accumulate, without_autocast
-from .base import KERNELS, Kernel, Site
+from .base import KERNELS, Kernel, Site, pool_heads
 from .softmax import attend
 
 _BLOCK = 32  # rows of one Toeplitz product: the smallest block for which it stays dense
@@ -220,15 +220,10 @@ class Nystrom(Kernel):
             self.residual.zero_()
 
     def _landmark_means(self, x: Tensor, grid: TokenGrid, parts: tuple[int, ...]) -> Tensor:
-        """(B, H, N, K) -> (B, H, m, K). Heads are merged so that the inner axis is long.
-
-        The result is contiguous, so that the operators that store it share one copy.
-        """
+        """(B, H, N, K) -> (B, H, m, K)."""
         if self.segments == "sequence":
             grid = TokenGrid((math.prod(grid.shape),), grid.prefix)
-        tokens = x.transpose(1, 2).flatten(2)
-        means = pool_grid(tokens, grid, parts)
-        return means.unflatten(2, (self.site.heads, -1)).transpose(1, 2).contiguous()
+        return pool_heads(x, grid, parts)
 
     def _parts(self, queries: TokenGrid, keys: TokenGrid) -> tuple[int, ...]:
         """The same parts for queries and keys, so that landmark i has one position in both."""
