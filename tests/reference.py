@@ -230,6 +230,36 @@ def agent_attention(q, k, v, queries, parts):
     return per_head(one_head, q, k, v)
 
 
+def mhla_attention(q, k, v, mixing, queries, keys, parts):
+    """MHLA: the weight of key j for query i is f(q_i).f(k_j) C[block of i, block of j].
+
+    ``queries``, ``keys``: (grid, prefix). A block has ceil(size / parts) cells on each axis.
+    """
+
+    def blocks(grid, prefix):
+        found = [0] * prefix
+        for cell in itertools.product(*map(range, grid)):
+            number = 0
+            for at, size, count in zip(cell, grid, parts, strict=True):
+                number = number * count + at // -(-size // count)
+            found.append(number + (keys[1] > 0))
+        return torch.tensor(found)
+
+    c = torch.where(mixing > 0, mixing, -mixing)
+
+    def one_head(q, k, v, _):
+        fq, fk = (torch.where(x > 0, x, torch.zeros_like(x)) + 1e-6 for x in (q, k))
+        of_keys, rows = blocks(*keys), []
+        for query, block in zip(fq, blocks(*queries), strict=True):
+            weights = torch.stack(
+                [c[block, b] * (query @ key) for b, key in zip(of_keys, fk, strict=True)]
+            )
+            rows.append(weights @ v / weights.sum())
+        return torch.stack(rows)
+
+    return per_head(one_head, q, k, v)
+
+
 def coordinates(grid, prefix):
     """The coordinates of each token in cells, and the sizes of the grid; prefix at the center."""
     cells = [tuple(c + 0.5 for c in cell) for cell in itertools.product(*map(range, grid))]

@@ -94,7 +94,8 @@ def test_controls_are_what_they_say() -> None:
 def test_bytes_kept_grow_as_the_papers_say(name: str) -> None:
     """Few landmarks and features: a constant beside the N would flatten the slope."""
     known = vx.mixer_options(name)
-    few = {key: 16 for key in ("landmarks", "rank", "features") if key in known}
+    few = {"landmarks": 16, "rank": 16, "features": 16, "blocks": 4}
+    few = {key: value for key, value in few.items() if key in known}
 
     def kept(side: int) -> int:
         layout = vx.TokenGrid((side, side))

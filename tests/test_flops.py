@@ -52,6 +52,11 @@ def equation(name, kernel, q, k, v, grids):
     if name == "agent":
         agents = torch.randn(BATCH, HEADS, math.prod(grid_parts(grids[0].shape, 49)), KEY)
         return (q @ agents.mT) @ ((agents @ k.mT) @ v)
+    if name == "mhla":
+        blocks = torch.randn(len(kernel.mixing), len(kernel.mixing))
+        context = k.mT @ F.pad(v, (0, 1))
+        mixed = blocks @ context.flatten(2)[:, :, None].expand(-1, -1, len(blocks), -1)
+        return q @ mixed[:, :, 0].view_as(context)
     if name == "talking_heads":
         maps = q @ k.mT
         for weight in torch.randn(2, HEADS, HEADS):

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vision_xformer import KERNELS, Site, TokenGrid, create_mixer
 from vision_xformer.grid import grid_parts, pool_grid, segment_means
-from vision_xformer.kernels import nystrom, performer
+from vision_xformer.kernels import mhla, nystrom, performer
 from vision_xformer.kernels.nystrom import depthwise_conv, newton_schulz_pinv
 
 HEADS, K, V = 3, 5, 7
@@ -766,6 +766,61 @@ def test_agents_for_each_query_are_two_softmax_attentions():
     exact = reference.softmax_attention(q, q, reference.softmax_attention(q, k, v))
     assert relative_error(build("agent", grid, agents=35)(q, k, v, grid, grid), exact) < 1e-12
     assert relative_error(build("agent", grid, agents=34)(q, k, v, grid, grid), exact) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "blocks", "parts"),
+    [
+        (TokenGrid((13,)), TokenGrid((13,)), 5, (5,)),
+        (TokenGrid((5, 7), 1), TokenGrid((5, 7), 1), None, (2, 2)),
+        (TokenGrid((3, 4), 1), TokenGrid((6, 8), 2), 12, (3, 4)),
+        (TokenGrid((0, 0), 1), TokenGrid((5, 4), 1), 1, (1, 1)),
+        (TokenGrid((2, 3, 5)), TokenGrid((2, 3, 5)), 12, (2, 2, 3)),
+    ],
+    ids=str,
+)
+def test_mhla_is_its_loop(queries, keys, blocks, parts):
+    qkv = operands(queries, keys)
+    kernel = build("mhla", keys, blocks=blocks)
+    assert kernel.parts == parts
+    slow = functools.partial(
+        reference.mhla_attention, *qkv, kernel.mixing, queries[:2], keys[:2], parts
+    )
+    assert_same(lambda: kernel(*qkv, queries, keys), slow, (*qkv, kernel.mixing))
+
+
+def test_mhla_without_locality_is_linear_attention():
+    grid = TokenGrid((5, 7), 1)
+    qkv = operands(grid, grid)
+    kernel = build("mhla", grid)
+    exact = build("linear", grid, feature_map="relu")(*qkv, grid, grid)
+    assert relative_error(kernel(*qkv, grid, grid), exact) > 0.1
+    torch.nn.init.constant_(kernel.mixing, 0.3)
+    assert relative_error(kernel(*qkv, grid, grid), exact) < 1e-10
+    one = build("mhla", TokenGrid((5, 7)), blocks=1)
+    assert one.mixing is None
+    qkv = operands(TokenGrid((5, 7)), TokenGrid((5, 7)))
+    exact = build("linear", grid, feature_map="relu")(*qkv, grid, grid)
+    assert relative_error(one(*qkv, TokenGrid((5, 7)), TokenGrid((5, 7))), exact) < 1e-10
+
+
+def test_mhla_starts_local_and_has_a_higher_rank():
+    c = mhla.local_mixing((3, 4), True)
+    assert (c.sum(1) - 1).abs().max() < 1e-6
+    own = c[1:, 1:].view(3, 4, 3, 4)[0, 0]  # from the first block: nearer blocks weigh more
+    assert (own.diff(dim=0) < 0).all()
+    assert (own.diff(dim=1) < 0).all()
+    assert 0 < own[2, 3] < 1e-6
+    grid = TokenGrid((8, 8))
+    q, k = torch.randn(2, 1, 1, 64, 4, dtype=torch.float64)
+    eye = torch.eye(64, dtype=torch.float64).expand(1, 1, 64, 64)
+    ranks = [
+        torch.linalg.matrix_rank(
+            KERNELS.create(n, site(1, 4, grid), options=o).double()(q, k, eye, grid, grid)[0, 0]
+        )
+        for n, o in (("mhla", {"blocks": 16}), ("linear", {"feature_map": "relu"}))
+    ]
+    assert ranks[0] > 30 > 5 > ranks[1]
 
 
 # Fourier

@@ -85,6 +85,14 @@ class Kernel(nn.Module):
         Called when a trained model is converted. The default changes nothing.
         """
 
+    def check_keys(self, keys: TokenGrid) -> None:
+        """Raise a ValueError for keys on another grid than that of the site."""
+        if keys != self.site.keys:
+            raise ValueError(
+                f"{type(self).__name__} was built for keys on {self.site.keys} and cannot take "
+                f"{keys}: build it for that; load_weights(..., resize=True) carries its tables over"
+            )
+
     def forward(
         self,
         q: Tensor,

@@ -122,11 +122,7 @@ class Linformer(MapKernel):
         Raises:
             ValueError: for keys on another grid than that of the site.
         """
-        if keys != self.site.keys:
-            raise ValueError(
-                f"{type(self).__name__} was built for keys on {self.site.keys} and cannot take "
-                f"{keys}: build it for that; load_weights(..., resize=True) carries its tables over"
-            )
+        self.check_keys(keys)
         if not shortened:
             merged_k = merge_heads(k)
             short = self.shorten(merged_k, merged_k if v is k else merge_heads(v))

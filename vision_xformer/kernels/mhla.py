@@ -1,0 +1,168 @@
+"""Multi-head linear attention over blocks (MHLA, 2026, arXiv 2601.07832).
+
+The grid is cut into B blocks of keys with sums S_b = sum_j f(k_j)^T [v_j, 1], f = relu. A query in
+block a uses a mixture of them, with a learned matrix C, (B, B):
+
+    [y, z] = f(q) sum_b C_ab S_b,  output y / z
+
+so that different parts of the image have different summaries, of a higher rank than the single one
+of linear attention. The cost is N K V + B^2 K V, linear in N for B^2 <= N.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..grid import TokenGrid, grid_parts
+from ..options import check_at_least
+from ..precision import to_accumulate, without_autocast
+from .base import KERNELS, Kernel, Site
+from .feature_maps import FEATURE_MAPS
+
+_EPS = 1e-6  # the absolute value has no gradient at 0
+
+
+def local_mixing(parts: tuple[int, ...], prefix: bool) -> Tensor:
+    """The initial C: 1 - distance / largest distance of two blocks, in rows that sum to 1.
+
+    Prefix tokens are a block of their own, the first, at distance 0 of all others.
+
+    Shape: () -> (B, B)
+    """
+    places = torch.tensor([*itertools.product(*map(range, parts))], dtype=torch.float32)
+    distances = F.pad(torch.cdist(places, places), (int(prefix), 0, int(prefix), 0))
+    nearness = (1 - distances / distances.max().clamp(min=1)).clamp(min=_EPS)
+    return nearness / nearness.sum(1, keepdim=True)
+
+
+def to_blocks(x: Tensor, shape: tuple[int, ...], parts: tuple[int, ...]) -> Tensor:
+    """Cut a grid into blocks; the last ones on each axis are padded with zeros.
+
+    Shape: (B, H, prod(shape), F) -> (B, H, prod(parts), w, F)
+    """
+    x = x.unflatten(2, shape)
+    padding = [(0, -size % count) for size, count in zip(shape, parts, strict=True)]
+    if any(after for _, after in padding):
+        x = F.pad(x, (0, 0, *itertools.chain(*reversed(padding))))
+    return rearrange(x, f"b h {_cut(parts)} f -> b h {_of(parts)} f", **_counts(parts))
+
+
+def from_blocks(x: Tensor, shape: tuple[int, ...], parts: tuple[int, ...]) -> Tensor:
+    """Undo :func:`to_blocks`: (B, H, prod(parts), w, F) -> (B, H, prod(shape), F)."""
+    cells = {f"w{axis}": -(-size // parts[axis]) for axis, size in enumerate(shape)}
+    x = rearrange(x, f"b h {_of(parts)} f -> b h {_cut(parts)} f", **_counts(parts), **cells)
+    inside = (slice(None), slice(None), *map(slice, shape))
+    return x[inside].flatten(2, -2)
+
+
+def _counts(parts: tuple[int, ...]) -> dict[str, int]:
+    return {f"n{axis}": count for axis, count in enumerate(parts)}
+
+
+def _cut(parts: tuple[int, ...]) -> str:
+    return " ".join(f"(n{axis} w{axis})" for axis in range(len(parts)))
+
+
+def _of(parts: tuple[int, ...]) -> str:
+    numbers, cells = (" ".join(f"{x}{axis}" for axis in range(len(parts))) for x in "nw")
+    return f"({numbers}) ({cells})"
+
+
+@KERNELS.register("mhla")
+class Mhla(Kernel):
+    """Linear attention whose summaries of blocks are mixed for each block of queries.
+
+    The blocks tie the kernel to its grid of keys; queries may be on any grid of as many axes.
+    Prefix tokens are a block of their own. C is used as |C|, so that no sum of weights is 0; with a
+    single block, it would cancel, and there is none.
+
+    Shape: (B, H, N, K), (B, H, M, K), (B, H, M, V) -> (B, H, N, V)
+
+    Args:
+        site: heads, widths and grids of the kernel.
+        blocks: maximal number of blocks of the grid; by default sqrt(M), for which the cost is
+            linear. DeiT models of the paper have 4 blocks of 7 x 7 tokens.
+
+    Raises:
+        ValueError: for a number below 1, keys on another grid, or queries on a grid of other axes.
+    """
+
+    takes_rope = False
+    fixed = True
+
+    def __init__(self, site: Site, *, blocks: int | None = None) -> None:
+        super().__init__(site)
+        cells = math.prod(site.keys.shape)
+        blocks = max(1, math.isqrt(cells)) if blocks is None else blocks
+        check_at_least("blocks", blocks, 1)
+        self.parts = grid_parts(site.keys.shape, blocks)
+        self.features = FEATURE_MAPS["relu"](site.heads, site.key_dim, True)
+        mixing = local_mixing(self.parts, site.keys.prefix > 0)
+        self.mixing = nn.Parameter(mixing) if len(mixing) > 1 else None
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        queries: TokenGrid,
+        keys: TokenGrid,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """Attend: q (B, H, N, K), k (B, G, M, K), v (B, G, M, V) -> (B, H, N, V)."""
+        self.check_keys(keys)
+        if len(queries.shape) != len(keys.shape):
+            raise ValueError(f"queries on {queries} and keys on {keys} differ in their axes")
+        wide_q, wide_k, values = to_accumulate(q, k, v)
+        with without_autocast(q):  # sums over tokens overflow in float16
+            fq, fk = self.features(wide_q, queries), self.features(wide_k, keys)
+            sums = self._summaries(fk, F.pad(values, (0, 1), value=1.0), keys)
+            if self.mixing is not None:
+                sums = (self.mixing.to(sums).abs() @ sums.flatten(3)).view_as(sums)
+            y = self._read(fq, sums, queries)
+            return (y[..., :-1] / y[..., -1:]).to(v.dtype)
+
+    def _summaries(self, fk: Tensor, values: Tensor, keys: TokenGrid) -> Tensor:
+        """Sums of the prefix, if any, and of each block: (B, H, blocks, K, V + 1)."""
+        prefix = keys.prefix
+        blocks = [to_blocks(x[:, :, prefix:], keys.shape, self.parts) for x in (fk, values)]
+        sums = blocks[0].mT @ blocks[1]
+        if not prefix:
+            return sums
+        first = fk[:, :, :prefix].mT @ values[:, :, :prefix]
+        return torch.cat((first[:, :, None], sums), 2)
+
+    def _read(self, fq: Tensor, mixed: Tensor, queries: TokenGrid) -> Tensor:
+        """Multiply each query with the mixture of its block: (B, H, N, V + 1)."""
+        prefix, own = queries.prefix, mixed.shape[2] > math.prod(self.parts)
+        rows = []
+        if prefix:  # where no key has a block for them, they read the first one
+            rows.append(fq[:, :, :prefix] @ mixed[:, :, 0])
+        if fq.shape[2] > prefix:
+            blocks = to_blocks(fq[:, :, prefix:], queries.shape, self.parts)
+            rows.append(from_blocks(blocks @ mixed[:, :, int(own) :], queries.shape, self.parts))
+        return rows[0] if len(rows) == 1 else torch.cat(rows, 2)
+
+    def flops(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        queries: TokenGrid,
+        keys: TokenGrid,
+        bias: Tensor | None = None,
+    ) -> int:
+        """Count 2 (N + M + B^2) K (V + 1) for each head, B blocks including that of the prefix."""
+        pairs = 0 if self.mixing is None else self.mixing.numel()
+        mixed = q.shape[0] * q.shape[1] * pairs * q.shape[-1]
+        return 2 * (q.numel() + k.numel() + mixed) * (v.shape[-1] + 1)
+
+    def extra_repr(self) -> str:
+        """The options that ``print`` shows."""
+        return f"blocks={math.prod(self.parts)}"
