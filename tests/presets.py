@@ -21,6 +21,9 @@ TEST_SIZES: dict[str, dict[str, Any]] = {
     "mlp_mixer": dict(mlp_ratio=1.6, **_ISOTROPIC),
     "gmlp": _ISOTROPIC,
     "cait": dict(class_depth=1, class_heads=2, layer_scale=0.5, **_VIT),
+    "xcit": dict(
+        class_depth=1, class_heads=2, layer_scale=0.5, stem_options={"layers": 1}, **_VIT
+    ),
     "cct": dict(
         input_shape=(3, 15, 9), patch_size=4, stem_options={"kernel": 3, "layers": 2}, **_CCT
     ),

@@ -260,6 +260,21 @@ def mhla_attention(q, k, v, mixing, queries, keys, parts):
     return per_head(one_head, q, k, v)
 
 
+def cross_covariance(q, k, v, temperature):
+    """XCiT: a channel of the output is a mean of channels of v, weighted by cosines over tokens."""
+
+    def one_head(q, k, v, head):
+        columns = []
+        for c in range(q.shape[1]):
+            query = q[:, c] / q[:, c].norm()
+            logits = [query @ k[:, d] / k[:, d].norm() for d in range(k.shape[1])]
+            weights = softmax_rows(torch.stack(logits)[None] * temperature[head])[0]
+            columns.append(v @ weights)
+        return torch.stack(columns, 1)
+
+    return per_head(one_head, q, k, v)
+
+
 def coordinates(grid, prefix):
     """The coordinates of each token in cells, and the sizes of the grid; prefix at the center."""
     cells = [tuple(c + 0.5 for c in cell) for cell in itertools.product(*map(range, grid))]

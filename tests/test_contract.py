@@ -49,7 +49,7 @@ def _is_like_another(name: str) -> bool:
     # Angles are no new graph. CCT and hybrids are ViT behind another stem, CaiT and CrossViT have
     # its blocks, so their mixers need not be compiled again; SimpleViT is ViT with another table,
     # the lite models are CCT behind the stem of ViT.
-    stem_only = parsed.hybrid or parsed.backbone in ("cct", "cait", "crossvit")
+    stem_only = parsed.hybrid or parsed.backbone in ("cct", "cait", "xcit", "crossvit")
     like_vit = parsed.backbone == "simple_vit" or parsed.backbone.endswith("_lite")
     return parsed.rope or like_vit or (stem_only and parsed.letter != "t")
 

@@ -13,8 +13,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import assert_same, per_head, relative_error, site, softmax_rows
+from reference import (
+    assert_same,
+    cross_covariance,
+    in_heads,
+    out_of_heads,
+    per_head,
+    relative_error,
+    site,
+    softmax_rows,
+)
 from test_transplants import randomized
+from timm.models.xcit import XCA
 from torch import Tensor, nn
 from vit_pytorch import (
     cct_3d,
@@ -37,7 +47,7 @@ from vision_xformer.kernels import KERNELS
 from vision_xformer.kernels.windowed import Windows
 from vision_xformer.mixers import takes_heads
 from vision_xformer.mixers.factorized import AxisMixer, space_time
-from vision_xformer.positions import RotaryPosition
+from vision_xformer.positions import FourierPosition, RotaryPosition
 
 DIM, HEADS = 12, 3
 
@@ -160,6 +170,43 @@ def test_silent_heads_that_listen_to_themselves_are_softmax() -> None:
     q, k, v = operands(7, 7)
     grids = [TokenGrid((7,))] * 2
     assert relative_error(kernel(q, k, v, *grids), softmax(q, k, v, *grids)) < 1e-12
+
+
+def test_cross_covariance_is_its_equation_and_that_of_timm() -> None:
+    grid = TokenGrid((3, 2), 1)
+    mixer = build("xca", grid, qkv_bias=True)
+    x = randn(2, 7, DIM).requires_grad_()
+
+    def slow() -> Tensor:
+        q, k, v = (in_heads(part, HEADS) for part in mixer.qkv(x).chunk(3, -1))
+        y = cross_covariance(q, k, v, mixer.temperature)
+        return out_of_heads(y) @ mixer.proj.weight.T + mixer.proj.bias
+
+    leaves = (x, *mixer.parameters())
+    assert_same(lambda: mixer(x, grid), slow, leaves)
+    timm = XCA(DIM, num_heads=HEADS, qkv_bias=True).double()
+    timm.load_state_dict(mixer.state_dict())
+    assert relative_error(mixer(x, grid), timm(x)) < 1e-12
+    # the map is one of channels: tokens in another order are mixed alike
+    order = torch.randperm(7)
+    assert relative_error(mixer(x[:, order], grid), mixer(x, grid)[:, order]) < 1e-12
+
+
+def test_fourier_positions_are_sines_of_each_axis() -> None:
+    grid = TokenGrid((3, 20), 1)
+    position = FourierPosition(grid, 5).double()
+    with torch.no_grad():
+        table = position()
+        rows = []
+        for y, x in itertools.product(range(1, 4), range(1, 21)):
+            waves = [
+                (math.cos if i % 2 else math.sin)(2 * math.pi * c / n / 10000 ** (i // 2 / 16))
+                for c, n in ((y, 3), (x, 20))
+                for i in range(32)
+            ]
+            rows.append(position.proj(torch.tensor(waves, dtype=torch.float64)))
+    assert not table[0].any()
+    assert relative_error(table[1:], torch.stack(rows)) < 1e-5
 
 
 def test_token_mlp_is_its_equation() -> None:
@@ -809,6 +856,8 @@ def masked(mixer: vx.Mixer, windows: Windows, x: Tensor, grid: tuple[int, ...]) 
 # Published sizes
 
 COUNTS = {
+    "xcit_nano_12_p16": 3_053_224,
+    "xcit_tiny_12_p8": 6_706_504,
     "cait_xxs24": 11_956_264,
     "cait_xxs36": 17_299_720,
     "cait_xs24": 26_670_088,

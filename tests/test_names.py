@@ -280,7 +280,7 @@ def test_the_letter_is_the_mixer(name: str) -> None:
     parsed, config = parse_name(name), name_to_config(name)
     assert config.backbone == parsed.backbone
     values = vars(config)
-    own = {"cait": "talking_heads"}.get(parsed.backbone, "softmax")
+    own = {"cait": "talking_heads", "xcit": "xca"}.get(parsed.backbone, "softmax")
     mixer = own if parsed.letter == "t" else LETTERS[parsed.letter or ""]
     assert values["mixer"] == mixer
     assert set(values["mixer_options"]) <= set(vx.mixer_options(mixer))
@@ -291,9 +291,9 @@ def test_the_letter_is_the_mixer(name: str) -> None:
         assert (values["key_dim"] is not None) == takes_heads(mixer)
         assert values["position_bias"] == (takes_bias(mixer) and not parsed.rope)
     elif parsed.backbone not in ("cvt", "crossvit", "pvt"):
-        own = "sincos" if parsed.backbone == "simple_vit" else "learned"
+        own = {"simple_vit": "sincos", "xcit": "fourier"}.get(parsed.backbone, "learned")
         assert values["position"] == ("none" if parsed.rope else own)
-        stem = {"cct": "tokenizer"}.get(parsed.backbone, "patch")
+        stem = {"cct": "tokenizer", "xcit": "levit"}.get(parsed.backbone, "patch")
         assert values["stem"] == ("conv" if parsed.hybrid else stem)
 
 

@@ -34,6 +34,7 @@ from timm.models.mlp_mixer import MlpMixer, SpatialGatingBlock
 from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.models.xcit import Xcit
 from torch import Tensor, nn
 from transformers import CvtConfig, CvtForImageClassification
 from vit_pytorch import cct
@@ -295,6 +296,15 @@ SMALL = {
         ),
         ((14, 15), (10, 24)),
     ),
+    "xcit": Case(
+        "xcit_test",
+        {**OUR_VIT, "patch_size": 8, "class_heads": 3, "class_depth": 2, "layer_scale": 0.1,
+         "stem_options": {"layers": 3, "activation": "gelu"}, "class_options": {"qkv_bias": True}},
+        lambda size: Xcit(
+            img_size=size, eta=0.1, cls_attn_layers=2, tokens_norm=True, **{**VIT, "patch_size": 8}
+        ),
+        ((32, 40), (24, 56)),
+    ),
     "crossvit": Case(
         "crossvit_test",
         dict(channels=2, num_classes=7, cross_heads=(3, 2), scales=(1.0, 0.75),
@@ -361,8 +371,8 @@ SMALL = {
 }  # fmt: skip
 each_small = pytest.mark.parametrize("case", SMALL.values(), ids=SMALL)
 ONE_OF_EACH = ["levit, distilled", "cvt", "cct", "cvt_lite", "vit_lite",
-               "vit, registers and scales", "cait", "crossvit", "swin", "convmixer", "mixer",
-               "gmlp"]  # fmt: skip
+               "vit, registers and scales", "cait", "xcit", "crossvit", "swin", "convmixer",
+               "mixer", "gmlp"]  # fmt: skip
 one_of_each = pytest.mark.parametrize("case", [SMALL[n] for n in ONE_OF_EACH], ids=ONE_OF_EACH)
 
 
@@ -554,6 +564,10 @@ PUBLISHED = {
         *(
             published_timm(f"cait_{s}", f"cait_{s}_224", (80, 112))
             for s in ("xxs24", "xxs36", "s24")
+        ),
+        *(
+            published_timm(f"xcit_{s}", f"xcit_{s}_224", (80, 112))
+            for s in ("nano_12_p16", "nano_12_p8", "tiny_12_p16", "tiny_12_p8")
         ),
         *(
             Case(
@@ -1211,6 +1225,7 @@ def test_models_of_other_libraries_are_not_filled(case: Case, wrapped: bool) -> 
             message = assert_refused(target, weights, "does not fill modules of", **options)
     libraries = {
         "levit": "timm LeViT", "vit": "timm ViT", "cvt": "transformers CvT", "cait": "timm CaiT",
+        "xcit": "timm XCiT",
         "crossvit": "timm CrossViT", "swin": "timm Swin", "pvt": "timm PVT v2",
         "convmixer": "timm ConvMixer", "mlp_mixer": "timm MLP-Mixer", "gmlp": "timm gMLP",
     }  # fmt: skip

@@ -15,6 +15,7 @@ from .backbones.pvt import PVT
 from .backbones.simple_vit import SimpleViT
 from .backbones.swin import Swin
 from .backbones.vit import ViT
+from .backbones.xcit import XCiT
 from .compat import FNet, FNet2D, ViL, ViN, ViP
 from .converters import (
     BreakEven,
@@ -94,6 +95,7 @@ __all__ = [
     "ViT",
     "ViTLite",
     "VisionModel",
+    "XCiT",
     "__version__",
     "align",
     "attention_heat",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import ClassVar, Literal, get_args
 
@@ -14,7 +15,7 @@ from .grid import TokenGrid
 from .options import unknown_name_error
 from .precision import autocasts
 
-PositionKind = Literal["learned", "sincos", "raster_sincos", "none"]
+PositionKind = Literal["learned", "sincos", "raster_sincos", "fourier", "none"]
 RopeKind = Literal["axial", "raster"]
 POSITIONS: tuple[PositionKind, ...] = get_args(PositionKind)
 ROPE_KINDS: tuple[RopeKind, ...] = get_args(RopeKind)
@@ -190,6 +191,60 @@ class SinCosPosition(GridTable):
         return table
 
 
+class FourierFeatures(SinCosPosition):
+    """Sines and cosines at 16 wavelengths, the longest of which is the length of the axis.
+
+    Coordinates count from 1 and are divided by the length. Each axis has 32 channels, the first
+    axis first; even ones are sines, odd ones cosines (El-Nouby et al. 2021, arXiv 2106.09681).
+
+    Shape: () -> (N, 32 A) on A axes
+
+    Args:
+        grid: positions of the N tokens.
+    """
+
+    def __init__(self, grid: TokenGrid) -> None:
+        super().__init__(grid, 32 * len(grid.shape))
+
+    def rows(self, grid: TokenGrid, device: torch.device) -> Tensor:
+        """Compute the features of a grid: (N, 32 A)."""
+        channels = torch.arange(32, device=device)
+        wavelengths = 10000.0 ** (channels // 2 * 2 / 32)
+        features = []
+        for axis, size in enumerate(grid.shape):
+            place = torch.arange(1, size + 1, dtype=torch.float32, device=device)
+            angle = (place / (place[-1:] + 1e-6) * (2 * math.pi))[:, None] / wavelengths
+            waves = torch.where(channels % 2 == 0, angle.sin(), angle.cos())
+            shape = [1] * len(grid.shape) + [32]
+            shape[axis] = size
+            features.append(waves.view(shape).expand(*grid.shape, 32))
+        rows = torch.cat(features, -1).flatten(0, -2)
+        return torch.cat((rows.new_zeros(grid.prefix, self.dim), rows))
+
+
+class FourierPosition(nn.Module):
+    """A learned projection of :class:`FourierFeatures`; prefix tokens have none.
+
+    Shape: () -> (N, D)
+
+    Args:
+        grid: positions of the N tokens.
+        dim: width D.
+    """
+
+    def __init__(self, grid: TokenGrid, dim: int) -> None:
+        super().__init__()
+        self.tokens, self.features = grid, FourierFeatures(grid)
+        self.proj = nn.Linear(self.features.dim, dim)
+
+    def forward(self, like: Tensor | None = None, grid: TokenGrid | None = None) -> Tensor:
+        """Return the table (N, D) of ``grid``, on the device of ``like``."""
+        rows, prefix = self.proj(self.features(like, grid)), self.tokens.prefix
+        if not prefix:
+            return rows
+        return torch.cat((torch.zeros_like(rows[:prefix]), rows[prefix:]))
+
+
 class RasterSinCosPosition(SinCosPosition):
     """Sines and cosines of the position in the row-major sequence, which includes the prefix.
 
@@ -265,7 +320,7 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
 
 def make_position(
     kind: str, grid: TokenGrid, dim: int, std: float
-) -> LearnedPosition | SinCosPosition | None:
+) -> LearnedPosition | SinCosPosition | FourierPosition | None:
     """The table of a ``kind`` of POSITIONS that is added to the tokens, () -> (N, D), or None.
 
     ``std`` is the initial standard deviation of a learned table.
@@ -281,4 +336,6 @@ def make_position(
         return SinCosPosition(grid, dim)
     if kind == "raster_sincos":
         return RasterSinCosPosition(grid, dim)
+    if kind == "fourier":
+        return FourierPosition(grid, dim)
     raise unknown_name_error("position", kind, POSITIONS)

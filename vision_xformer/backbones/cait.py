@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from ..grid import TokenGrid
 from ..options import check_at_least
-from .base import BACKBONES, Checkpointed, init_linears
+from .base import BACKBONES, Block, Checkpointed, init_linears
 from .class_attention import ClassBlock, check_class_mixer, class_attention
+from .config import Config
 from .vit import Isotropic, IsotropicConfig
 
 
@@ -63,7 +64,7 @@ class ClassStage(Checkpointed):
         dim: width D.
     """
 
-    def __init__(self, blocks: Sequence[ClassBlock], dim: int) -> None:
+    def __init__(self, blocks: Sequence[Block], dim: int) -> None:
         super().__init__()
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
         self.blocks = nn.ModuleList(blocks)
@@ -88,7 +89,9 @@ class CaiT(Isotropic):
         ValueError: for values that do not fit together; it names the argument and the value.
     """
 
-    config_class = CaiTConfig
+    config_class: ClassVar[type[Config]] = CaiTConfig
+    class_block: ClassVar[type[Block]] = ClassBlock
+    class_stage_class: ClassVar[type[ClassStage]] = ClassStage
     config: CaiTConfig
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "xxs24": _size(192, 24),
@@ -101,17 +104,8 @@ class CaiT(Isotropic):
         super().__init__(config, {})
         c = config
         grid = self.grid._replace(prefix=self.grid.prefix + 1)
-        blocks = []
-        for _ in range(c.class_depth):
-            mixer = class_attention(
-                c.class_mixer, c.class_options, dim=c.dim, heads=c.class_heads, grid=grid
-            )
-            block = ClassBlock(
-                mixer, c.mlp_ratio, dropout=c.dropout, layer_scale=c.layer_scale,
-                norm_eps=c.norm_eps,
-            )  # fmt: skip
-            blocks.append(block)
-        self.class_stage: ClassStage | None = ClassStage(blocks, c.dim)
+        blocks = [self.make_class_block(grid) for _ in range(c.class_depth)]
+        self.class_stage: ClassStage | None = self.class_stage_class(blocks, c.dim)
         init_linears(self.class_stage)
         self.norm = nn.LayerNorm(c.dim, c.norm_eps)
         self.head = self.make_head(c.num_classes)
@@ -126,6 +120,16 @@ class CaiT(Isotropic):
         if self.class_stage is None:
             return self.norm(x)
         return self.norm(torch.cat((self.class_stage(x, grid), x), 1))
+
+    def make_class_block(self, grid: TokenGrid) -> Block:
+        """A block of class attention; ``grid`` includes the class token."""
+        c = self.config
+        mixer = class_attention(
+            c.class_mixer, c.class_options, dim=c.dim, heads=c.class_heads, grid=grid
+        )
+        return self.class_block(
+            mixer, c.mlp_ratio, dropout=c.dropout, layer_scale=c.layer_scale, norm_eps=c.norm_eps
+        )
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Classify the class token: (B, num_classes), or the token (B, D) with ``pre_logits``."""

@@ -45,7 +45,7 @@ class IsotropicConfig(BlockConfig):
         stem: stem by name: "patch", "conv" (hybrid), "tokenizer" (CCT), "levit", "fft" or "v0.2".
         stem_options: its options.
         position: added to the tokens: "learned", "sincos" (of each axis), "raster_sincos" (of the
-            position in the sequence) or "none".
+            position in the sequence), "fourier" (a learned projection of sines) or "none".
         position_std: initial standard deviation of learned positions. Small patches need a larger
             one, or the position signal is drowned out.
         rope: rotary positions, "axial" or "raster", or None.

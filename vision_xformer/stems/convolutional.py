@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import ACTIVATION, BATCH_NORM, CONV, MAX_POOL, Activation, ConvNorm, channels_last
@@ -170,8 +169,9 @@ class Tokenizer(Stem):
 class LeViTStem(Stem):
     """The stem of LeViT (Graham et al. 2021, arXiv 2104.01136, section 4.2).
 
-    Each of ``layers`` layers is a 3x3 convolution with batch norm, and hard-swish comes in between.
-    Each doubles the channels, up to D. The product of the strides is the patch size.
+    Each of ``layers`` layers is a 3x3 convolution with batch norm, and an activation comes in
+    between: hard-swish, or GELU as in XCiT. Each doubles the channels, up to D. The product of the
+    strides is the patch size.
 
     Shape: (B, C, *shape) -> (B, N, D)
 
@@ -180,6 +180,7 @@ class LeViTStem(Stem):
         patch_size: pixels per token, one size or one for each axis.
         dim: token width D.
         layers: number of convolutions; ``dim`` is a multiple of 2^(layers - 1).
+        activation: "hardswish" or "gelu" between them.
     """
 
     ragged = True
@@ -191,6 +192,7 @@ class LeViTStem(Stem):
         dim: int,
         *,
         layers: int = 4,
+        activation: Literal["hardswish", "gelu"] = "hardswish",
     ) -> None:
         super().__init__(input_shape, patch_size, dim)
         check_at_least("layers of stem 'levit':", layers, 1)
@@ -206,11 +208,12 @@ class LeViTStem(Stem):
             ConvNorm(len(self.grid.shape), width, out, 3, stride)
             for width, out, stride in zip(widths, widths[1:], strides, strict=False)
         )
+        self.activation = nn.GELU() if activation == "gelu" else nn.Hardswish()
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve: (B, C, *shape) -> (B, N, D)."""
         first, *rest = self.convs
         x = first(channels_last(x))
         for conv in rest:
-            x = conv(F.hardswish(x))
+            x = conv(self.activation(x))
         return x.flatten(2).mT

@@ -196,6 +196,23 @@ LIBRARIES = [
         _timm_vit,
     ),
     Library(
+        "timm XCiT",
+        r"^cls_attn_blocks\.",
+        [
+            (r"^cls_token$", "class_stage.cls_token"),
+            (r"^patch_embed\.proj\.(\d)\.0\.", lambda m: f"stem.convs.{int(m[1]) // 2}.conv."),
+            (r"^patch_embed\.proj\.(\d)\.1\.", lambda m: f"stem.convs.{int(m[1]) // 2}.norm."),
+            (r"^pos_embed\.token_projection\.", "position.proj."),
+            (r"^(cls_attn_blocks\.\d+)\.attn\.([qkv])\.", r"\1.mixer.to_\2."),
+            (r"^cls_attn_blocks\.", "class_stage.blocks."),
+            (r"\.local_mp\.bn\.", ".local.norm."),
+            (r"\.local_mp\.", ".local."),
+            (r"\.gamma([123])$", r".scale\1.gamma"),
+            (r"\.attn\.", ".mixer."),
+        ],
+        _unchanged,
+    ),
+    Library(
         "timm CrossViT",
         r"^cls_token_0$",
         [
