@@ -30,10 +30,12 @@ CAPABILITIES = {
 _TABLE = """
 mixer              rope bias length batch 1-D 2-D 3-D prefix float64 bfloat16 float16 auto-bf16 auto-fp16 compile export
 agent               ✓    –     ✓      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
+circulant           –    –     ✓      ✓    ✓   ✓   ✓    –       ✓       ✓        ✓        ✓         ✓        ✓      ✓
 conv                –    –     ✓      ✓    ✓   ✓   ✓    –       ✓       ✓        ✓        ✓         ✓        ✓      ✓
 efficient           –    –     ✓      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
 external            –    –     ✓      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
 fourier             –    –     ✓      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
+gfnet               –    –     –      ✓    ✓   ✓   ✓    –       ✓       ✓        ✓        ✓         ✓        ✓      ✓
 gmlp                –    –     –      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
 inline              –    –     ✓      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
 linear              –    –     ✓      ✓    ✓   ✓   ✓    ✓       ✓       ✓        ✓        ✓         ✓        ✓      ✓
@@ -66,6 +68,8 @@ def _parse(table: str) -> dict[str, dict[str, bool]]:
 
 
 MATRIX = _parse(_TABLE)
+# those that leave class and register tokens unchanged: a class token would learn nothing
+PATCHES_ONLY = {name for name, row in MATRIX.items() if not row["prefix"]}
 
 
 def markdown() -> str:

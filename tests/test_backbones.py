@@ -10,6 +10,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
+from matrix import PATCHES_ONLY
 from reference import relative_error, shake
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -51,7 +52,7 @@ def train_once(model: Any, batch: int = 3) -> Tensor:
 @pytest.mark.parametrize("name", ["vit_test", *FAMILIES])
 def test_every_mixer_trains_in_every_backbone(name: str, mixer: str) -> None:
     fields: dict[str, Any] = {}
-    if mixer == "conv":  # no class token learns of it
+    if mixer in PATCHES_ONLY:  # no class token learns of it
         fields = {"cvt_test": {"class_token": False}}.get(name, {})
         fields |= {"pool": "mean"} if name in ("vit_test", "vit_lite_test") else {}
     model = shake(vx.create_model(name, mixer=mixer, **fields))

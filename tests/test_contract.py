@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from influence import assert_all_learn, shake, without_influence
-from matrix import MATRIX
+from matrix import MATRIX, PATCHES_ONLY
 from torch import Tensor, nn
 
 import vision_xformer as vx
@@ -83,7 +83,7 @@ def images(model: vx.VisionModel, batch: int = 3) -> Tensor:
 
 def pool_for(mixer: str) -> str:
     """A class token that the mixer passes by learns nothing."""
-    return "mean" if mixer == "conv" else "cls"
+    return "mean" if mixer in PATCHES_ONLY else "cls"
 
 
 def supports(name: str, capability: str) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from matrix import PATCHES_ONLY
 from test_contract import MODELS, TEST_MODELS, _is_like_another, images
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -100,7 +101,7 @@ def test_models_of_published_sizes_run_on_a_gpu_without_waiting(name: str) -> No
 
 @pytest.mark.parametrize("name", vx.list_mixers())
 def test_mixers_run_on_a_gpu_without_a_loop_over_heads(name: str) -> None:
-    grid = TokenGrid((6, 4), 0 if name in ("conv", "gmlp") else 1)
+    grid = TokenGrid((6, 4), 0 if name in {*PATCHES_ONLY, "gmlp"} else 1)
     counts = set()
     for heads in HEADS if takes_heads(name) else [None]:
         # built with values: performer-pytorch cannot be built on meta

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from matrix import PATCHES_ONLY
 from reference import (
     assert_same,
     cross_covariance,
@@ -170,6 +171,81 @@ def test_silent_heads_that_listen_to_themselves_are_softmax() -> None:
     q, k, v = operands(7, 7)
     grids = [TokenGrid((7,))] * 2
     assert relative_error(kernel(q, k, v, *grids), softmax(q, k, v, *grids)) < 1e-12
+
+
+def circular(shape: tuple[int, ...], a: Tensor, v: Tensor, sign: int) -> Tensor:
+    """sum over d of a[d] v[n + sign d], (N, D) each, with indices modulo the grid."""
+    cells = list(itertools.product(*map(range, shape)))
+    rows = []
+    for n in cells:
+        moved = [
+            tuple((i + sign * j) % s for i, j, s in zip(n, d, shape, strict=True)) for d in cells
+        ]
+        rows.append((a * v[[cells.index(m) for m in moved]]).sum(0))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("grid", [TokenGrid((7,), 1), TokenGrid((5, 4), 2), TokenGrid((2, 3, 2))])
+def test_circulant_attention_equals_its_dense_matrix(grid: TokenGrid) -> None:
+    mixer = build("circulant", grid)
+    x = randn(2, grid.length, DIM).requires_grad_()
+
+    def slow() -> Tensor:
+        samples = []
+        for tokens in x:
+            q, k, v = (tokens[grid.prefix :] @ mixer.qkv.weight.T).chunk(3, -1)
+            # correlation(q, k)[d] = sum over n of q[n] k[d + n]
+            a = (circular(grid.shape, q, k, 1) / math.sqrt(len(q))).softmax(0)
+            y = circular(grid.shape, a, v, 1) @ mixer.proj.weight.T + mixer.proj.bias
+            samples.append(torch.cat((tokens[: grid.prefix], y)))
+        return torch.stack(samples)
+
+    assert_same(lambda: mixer(x, grid), slow, (x, *mixer.parameters()))
+
+
+@pytest.mark.parametrize("grid", [TokenGrid((7,), 1), TokenGrid((5, 4), 2), TokenGrid((2, 3, 2))])
+def test_global_filters_are_circular_convolutions(grid: TokenGrid) -> None:
+    mixer = build("gfnet", grid)
+    x = randn(2, grid.length, DIM).requires_grad_()
+
+    def slow() -> Tensor:
+        taps = torch.fft.irfftn(mixer.filter(), s=grid.shape, dim=tuple(range(len(grid.shape))))
+        taps = taps.flatten(0, -2)
+        samples = [
+            torch.cat((t[: grid.prefix], circular(grid.shape, taps, t[grid.prefix :], -1)))
+            for t in x
+        ]
+        return torch.stack(samples)
+
+    assert_same(lambda: mixer(x, grid), slow, (x, *mixer.parameters()))
+
+
+@pytest.mark.parametrize("name", ["circulant", "gfnet"])
+def test_shifts_of_the_image_shift_the_output(name: str) -> None:
+    grid = TokenGrid((5, 4))
+    mixer = build(name, grid)
+    x = randn(2, 20, DIM)
+
+    def shifted(t: Tensor) -> Tensor:
+        return t.unflatten(1, (5, 4)).roll((2, 1), (1, 2)).flatten(1, 2)
+
+    assert relative_error(mixer(shifted(x), grid), shifted(mixer(x, grid))) < 1e-12
+    assert relative_error(mixer(shifted(x), grid), mixer(x, grid)) > 0.1
+
+
+def test_global_filters_are_resized_with_the_grid() -> None:
+    """A smooth transfer function keeps its values at another size."""
+    small = vx.create_model("vit_test", mixer="gfnet", pool="mean", image_size=(16, 16))
+    large = vx.create_model("vit_test", mixer="gfnet", pool="mean", image_size=(32, 32))
+    with torch.no_grad():
+        small.blocks[0].mixer.filter.grid.fill_(0.25)
+    with pytest.raises(ValueError, match="resize=True"):
+        vx.load_weights(large, small.state_dict())
+    report = vx.load_weights(large, small.state_dict(), resize=True)
+    assert "blocks.0.mixer.filter.grid" in report.resized
+    table = large.blocks[0].mixer.filter.grid
+    assert table.shape == (16, 9, 48)
+    assert (table - 0.25).abs().max() < 1e-6
 
 
 def test_cross_covariance_is_its_equation_and_that_of_timm() -> None:
@@ -524,7 +600,7 @@ def test_factorized_attention_rotates_by_place_and_by_time(kind: str) -> None:
 @every_mixer
 def test_one_frame_is_a_picture(name: str) -> None:
     heads: dict[str, Any] = {"heads": 3} if takes_heads(name) else {}
-    if name == "conv":  # no class token learns of it
+    if name in PATCHES_ONLY:  # no class token learns of it
         heads["pool"] = "mean"
     picture = vx.create_model(
         "vit_test", input_shape=(2, 14, 10), patch_size=2, mixer=name, **heads

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from matrix import PATCHES_ONLY
 
 import vision_xformer as vx
 from vision_xformer.backbones.vit import ViTConfig
@@ -335,7 +336,7 @@ def test_swapping_the_mixer(name: str, mixer: str) -> None:
     """Heads and options stay where the mixer has them, everything else stays."""
     before = name_to_config(name)
     assert isinstance(before, ViTConfig)
-    pool = "mean" if mixer == "conv" else before.pool  # no class token learns of it
+    pool = "mean" if mixer in PATCHES_ONLY else before.pool  # no class token learns of it
     after = vx.create_model(name, mixer=mixer, depth=1, pool=pool).config
     known = vx.mixer_options(mixer)
     options = {k: v for k, v in before.mixer_options.items() if k in known}
@@ -370,7 +371,7 @@ def test_mixer_options_are_merged() -> None:
 @pytest.mark.parametrize("name", ["levit_test", "cvt_test", "cct_test", "cvt_lite_test"])
 def test_swapping_the_mixer_of_the_others(name: str, mixer: str) -> None:
     before = name_to_config(name)
-    if (name, mixer) == ("cvt_test", "conv"):  # no class token learns of it
+    if name == "cvt_test" and mixer in PATCHES_ONLY:  # no class token learns of it
         before = dataclasses.replace(before, **{"class_token": False})
     values, known = vars(before), vx.mixer_options(mixer)
     changed: dict[str, Any] = dict(

@@ -7,6 +7,7 @@ H heads, G key and value heads, K key width per head, V value width per head, C 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -97,6 +98,15 @@ def take_strided(x: Tensor, grid: TokenGrid, stride: int) -> Tensor:
     kept = (slice(None), *(slice(None, None, stride) for _ in grid.shape))
     strided = cells[kept].flatten(1, len(grid.shape))
     return torch.cat((x[:, : grid.prefix], strided), 1) if grid.prefix else strided
+
+
+def on_cells(function: Callable[[Tensor], Tensor], x: Tensor, grid: TokenGrid) -> Tensor:
+    """Apply a function (B, *shape, D) -> (B, *shape, E) to tokens; the prefix bypasses it.
+
+    Shape: (B, N, D) -> (B, N, E); E is D where there is a prefix
+    """
+    cells = function(x[:, grid.prefix :].unflatten(1, grid.shape)).flatten(1, len(grid.shape))
+    return torch.cat((x[:, : grid.prefix], cells), 1) if grid.prefix else cells
 
 
 def on_grid(conv: nn.Module, x: Tensor, grid: TokenGrid) -> Tensor:

@@ -52,7 +52,7 @@ PACKAGES: KeyPatterns = [
     (r"(^|\.)fast_attention\.", r"\1kernel."),
     (r"(^|mixer\.)(proj_[kv])$", r"\1kernel.\2"),
 ]
-_TABLE = r"(?:.*\.)?(?:position|kernel\.proj_[kv]|position_bias(?:\.table)?)"
+_TABLE = r"(?:.*\.)?(?:position|kernel\.proj_[kv]|position_bias(?:\.table)?|mixer\.filter)"
 # (pattern, replacement, which part of that parameter this is)
 PARTS = [
     (r"(^|\.)to_q\.", r"\1projection.qkv.", 0),

@@ -1,0 +1,64 @@
+"""Circulant attention (Han et al. 2025, arXiv 2512.21542, eq. 15-16): maps that are convolutions.
+
+Each channel has an N x N map whose rows are shifts of one vector a over the grid, so a product with
+it is a circular correlation, which Fourier transforms compute in N log N:
+
+    a = softmax(correlation(q, k) / sqrt(N)),  y = correlation(a, v)
+
+where correlation(q, k)[d] is the sum of q[n] k[n + d] over all cells n of the grid.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..grid import TokenGrid, on_cells
+from ..precision import to_accumulate
+from .base import MIXERS, Mixer
+
+
+@MIXERS.register("circulant")
+class Circulant(Mixer):
+    """Circulant attention; prefix tokens are left unchanged. The gate of the paper is left out.
+
+    Half precision is computed in float32, because cuFFT supports only powers of two there.
+
+    Shape: (B, N, D) -> (B, N, D)
+
+    Args:
+        dim: token width D.
+        heads: None; every channel has a map of its own.
+        grid: positions of the N tokens; any other grid works, too.
+    """
+
+    takes_heads = False
+    updates_prefix = False
+
+    def __init__(self, dim: int, heads: None, grid: TokenGrid) -> None:
+        super().__init__(dim, heads, grid)
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> Tensor:
+        """Mix tokens: (B, N, D) -> (B, N, D)."""
+        self.check(x, grid, rope)
+        return on_cells(self._attend, x, grid)
+
+    def _attend(self, x: Tensor) -> Tensor:
+        """(B, *grid, D) -> same."""
+        (qkv,) = to_accumulate(self.qkv(x))
+        shape, axes = x.shape[1:-1], tuple(range(1, x.ndim - 1))
+        q, k, v = torch.fft.rfftn(qkv, dim=axes).chunk(3, -1)
+        scale = math.prod(shape) ** -0.5
+        logits = torch.fft.irfftn(q.conj() * k * scale, shape, axes)
+        a = logits.flatten(1, -2).softmax(1).view_as(logits)
+        y = torch.fft.irfftn(torch.fft.rfftn(a, dim=axes).conj() * v, shape, axes)
+        return self.proj(y.to(x.dtype))
+
+    def flops(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> int:
+        """Count the layers, and 2.5 n log2 n for each of six FFTs of n = N numbers per channel."""
+        batch, cells, dim = x.shape[0], x.shape[1] - grid.prefix, x.shape[2]
+        transforms = round(6 * 2.5 * cells * math.log2(max(cells, 2)))
+        return batch * dim * (2 * cells * 4 * dim + transforms)

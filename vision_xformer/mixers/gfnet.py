@@ -1,0 +1,82 @@
+"""Global filters (Rao et al. 2021, GFNet, arXiv 2107.00645): y = F^-1(K F(x)), K learned.
+
+A circular convolution of each channel with a filter as large as the grid, by Fourier transforms in
+N log N. K is the complex transfer function.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..grid import TokenGrid, on_cells
+from ..precision import to_accumulate
+from .base import MIXERS, Mixer
+
+
+class TransferFunction(nn.Module):
+    """The learned K of a real filter, half of its frequencies. Shape: () -> (*half, D), complex.
+
+    It is stored as a table (*half, 2 D), real and imaginary parts side by side, with which
+    ``load_weights(..., resize=True)`` interpolates it.
+
+    Args:
+        shape: of the grid.
+        dim: number of channels D.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dim: int) -> None:
+        super().__init__()
+        half = *shape[:-1], shape[-1] // 2 + 1
+        self.grid = nn.Parameter(0.02 * torch.randn(*half, 2 * dim))
+
+    def forward(self) -> Tensor:
+        """The transfer function (*half, D)."""
+        (table,) = to_accumulate(self.grid)
+        return torch.complex(*table.chunk(2, -1))
+
+
+@MIXERS.register("gfnet")
+class GlobalFilter(Mixer):
+    """A learned filter over the grid; prefix tokens are left unchanged. It is tied to its grid.
+
+    Half precision is computed in float32, because cuFFT supports only powers of two there.
+
+    Shape: (B, N, D) -> (B, N, D)
+
+    Args:
+        dim: token width D.
+        heads: None.
+        grid: positions of the N tokens.
+
+    Raises:
+        ValueError: for tokens on another grid.
+    """
+
+    takes_heads = False
+    updates_prefix = False
+    fixed = True
+
+    def __init__(self, dim: int, heads: None, grid: TokenGrid) -> None:
+        super().__init__(dim, heads, grid)
+        self.filter = TransferFunction(grid.shape, dim)
+
+    def forward(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> Tensor:
+        """Mix tokens: (B, N, D) -> (B, N, D)."""
+        self.check(x, grid, rope)
+        return on_cells(self._convolve, x, grid)
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        """(B, *grid, D) -> same."""
+        (wide,) = to_accumulate(x)
+        axes = tuple(range(1, x.ndim - 1))
+        spectrum = torch.fft.rfftn(wide, dim=axes) * self.filter()
+        return torch.fft.irfftn(spectrum, x.shape[1:-1], axes).to(x.dtype)
+
+    def flops(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> int:
+        """Count 2.5 n log2 n for each of two FFTs of n = N numbers, and 3 n for their product."""
+        cells = x.shape[1] - grid.prefix
+        transforms = round(2 * 2.5 * cells * math.log2(max(cells, 2)))
+        return x.shape[0] * x.shape[2] * (transforms + 3 * cells)
