@@ -17,6 +17,7 @@ from matrix import PATCHES_ONLY
 from reference import (
     assert_same,
     cross_covariance,
+    depthwise_on_grid,
     in_heads,
     out_of_heads,
     per_head,
@@ -25,6 +26,7 @@ from reference import (
     softmax_rows,
 )
 from test_transplants import randomized
+from timm.models.efficientvit_mit import LiteMLA
 from timm.models.xcit import XCA
 from torch import Tensor, nn
 from vit_pytorch import (
@@ -246,6 +248,50 @@ def test_global_filters_are_resized_with_the_grid() -> None:
     table = large.blocks[0].mixer.filter.grid
     assert table.shape == (16, 9, 48)
     assert (table - 0.25).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("grid", [TokenGrid((7,), 1), TokenGrid((5, 4), 2), TokenGrid((2, 3, 2))])
+@pytest.mark.parametrize("scales", [(), (5,), (3, 5)], ids=str)
+def test_multi_scale_attention_is_its_equation(grid: TokenGrid, scales: tuple[int, ...]) -> None:
+    mixer = build("lite_mla", grid, scales=scales)
+    x = randn(2, grid.length, DIM).requires_grad_()
+    width = DIM // HEADS
+
+    def head(q: Tensor, k: Tensor, v: Tensor, _: int) -> Tensor:
+        weights = q.clamp(min=0) @ k.clamp(min=0).T
+        return torch.stack([row @ v / (row.sum() + 1e-5) for row in weights])
+
+    def slow() -> Tensor:
+        qkv = x @ mixer.qkv.weight.T
+        heads = [*qkv.split(width, -1)]
+        for spatial, pointwise in zip(mixer.spatial, mixer.pointwise, strict=True):
+            y = depthwise_on_grid(qkv, grid.shape, grid.prefix, spatial.weight, 1)
+            parts = zip(y.split(width, -1), pointwise.weight.split(width), strict=True)
+            heads += [part @ weight[:, :, 0].T for part, weight in parts]
+        q, k, v = (torch.stack(heads[i::3], 1) for i in range(3))
+        return out_of_heads(per_head(head, q, k, v)) @ mixer.proj.weight.T + mixer.proj.bias
+
+    assert_same(lambda: mixer(x, grid), slow, (x, *mixer.parameters()))
+
+
+def test_multi_scale_attention_is_that_of_timm() -> None:
+    grid = TokenGrid((5, 4))
+    mixer = build("lite_mla", grid, scales=(3, 5))
+    timm = LiteMLA(
+        DIM, DIM, heads=HEADS, dim=DIM // HEADS, scales=(3, 5), use_bias=(False, True),
+        norm_layer=(None, None),
+    ).double()  # fmt: skip
+    state = {"qkv.conv.weight": mixer.qkv.weight, "proj.conv.weight": mixer.proj.weight}
+    state["proj.conv.bias"] = mixer.proj.bias
+    for i, pair in enumerate(zip(mixer.spatial, mixer.pointwise, strict=True)):
+        state |= {f"aggreg.{i}.{j}.weight": conv.weight for j, conv in enumerate(pair)}
+    shapes = {key: value.shape for key, value in timm.state_dict().items()}
+    timm.load_state_dict({key: value.reshape(shapes[key]) for key, value in state.items()})
+    x = randn(2, DIM, 5, 4)
+    with torch.no_grad():
+        # timm casts to float32 in between
+        want = timm(x).flatten(2).mT
+    assert relative_error(mixer(x.flatten(2).mT, grid), want) < 1e-6
 
 
 def test_cross_covariance_is_its_equation_and_that_of_timm() -> None:

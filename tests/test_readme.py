@@ -64,8 +64,8 @@ def test_readme_is_read_in_five_minutes() -> None:
 
 
 def test_readme_counts_the_mixers() -> None:
-    assert "Twenty-four [mixers]" in README
-    assert len(vx.list_mixers()) == 24
+    assert "Twenty-five [mixers]" in README
+    assert len(vx.list_mixers()) == 25
 
 
 def test_readme_has_six_snippets() -> None:

@@ -87,6 +87,14 @@ class Mixer(nn.Module):
                 f"{grid.length} tokens of {grid}"
             )
 
+    def check_axes(self, grid: TokenGrid) -> None:
+        """Raise a ValueError for a grid of other axes, to which no convolution can be applied."""
+        if len(grid.shape) != len(self.grid.shape):
+            raise ValueError(
+                f"{type(self).__name__} was built for a grid of {len(self.grid.shape)} axes and "
+                f"cannot take {grid}"
+            )
+
 
 def head_width(dim: int, heads: int | None, head_dim: int | None) -> tuple[int, int]:
     """Check and return (heads, head_dim); ``head_dim`` is dim / heads where it is None."""

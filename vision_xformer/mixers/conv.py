@@ -39,11 +39,7 @@ class DepthwiseConv(Mixer):
     def forward(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> Tensor:
         """Mix tokens: (B, N, D) -> (B, N, D)."""
         self.check(x, grid, rope)
-        if len(grid.shape) != len(self.grid.shape):
-            raise ValueError(
-                f"{type(self).__name__} was built for a grid of {len(self.grid.shape)} axes and "
-                f"cannot take {grid}"
-            )
+        self.check_axes(grid)
         return on_grid(self.conv, x, grid)
 
     def value_path(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> ValuePath:

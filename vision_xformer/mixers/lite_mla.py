@@ -1,0 +1,81 @@
+"""Multi-scale linear attention (Cai et al. 2022, EfficientViT, arXiv 2205.14756).
+
+Queries, keys and values of each scale are depth-wise convolutions of those of the tokens, followed
+by a linear layer of each head, and have heads of their own. Every head computes
+
+    relu(q) (relu(k)^T v) / (relu(q) sum relu(k))
+
+The cost is N K V for each head of each scale.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..grid import TokenGrid, on_grid
+from ..kernels.feature_maps import summary
+from ..layers import CONV
+from ..options import check_odd
+from ..precision import to_accumulate, without_autocast
+from .base import MIXERS, Mixer, head_width
+
+_EPS = 1e-5  # a query whose features are all 0 gets 0, as in the authors' code
+
+
+@MIXERS.register("lite_mla")
+class LiteMla(Mixer):
+    """Multi-scale linear attention; prefix tokens bypass the convolutions.
+
+    Shape: (B, N, D) -> (B, N, D)
+
+    Args:
+        dim: token width D.
+        heads: number of heads of each scale.
+        grid: positions of the N tokens; other grids of as many axes work, too.
+        scales: widths of the convolutions, odd, in addition to the tokens themselves.
+        head_dim: width K per head; dim / heads by default.
+
+    Raises:
+        ValueError: for heads that do not divide dim, an even width, or a grid of other axes.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int | None,
+        grid: TokenGrid,
+        *,
+        scales: tuple[int, ...] = (5,),
+        head_dim: int | None = None,
+    ) -> None:
+        super().__init__(dim, heads, grid)
+        self.heads, self.head_dim = head_width(dim, heads, head_dim)
+        for scale in scales:
+            check_odd("scales", scale)
+        inner = self.heads * self.head_dim
+        self.qkv = nn.Linear(dim, 3 * inner, bias=False)
+        conv = CONV[len(grid.shape)]
+        self.spatial = nn.ModuleList(
+            conv(3 * inner, 3 * inner, scale, padding=scale // 2, groups=3 * inner, bias=False)
+            for scale in scales
+        )
+        self.pointwise = nn.ModuleList(
+            nn.Conv1d(3 * inner, 3 * inner, 1, groups=3 * self.heads, bias=False) for _ in scales
+        )
+        self.proj = nn.Linear(inner * (1 + len(scales)), dim)
+
+    def forward(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> Tensor:
+        """Mix tokens: (B, N, D) -> (B, N, D)."""
+        self.check(x, grid, rope)
+        self.check_axes(grid)
+        qkv = self.qkv(x)
+        scales = [qkv]
+        for spatial, pointwise in zip(self.spatial, self.pointwise, strict=True):
+            scales.append(pointwise(on_grid(spatial, qkv, grid).mT).mT)
+        heads = torch.cat(scales, -1).unflatten(-1, (-1, 3 * self.head_dim)).transpose(1, 2)
+        with without_autocast(x):  # sums over tokens overflow in float16
+            q, k, v = to_accumulate(*heads.chunk(3, -1))
+            y = q.relu() @ summary(k.relu(), v)
+            y = (y[..., :-1] / (y[..., -1:] + _EPS)).to(qkv.dtype)
+        return self.proj(y.transpose(1, 2).flatten(2))
