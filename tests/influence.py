@@ -59,6 +59,10 @@ def silent(module: nn.Module) -> Iterator[tuple[str, str]]:
         first = "the transform of a constant is in the first token, which the pool leaves out"
         yield f"blocks.{c['depth'] - 1}.norm1.bias", first
 
+    if mixer == "ttt" and backbone == "vit" and c["pool"] == "cls":
+        only = "only the class token is read, and it bypasses the convolution"
+        yield f"blocks.{c['depth'] - 1}.mixer.conv.weight", only
+
     if backbone == "levit" and module.training:
         after = "the following batch norms cancel it in training; in the weights of LeViT"
         last = f"stages.{len(c['dims']) - 1}.{c['depths'][-1] - 1}"

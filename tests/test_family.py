@@ -294,6 +294,45 @@ def test_multi_scale_attention_is_that_of_timm() -> None:
     assert relative_error(mixer(x.flatten(2).mT, grid), want) < 1e-6
 
 
+@pytest.mark.parametrize("grid", [TokenGrid((7,), 1), TokenGrid((5, 4), 2), TokenGrid((2, 3, 2))])
+def test_test_time_training_is_a_step_of_gradient_descent(grid: TokenGrid) -> None:
+    """The inner gradients, which the mixer has in closed form, by autograd, image by image."""
+    mixer = build("ttt", grid, qkv_bias=True)
+    x = randn(2, grid.length, DIM).requires_grad_()
+    width = DIM // HEADS
+    conv = [F.conv1d, F.conv2d, F.conv3d][len(grid.shape) - 1]
+
+    def image(t: Tensor) -> Tensor:
+        return t[grid.prefix :].T.reshape(1, width, *grid.shape)
+
+    def convolve(t: Tensor, taps: Tensor) -> Tensor:
+        return conv(t, taps.T.reshape(width, 1, *(3 for _ in grid.shape)), padding=1, groups=width)
+
+    def fitted(loss: Tensor, *weights: Tensor) -> list[Tensor]:
+        found = torch.autograd.grad(loss, weights, create_graph=True)
+        return [w - g / (g.norm(dim=0) + 1) for w, g in zip(weights, found, strict=True)]
+
+    def slow() -> Tensor:
+        samples = []
+        for row in x @ mixer.qkv.weight.T + mixer.qkv.bias:
+            outputs = []
+            q, k, v = (part.split(width, -1) for part in row[:, : 3 * DIM].chunk(3, -1))
+            for h in range(HEADS):
+                w1, w2 = mixer.swiglu.w1[h], mixer.swiglu.w2[h]
+                loss = -((k[h] @ w1 * F.silu(k[h] @ w2)) * v[h]).sum(1).mean() / 3
+                w1, w2 = fitted(loss, w1, w2)
+                outputs.append(q[h] @ w1 * F.silu(q[h] @ w2))
+            q2, k2, v2 = row[:, 3 * DIM :].chunk(3, -1)
+            loss = -(convolve(image(k2), mixer.conv.weight) * image(v2)).mean() * width / 3
+            (taps,) = fitted(loss, mixer.conv.weight)
+            local = convolve(image(q2), taps).flatten(2)[0].T
+            outputs.append(torch.cat((q2[: grid.prefix], local)))
+            samples.append(torch.cat(outputs, 1) @ mixer.proj.weight.T + mixer.proj.bias)
+        return torch.stack(samples)
+
+    assert_same(lambda: mixer(x, grid), slow, (x, *mixer.parameters()))
+
+
 def test_cross_covariance_is_its_equation_and_that_of_timm() -> None:
     grid = TokenGrid((3, 2), 1)
     mixer = build("xca", grid, qkv_bias=True)

@@ -64,8 +64,8 @@ def test_readme_is_read_in_five_minutes() -> None:
 
 
 def test_readme_counts_the_mixers() -> None:
-    assert "Twenty-five [mixers]" in README
-    assert len(vx.list_mixers()) == 25
+    assert "Twenty-six [mixers]" in README
+    assert len(vx.list_mixers()) == 26
 
 
 def test_readme_has_six_snippets() -> None:
