@@ -27,7 +27,7 @@ from vision_xformer.converters.observe import recorded
 from vision_xformer.explain.maps import value_path, weighted_rows, with_kernels
 from vision_xformer.mixers.factorized import AxisMixer, space_time
 
-NO_MAP = ("gmlp", "mlp")
+NO_MAP = ("gmlp", "mlp", "ttt", "xca")
 NO_ROLLOUT = ("external",)
 OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "shared keys and values": ("linformer", {"share_kv": True}),
@@ -37,6 +37,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "no convolution": ("nystrom", {"residual_kernel": 0}),
     "relu": ("performer", {"feature_map": "relu"}),
     "0.2": ("performer", {"stabilizer": "v0.2"}),
+    "cosine": ("linear", {"feature_map": "cosine"}),
     "hedgehog": ("linear", {"feature_map": "hedgehog"}),
     "ortho": ("fourier", {"norm": "ortho"}),
     "one head of keys, package": ("linformer-pytorch", {"one_kv_head": True}),
@@ -85,6 +86,12 @@ def test_maps_of_mixers_with_options(case: str) -> None:
     mixer = make(name, TokenGrid((5, 3), 1), **options).eval()
     x = tokens(mixer.grid)
     check_exact(mixer, mixer(x, mixer.grid), x, mixer.grid)
+
+
+def test_polarity_has_two_maps_per_head() -> None:
+    mixer = make("linear", TokenGrid((5, 3)), feature_map="polarity")
+    with pytest.raises(ValueError, match="feature_map 'polarity' has no attention map"):
+        mixer.value_path(tokens(mixer.grid), mixer.grid)
 
 
 def test_fourier_on_axes_and_rotary_positions() -> None:
@@ -199,8 +206,9 @@ def test_every_layer_of_every_model(name: str) -> None:
     x = torch.randn(2, *model.config.input_shape, dtype=torch.float64)
     mixer = getattr(model.config, "mixer", "fourier")
     if mixer in NO_MAP:
+        xcit = isinstance(model, vx.XCiT)  # whose last layer is class attention
         with pytest.raises(ValueError, match=r"^layer blocks.1.mixer: \w+ has no attention map"):
-            vx.attention_maps(model, x)
+            vx.attention_maps(model, x, layers=[-2 if xcit else -1])
         with pytest.raises(ValueError, match="has no attention map"):
             vx.rollout(model, x)
         return

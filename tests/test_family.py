@@ -211,7 +211,9 @@ def test_global_filters_are_circular_convolutions(grid: TokenGrid) -> None:
     x = randn(2, grid.length, DIM).requires_grad_()
 
     def slow() -> Tensor:
-        taps = torch.fft.irfftn(mixer.filter(), s=grid.shape, dim=tuple(range(len(grid.shape))))
+        taps = torch.fft.irfftn(
+            mixer.filter()[0, ..., 0], s=grid.shape, dim=tuple(range(len(grid.shape)))
+        )
         taps = taps.flatten(0, -2)
         samples = [
             torch.cat((t[: grid.prefix], circular(grid.shape, taps, t[grid.prefix :], -1)))

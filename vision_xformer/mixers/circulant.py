@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ..grid import TokenGrid, on_cells
+from ..kernels import ValuePath
 from ..precision import to_accumulate
 from .base import MIXERS, Mixer
+from .gfnet import filter_path, filtered
 
 
 @MIXERS.register("circulant")
@@ -48,14 +50,30 @@ class Circulant(Mixer):
 
     def _attend(self, x: Tensor) -> Tensor:
         """(B, *grid, D) -> same."""
+        spectrum, v = self._operands(x)
+        return self.proj(filtered(v[..., None], spectrum)[..., 0].to(x.dtype))
+
+    def _operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The transform of the maps (B, *half, D, 1), and the values (B, *grid, D)."""
         (qkv,) = to_accumulate(self.qkv(x))
+        qk, v = qkv.split((2 * self.dim, self.dim), -1)
         shape, axes = x.shape[1:-1], tuple(range(1, x.ndim - 1))
-        q, k, v = torch.fft.rfftn(qkv, dim=axes).chunk(3, -1)
+        q, k = torch.fft.rfftn(qk, dim=axes).chunk(2, -1)
         scale = math.prod(shape) ** -0.5
         logits = torch.fft.irfftn(q.conj() * k * scale, shape, axes)
         a = logits.flatten(1, -2).softmax(1).view_as(logits)
-        y = torch.fft.irfftn(torch.fft.rfftn(a, dim=axes).conj() * v, shape, axes)
-        return self.proj(y.to(x.dtype))
+        return torch.fft.rfftn(a, dim=axes).conj()[..., None], v
+
+    def value_path(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> ValuePath:
+        """Return the mixer as a function of its values, see :class:`Mixer`; a head is a channel."""
+        self.check(x, grid, rope)
+        spectrum, v = self._operands(x[:, grid.prefix :].unflatten(1, grid.shape))
+        values = torch.cat((x[:, : grid.prefix].to(v), v.flatten(1, len(grid.shape))), 1)
+
+        def finish(y: Tensor) -> Tensor:
+            return on_cells(self.proj, y.to(x.dtype), grid)
+
+        return filter_path(values, spectrum, grid, finish)
 
     def flops(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> int:
         """Count the layers, and 2.5 n log2 n for each of six FFTs of n = N numbers per channel."""

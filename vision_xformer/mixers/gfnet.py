@@ -7,17 +7,47 @@ N log N. K is the complex transfer function.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from ..grid import TokenGrid, on_cells
+from ..kernels import ValuePath
 from ..precision import to_accumulate
 from .base import MIXERS, Mixer
 
 
+def filtered(x: Tensor, spectrum: Tensor) -> Tensor:
+    """A circular convolution over the grid, given the transform of the filter of each channel.
+
+    Shape: (B, *grid, D, V), (B or 1, *half, D, 1) -> (B, *grid, D, V)
+    """
+    axes = tuple(range(1, x.ndim - 2))
+    return torch.fft.irfftn(torch.fft.rfftn(x, dim=axes) * spectrum, x.shape[1:-2], axes)
+
+
+def filter_path(
+    x: Tensor, spectrum: Tensor, grid: TokenGrid, finish: Callable[[Tensor], Tensor]
+) -> ValuePath:
+    """A convolution as a function of tokens (B, N, D); a head is a channel, the prefix is kept."""
+
+    def apply(values: Tensor) -> Tensor:
+        tokens = values.transpose(1, 2)  # (B, N, D, V)
+        cells = filtered(tokens[:, grid.prefix :].unflatten(1, grid.shape), spectrum)
+        cells = cells.flatten(1, len(grid.shape))
+        return torch.cat((tokens[:, : grid.prefix], cells), 1).transpose(1, 2)
+
+    def merge(y: Tensor) -> Tensor:
+        return finish(y.squeeze(-1).mT)
+
+    return ValuePath(x.mT.unsqueeze(-1), apply, merge, grid, grid)
+
+
 class TransferFunction(nn.Module):
-    """The learned K of a real filter, half of its frequencies. Shape: () -> (*half, D), complex.
+    """The learned K of a real filter, half of its frequencies.
+
+    Shape: () -> (1, *half, D, 1), complex
 
     It is stored as a table (*half, 2 D), real and imaginary parts side by side, with which
     ``load_weights(..., resize=True)`` interpolates it.
@@ -33,9 +63,9 @@ class TransferFunction(nn.Module):
         self.grid = nn.Parameter(0.02 * torch.randn(*half, 2 * dim))
 
     def forward(self) -> Tensor:
-        """The transfer function (*half, D)."""
+        """The transfer function (1, *half, D, 1)."""
         (table,) = to_accumulate(self.grid)
-        return torch.complex(*table.chunk(2, -1))
+        return torch.complex(*table.chunk(2, -1))[None, ..., None]
 
 
 @MIXERS.register("gfnet")
@@ -71,9 +101,13 @@ class GlobalFilter(Mixer):
     def _convolve(self, x: Tensor) -> Tensor:
         """(B, *grid, D) -> same."""
         (wide,) = to_accumulate(x)
-        axes = tuple(range(1, x.ndim - 1))
-        spectrum = torch.fft.rfftn(wide, dim=axes) * self.filter()
-        return torch.fft.irfftn(spectrum, x.shape[1:-1], axes).to(x.dtype)
+        return filtered(wide[..., None], self.filter())[..., 0].to(x.dtype)
+
+    def value_path(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> ValuePath:
+        """Return the mixer as a function of its tokens, see :class:`Mixer`; a head is a channel."""
+        self.check(x, grid, rope)
+        (wide,) = to_accumulate(x)
+        return filter_path(wide, self.filter(), grid, lambda y: y.to(x.dtype))
 
     def flops(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> int:
         """Count 2.5 n log2 n for each of two FFTs of n = N numbers, and 3 n for their product."""

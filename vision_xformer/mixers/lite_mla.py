@@ -10,10 +10,14 @@ The cost is N K V for each head of each scale.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from ..grid import TokenGrid, on_grid
+from ..kernels import ValuePath
+from ..kernels.base import merge_heads
 from ..kernels.feature_maps import summary
 from ..layers import CONV
 from ..options import check_odd
@@ -67,6 +71,15 @@ class LiteMla(Mixer):
 
     def forward(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> Tensor:
         """Mix tokens: (B, N, D) -> (B, N, D)."""
+        return self._finish(self._attend(*self._operands(x, grid, rope)).to(x.dtype))
+
+    def value_path(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> ValuePath:
+        """Return the mixer as a function of its values, see :class:`Mixer`."""
+        q, k, v = self._operands(x, grid, rope)
+        return ValuePath(v, partial(self._attend, q, k), self._finish, grid, grid)
+
+    def _operands(self, x: Tensor, grid: TokenGrid, rope: Tensor | None) -> tuple[Tensor, ...]:
+        """Queries, keys and values of all scales, (B, heads, N, K) each."""
         self.check(x, grid, rope)
         self.check_axes(grid)
         qkv = self.qkv(x)
@@ -74,8 +87,13 @@ class LiteMla(Mixer):
         for spatial, pointwise in zip(self.spatial, self.pointwise, strict=True):
             scales.append(pointwise(on_grid(spatial, qkv, grid).mT).mT)
         heads = torch.cat(scales, -1).unflatten(-1, (-1, 3 * self.head_dim)).transpose(1, 2)
-        with without_autocast(x):  # sums over tokens overflow in float16
-            q, k, v = to_accumulate(*heads.chunk(3, -1))
+        return to_accumulate(*heads.chunk(3, -1))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with without_autocast(q):  # sums over tokens overflow in float16
             y = q.relu() @ summary(k.relu(), v)
-            y = (y[..., :-1] / (y[..., -1:] + _EPS)).to(qkv.dtype)
-        return self.proj(y.transpose(1, 2).flatten(2))
+            return y[..., :-1] / (y[..., -1:] + _EPS)
+
+    def _finish(self, y: Tensor) -> Tensor:
+        """Project the output of all heads: (B, heads, N, K) -> (B, N, D)."""
+        return self.proj(merge_heads(y))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..grid import TokenGrid
+from ..kernels import ValuePath
 from ..kernels.base import merge_heads, split_heads
 from ..precision import to_accumulate, without_autocast
 from .base import MIXERS, Mixer, head_width
@@ -67,3 +68,9 @@ class CrossCovariance(Mixer):
             cosines = wide_k.mT @ wide_q / k_norm.mT / q_norm
             weights = (cosines * temperature).softmax(-2).to(v.dtype)
         return self.proj(merge_heads(v @ weights))
+
+    def value_path(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> ValuePath:
+        """Raise a ValueError, as the map is one of channels."""
+        raise ValueError(
+            f"{type(self).__name__} has no attention map: its map is between channels, not tokens"
+        )
