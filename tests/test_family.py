@@ -372,6 +372,69 @@ def test_fourier_positions_are_sines_of_each_axis() -> None:
     assert relative_error(table[1:], torch.stack(rows)) < 1e-5
 
 
+@pytest.mark.parametrize("local", [None, "dwc3", "dwc5", "lepe"])
+@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("softmax", {}), ("linear", {}), ("linformer", {}), ("linformer", {"one_kv_head": True})],
+    ids=str,
+)
+def test_local_and_gate_are_added_around_any_kernel(
+    name: str, options: dict[str, Any], local: str | None, gate: bool
+) -> None:
+    grid = TokenGrid((5, 4), 2)
+    mixer = build(name, grid, local=local, gate=gate, **options)
+    x = randn(2, grid.length, DIM).requires_grad_()
+
+    def slow() -> Tensor:
+        q, k, v, *rest = mixer._operands(x, grid, None)
+        y = out_of_heads(mixer.kernel(q, k, v, *rest))
+        if local is not None:
+            assert mixer.local is not None
+            weight, values = mixer.local.conv.weight, out_of_heads(v)
+            assert weight.shape[2:] == ((3, 3) if local == "dwc3" else (5, 5))
+            weight = weight.repeat(values.shape[2] // len(weight), 1, 1, 1)
+            z = depthwise_on_grid(values, grid.shape, grid.prefix, weight, 1)
+            z = torch.cat((torch.zeros_like(z[:, :2]), z[:, 2:]), 1)
+            y = y + z.repeat(1, 1, y.shape[2] // z.shape[2])
+        if gate:
+            z = x @ mixer.gate.weight.T + mixer.gate.bias
+            y = y * z / (1 + (-z).exp())
+        return y @ mixer.proj.weight.T + mixer.proj.bias
+
+    assert_same(lambda: mixer(x, grid), slow, (x, *mixer.parameters()))
+    assert (local is not None) == any("local" in n for n, _ in mixer.named_parameters())
+    with torch.no_grad():
+        path = mixer.value_path(x, grid)
+        assert relative_error(path.finish(path.apply(path.values)), mixer(x, grid)) < 1e-12
+    if local is not None:
+        with pytest.raises(ValueError, match="was built for" if mixer.fixed else "of 2 axes"):
+            mixer(x[:, :9], TokenGrid((7,), 2))
+
+
+@pytest.mark.parametrize("option", [{"local": "dwc3"}, {"gate": True}], ids=str)
+@pytest.mark.parametrize("name", ["levit_test", "cvt_test", "pvt_test"])
+def test_local_and_gate_need_a_query_and_a_key_for_each_token(
+    name: str, option: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match="need a query and a key for each token"):
+        vx.create_model(name, mixer_options=option)
+
+
+@pytest.mark.parametrize("name", ["vit_test", "swin_test", "xcil_test"])
+def test_local_and_gate_in_models(name: str) -> None:
+    pool = {"pool": "mean"} if name == "vit_test" else {}  # a class token bypasses convolutions
+    plain = vx.create_model(name, **pool)
+    model = vx.create_model(name, mixer_options={"local": "dwc5", "gate": True}, **pool)
+    assert vx.create_model(model.config.to_dict()).config == model.config
+    x = torch.randn(2, *model.config.input_shape)
+    model(x).square().sum().backward()
+    learned = [n for n, p in model.named_parameters() if ".local.conv" in n or ".gate." in n]
+    assert len(learned) > len([n for n, _ in plain.named_parameters() if ".local.conv" in n])
+    for key in learned:
+        assert model.get_parameter(key).grad.any(), key
+
+
 def test_token_mlp_is_its_equation() -> None:
     grid = TokenGrid((3, 2), 1)
     mixer = build("mlp", grid, hidden_dim=5)

@@ -83,7 +83,7 @@ def class_attention(
         ClassProjection(dim, grid, kernel.operand_widths, own.qkv_bias),
         kernel,
         nn.Linear(kernel.site.heads * kernel.site.value_dim, dim),
-        proj_dropout=own.proj_dropout,
+        **own.layers,
     )
 
 

@@ -176,7 +176,7 @@ def cvt_attention(
         heads=made.site.heads, kernel=kernel, kv_stride=kv_stride,
     )  # fmt: skip
     proj = nn.Linear(made.site.heads * made.site.value_dim, dim)
-    return Attention(projection, made, proj, proj_dropout=own.proj_dropout)
+    return Attention(projection, made, proj, **own.layers)
 
 
 class CvTEmbedding(Downsampling):

@@ -175,7 +175,7 @@ def levit_attention(
         kernel,
         output(kernel.site.heads * kernel.site.value_dim),
         bias=PositionBias(grid, kernel.site.heads, stride) if position_bias else None,
-        proj_dropout=own.proj_dropout,
+        **own.layers,
     )
 
 

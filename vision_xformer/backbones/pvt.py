@@ -127,7 +127,7 @@ def pvt_attention(
         ReductionProjection(dim, grid, kernel.operand_widths, own.qkv_bias, reduction),
         kernel,
         nn.Linear(kernel.site.heads * kernel.site.value_dim, dim),
-        proj_dropout=own.proj_dropout,
+        **own.layers,
     )
 
 

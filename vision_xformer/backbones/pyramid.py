@@ -105,7 +105,7 @@ def window_attention(
         WindowedKernel(kernel, windows),
         nn.Linear(kernel.site.heads * kernel.site.value_dim, dim),
         bias=bias,
-        proj_dropout=own.proj_dropout,
+        **own.layers,
     )
 
 

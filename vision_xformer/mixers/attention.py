@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -14,6 +16,7 @@ from ..kernels import Kernel, ValuePath
 from ..kernels.linformer import Linformer
 from ..positions import rotate
 from .base import Mixer
+from .local import LocalKind, LocalValues
 
 Shorten = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -137,9 +140,12 @@ class Attention(Mixer):
         proj: output projection (B, n, H V) -> (B, n, E).
         bias: position bias () -> (H, n, M), added to the logits.
         proj_dropout: dropout after the output projection.
+        local: convolution of the values that is added to the output of the kernel, or None.
+        gate: whether the output of the kernel is multiplied by silu(x W).
 
     Raises:
-        ValueError: for a bias with a kernel that does not support one.
+        ValueError: for a bias with a kernel that does not support one, or ``local`` or ``gate``
+            where the tokens have not one query, key and value each.
     """
 
     def __init__(
@@ -150,6 +156,8 @@ class Attention(Mixer):
         *,
         bias: AttentionBias | None = None,
         proj_dropout: float = 0.0,
+        local: LocalKind | None = None,
+        gate: bool = False,
     ) -> None:
         super().__init__(projection.dim, kernel.site.heads, projection.grid)
         if bias is not None and not kernel.takes_bias:
@@ -159,6 +167,15 @@ class Attention(Mixer):
             )
         self.projection, self.kernel, self.position_bias = projection, kernel, bias
         self.proj, self.proj_drop = proj, nn.Dropout(proj_dropout)
+        grid, (heads, _, value_dim, *_) = projection.grid, kernel.site
+        if (local or gate) and not projection.queries(grid) == projection.keys(grid) == grid:
+            raise ValueError(
+                f"local={local!r} and gate={gate} need a query and a key for each token, which "
+                f"{type(projection).__name__} does not have here: leave them out"
+            )
+        values = kernel.operand_widths[-1] // value_dim
+        self.local = LocalValues(local, len(grid.shape), values, value_dim) if local else None
+        self.gate = nn.Linear(projection.dim, heads * value_dim) if gate else None
         self.rope_dim = kernel.site.key_dim if kernel.takes_rope else None
         self.fixed = kernel.fixed or (bias is not None and bias.fixed)
 
@@ -170,22 +187,40 @@ class Attention(Mixer):
         """Attend: (B, N, D) -> (B, n, E)."""
         if x.shape[1:] != self.tokens_shape or grid != self.grid or rope is not None:
             self.check(x, grid, rope)
-        kernel = self.kernel
+        kernel, gate = self.kernel, self._gate(x)
         # A sum over tokens is cheaper before the projection, unless a rotation comes in between.
         if (
             rope is None
+            and self.local is None
             and isinstance(kernel, Linformer)
             and isinstance(self.projection, SplitProjection)
         ):
             operands = self._operands(x, grid, rope, kernel.shorten)
-            return self._finish(kernel(*operands, shortened=True))
-        return self._finish(kernel(*self._operands(x, grid, rope)))
+            return self._finish(kernel(*operands, shortened=True), gate)
+        operands = self._operands(x, grid, rope)
+        y = kernel(*operands)
+        if self.local is not None:
+            y = y + self.local(operands[2], grid)
+        return self._finish(y, gate)
 
     def value_path(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> ValuePath:
         """Return the attention as a function of its values, see :class:`Mixer`."""
         self.check(x, grid, rope)
         path = self.kernel.value_path(*self._operands(x, grid, rope))
-        return path._replace(finish=self._finish)
+        local, attend = self.local, path.apply
+        if local is not None:
+            path = path._replace(apply=lambda v: attend(v) + local(v, grid))
+        return path._replace(finish=partial(self._finish, gate=self._gate(x)))
+
+    def check(self, x: Tensor, grid: TokenGrid, rope: Tensor | None) -> None:
+        """Raise a ValueError unless tokens, grid and angles fit, see :class:`Mixer`."""
+        super().check(x, grid, rope)
+        if self.local is not None:
+            self.check_axes(grid)
+
+    def _gate(self, x: Tensor) -> Tensor | None:
+        """The factors of the output of the kernel, (B, N, H V)."""
+        return None if self.gate is None else F.silu(self.gate(x))
 
     def _operands(
         self, x: Tensor, grid: TokenGrid, rope: Tensor | None, *shorten: Shorten
@@ -200,9 +235,10 @@ class Attention(Mixer):
         bias = None if self.position_bias is None else self.position_bias()
         return queries, keys, values, projection.queries(grid), projection.keys(grid), bias
 
-    def _finish(self, y: Tensor) -> Tensor:
-        """Project the output of the kernel: (B, H, n, V) -> (B, n, E)."""
-        return self.proj_drop(self.proj(rearrange(y, "b h n v -> b n (h v)")))
+    def _finish(self, y: Tensor, gate: Tensor | None = None) -> Tensor:
+        """Gate and project the output of the kernel: (B, H, n, V) -> (B, n, E)."""
+        y = rearrange(y, "b h n v -> b n (h v)")
+        return self.proj_drop(self.proj(y if gate is None else y * gate))
 
 
 def _split_heads(x: Tensor, width: int, angles: Tensor | None = None) -> Tensor:

@@ -21,6 +21,7 @@ from ..options import (
 )
 from .attention import Attention, LinearProjection, Projection, SplitProjection
 from .base import MIXERS, Mixer, head_width
+from .local import LocalKind
 
 
 def list_mixers(pattern: str = "*") -> list[str]:
@@ -72,10 +73,22 @@ class AttentionOptions(NamedTuple):
     head_dim: int | None
     qkv_bias: bool
     proj_dropout: float
+    local: LocalKind | None
+    gate: bool
+
+    @property
+    def layers(self) -> dict[str, Any]:
+        """Those of the layers around the kernel, arguments of :class:`Attention`."""
+        return {"proj_dropout": self.proj_dropout, "local": self.local, "gate": self.gate}
 
 
 def attention_options(
-    *, head_dim: int | None = None, qkv_bias: bool = False, proj_dropout: float = 0.0
+    *,
+    head_dim: int | None = None,
+    qkv_bias: bool = False,
+    proj_dropout: float = 0.0,
+    local: LocalKind | None = None,
+    gate: bool = False,
 ) -> AttentionOptions:
     """The options of attention, whatever its kernel.
 
@@ -83,8 +96,11 @@ def attention_options(
         head_dim: width K per head; dim / heads by default.
         qkv_bias: whether the projection to queries, keys and values adds a bias.
         proj_dropout: dropout after the output projection.
+        local: depth-wise convolution of the values over the grid, added to the output of the
+            kernel: "dwc3" (3 x 3), "dwc5" (5 x 5, shared by all heads), "lepe" (5 x 5) or None.
+        gate: whether the output of the kernel is multiplied by silu(x W).
     """
-    return AttentionOptions(head_dim, qkv_bias, proj_dropout)
+    return AttentionOptions(head_dim, qkv_bias, proj_dropout, local, gate)
 
 
 def check_mixer(
@@ -170,4 +186,4 @@ def create_mixer(
         dim, grid, widths, own.qkv_bias
     )
     proj = nn.Linear(kernel.site.heads * kernel.site.value_dim, dim)
-    return Attention(projection, kernel, proj, proj_dropout=own.proj_dropout)
+    return Attention(projection, kernel, proj, **own.layers)
