@@ -24,8 +24,8 @@ import vision_xformer as vx
 from vision_xformer.converters.align import AttentionMatching, aligned_parameters, softmax_copy
 from vision_xformer.converters.tokens import ConvertedKernel
 
-KERNELS = ("efficient", "linear", "linformer", "nystrom", "performer", "softmax",
-           "softmax_eager", "talking_heads")  # fmt: skip
+KERNELS = ("agent", "efficient", "inline", "linear", "linformer", "mala", "mhla", "nystrom",
+           "performer", "rala", "softmax", "softmax_eager", "talking_heads")  # fmt: skip
 WIDE, SQUARE = (16, 24), (16, 16)
 VIT: dict[str, Any] = {
     "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5
@@ -199,7 +199,7 @@ def test_every_kernel_works_in_every_adapter(name: str, kernel: str) -> None:
     model = build(name)
     keys, images = set(model.state_dict()), images_of(SQUARE, 3)
     options = {"linformer": {"rank": 5}, "nystrom": {"landmarks": 5}}.get(kernel, {})
-    if kernel == "linformer" and name in (
+    if vx.KERNELS[kernel].fixed and name in (
         "hf dinov3", "own code", "dinov3 of timm", "hf dinov2", "hf dinov2, registers"
     ):  # fmt: skip
         before = run(model, images)
