@@ -22,6 +22,11 @@ from .base import MIXERS, Mixer
 from .gfnet import filter_path, filtered
 
 
+def conjugate(x: Tensor) -> Tensor:
+    """The complex conjugate of a tensor of any shape; ``conj`` cannot be exported to ONNX."""
+    return torch.complex(x.real, -x.imag)
+
+
 @MIXERS.register("circulant")
 class Circulant(Mixer):
     """Circulant attention; prefix tokens are left unchanged. The gate of the paper is left out.
@@ -56,13 +61,12 @@ class Circulant(Mixer):
     def _operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The transform of the maps (B, *half, D, 1), and the values (B, *grid, D)."""
         (qkv,) = to_accumulate(self.qkv(x))
-        qk, v = qkv.split((2 * self.dim, self.dim), -1)
+        q, k, v = qkv.chunk(3, -1)
         shape, axes = x.shape[1:-1], tuple(range(1, x.ndim - 1))
-        q, k = torch.fft.rfftn(qk, dim=axes).chunk(2, -1)
-        scale = math.prod(shape) ** -0.5
-        logits = torch.fft.irfftn(q.conj() * k * scale, shape, axes)
-        a = logits.flatten(1, -2).softmax(1).view_as(logits)
-        return torch.fft.rfftn(a, dim=axes).conj()[..., None], v
+        q = q * math.prod(shape) ** -0.5
+        logits = filtered(k[..., None], conjugate(torch.fft.rfftn(q[..., None], dim=axes)))
+        a = logits.flatten(1, -3).softmax(1).view_as(logits)
+        return conjugate(torch.fft.rfftn(a, dim=axes)), v
 
     def value_path(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> ValuePath:
         """Return the mixer as a function of its values, see :class:`Mixer`; a head is a channel."""

@@ -65,7 +65,7 @@ class TransferFunction(nn.Module):
     def forward(self) -> Tensor:
         """The transfer function (1, *half, D, 1)."""
         (table,) = to_accumulate(self.grid)
-        return torch.complex(*table.chunk(2, -1))[None, ..., None]
+        return torch.complex(*table[None, ..., None].chunk(2, -2))
 
 
 @MIXERS.register("gfnet")
