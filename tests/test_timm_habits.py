@@ -117,8 +117,22 @@ def test_classifiers(name: str) -> None:
     model.reset_classifier(0)
     assert isinstance(model.get_classifier(), nn.Identity)
     assert model(x).shape == (2, model.num_features)
+    model.reset_classifier(0, "")
+    tokens = model.forward_features(x)
+    assert model(x).shape == tokens.shape
+    assert vx.create_model(model.config)(x).shape == tokens.shape
+    with pytest.raises(ValueError, match="num_classes 3 must be 0 for tokens without global_pool"):
+        model.reset_classifier(3, "")
+    model.reset_classifier(0)
+    assert model(x).shape == tokens.shape
+    model.reset_classifier(3)
+    assert model(x).shape == (2, 3)
+    assert vx.create_model(model.config).weight_shapes() == model.weight_shapes()
+    model.reset_classifier(0)
     if not isinstance(model, vx.ViT):
-        with pytest.raises(ValueError, match=r"pools in one way: global_pool 'avg' must be None"):
+        with pytest.raises(
+            ValueError, match=r"pools in one way: global_pool 'avg' must be None, or ''"
+        ):
             model.reset_classifier(3, "avg")
         assert model.num_classes == 0
 
@@ -137,7 +151,7 @@ def test_another_pool(pool: str, tmp_path: Path) -> None:
         loaded = vx.load_model(tmp_path / "model.safetensors")
         torch.testing.assert_close(loaded(x), want)
         assert json.dumps(loaded.config.to_dict()) == json.dumps(model.config.to_dict())
-    with pytest.raises(ValueError, match=r"global_pool 'max' must be 'token', 'avg' or None"):
+    with pytest.raises(ValueError, match=r"global_pool 'max' must be 'token', 'avg', '' or None"):
         model.reset_classifier(7, "max")
     alone = vx.create_model("vit_test", pool="mean")
     with pytest.raises(ValueError, match=r"needs a class token"):

@@ -71,7 +71,7 @@ def test_arguments_of_timm() -> None:
         ({"depht": 3}, r"^unknown option of model 'vit': 'depht'; did you mean 'depth'"),
         ({"drop_rate": 0.1}, r"^drop_rate must be 0: there is no dropout before the classifier"),
         ({"drop_block_rate": 0.1}, r"^unknown option of model 'vit': 'drop_block_rate'"),
-        ({"global_pool": "max"}, r"^global_pool 'max' must be 'token', 'avg' or None$"),
+        ({"global_pool": "max"}, r"^global_pool 'max' must be 'token', 'avg', '' or None$"),
         ({"img_size": 33, "patch_size": 4}, r"^image size 33x33 is not divisible by patch_size"),
         ({"features_only": True, "out_indices": (9,)}, r"^index 9 of indices must be between"),
     ],

@@ -70,9 +70,14 @@ class VisionModel(FeatureModel, Publishable):
             if isinstance(module, Checkpointed):
                 module.grad_checkpointing = enable
 
+    def pool_tokens(self, x: Tensor) -> Tensor:
+        """Pool the final tokens: (B, N, D) -> (B, D)."""
+        return x.mean(1)
+
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Classify tokens (B, N, D): (B, num_classes), or pooled (B, D) with ``pre_logits``."""
-        x = x.mean(1)
+        if self.config.global_pool:
+            x = self.pool_tokens(x)
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,15 +93,19 @@ class VisionModel(FeatureModel, Publishable):
 
         Args:
             num_classes: number of classes.
-            global_pool: None; only ViT can change its pooling.
+            global_pool: "" to return the final tokens (B, N, D) without pooling, with 0 classes;
+                None to keep the pooling. Only ViT has more than one.
 
         Raises:
-            ValueError: if ``global_pool`` is not None.
+            ValueError: for another ``global_pool``, or "" with classes.
         """
-        if global_pool is not None:
+        if global_pool:
             name = type(self).__name__
-            raise ValueError(f"{name} pools in one way: global_pool {global_pool!r} must be None")
-        self.config = dataclasses.replace(self.config, num_classes=num_classes)
+            raise ValueError(
+                f"{name} pools in one way: global_pool {global_pool!r} must be None, or '' for none"
+            )
+        pooled = global_pool is None and (num_classes > 0 or self.config.global_pool)
+        self.config = dataclasses.replace(self.config, num_classes=num_classes, global_pool=pooled)
         reference = next(self.parameters())
         self.head = self.make_head(num_classes).to(reference).train(self.training)
 

@@ -131,7 +131,6 @@ class CaiT(Isotropic):
             mixer, c.mlp_ratio, dropout=c.dropout, layer_scale=c.layer_scale, norm_eps=c.norm_eps
         )
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Classify the class token: (B, num_classes), or the token (B, D) with ``pre_logits``."""
-        x = x.mean(1) if self.class_stage is None else x[:, 0]
-        return x if pre_logits else self.head(x)
+    def pool_tokens(self, x: Tensor) -> Tensor:
+        """Select the class token: (B, N + 1, D) -> (B, D)."""
+        return x.mean(1) if self.class_stage is None else x[:, 0]

@@ -19,6 +19,7 @@ class Config:
     Args:
         input_shape: (C, *shape) of one sample, in pixels.
         num_classes: width of the logits; 0 for a model without a head.
+        global_pool: whether the tokens are pooled; False, with 0 classes, returns all of them.
         dynamic_size: whether the model takes samples of other sizes than ``input_shape``. Learned
             positions are then interpolated in each call.
 
@@ -29,6 +30,7 @@ class Config:
     backbone: ClassVar[str]
     input_shape: tuple[int, ...] = (3, 32, 32)
     num_classes: int = 10
+    global_pool: bool = True
     dynamic_size: bool = False
 
     def __post_init__(self) -> None:
@@ -41,6 +43,10 @@ class Config:
                 plain = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
                 object.__setattr__(self, field.name, plain)
         check_at_least("num_classes", self.num_classes, 0)
+        if self.num_classes and not self.global_pool:
+            raise ValueError(
+                f"num_classes {self.num_classes} must be 0 for tokens without global_pool"
+            )
         values = vars(self)
         for name in ("dropout", "emb_dropout", "drop_path"):
             check_probability(name, values.get(name, 0.0))

@@ -284,7 +284,6 @@ class CrossViT(VisionModel):
         """Put both class tokens side by side: two of (B, N, D) -> (B, 1, D + E)."""
         return torch.cat([norm(y[:, :1]) for norm, y in zip(self.norms, x, strict=True)], -1)
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Classify (B, 1, D + E): (B, num_classes), or (B, D + E) with ``pre_logits``."""
-        x = x[:, 0]
-        return x if pre_logits else self.head(x)
+    def pool_tokens(self, x: Tensor) -> Tensor:
+        """Select the only token: (B, 1, D + E) -> (B, D + E)."""
+        return x[:, 0]

@@ -297,10 +297,9 @@ class CvT(VisionModel):
         """Normalize the tokens of the last stage, class token first: (B, N, D) -> (B, N, D)."""
         return self.norm(x)
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Classify tokens (B, N, D): (B, num_classes), or pooled (B, D) with ``pre_logits``."""
-        x = x[:, 0] if self.stages[-1].grid.prefix else x.mean(1)
-        return x if pre_logits else self.head(x)
+    def pool_tokens(self, x: Tensor) -> Tensor:
+        """Select the class token, or average: (B, N, D) -> (B, D)."""
+        return x[:, 0] if self.stages[-1].grid.prefix else x.mean(1)
 
 
 def _stage(

@@ -134,6 +134,11 @@ class ViTConfig(IsotropicConfig):
         """Whether the norm follows the pool."""
         return self.pool == "mean" if self.fc_norm is None else self.fc_norm
 
+    @property
+    def has_pool_weights(self) -> bool:
+        """Whether the pool has weights."""
+        return self.pool == "seq" and self.global_pool
+
 
 class Isotropic(VisionModel):
     """What ViT and CaiT share: stem, prefix tokens, positions, blocks.
@@ -229,7 +234,7 @@ class ViT(Isotropic):
         norm = nn.LayerNorm(c.dim, c.norm_eps)
         self.norm = nn.Identity() if c.has_fc_norm else norm
         self.fc_norm = norm if c.has_fc_norm else nn.Identity()
-        self.pool = SequencePool(c.dim) if c.pool == "seq" else None
+        self.pool = SequencePool(c.dim) if c.has_pool_weights else None
         self.head = self.make_head(c.num_classes)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -237,23 +242,26 @@ class ViT(Isotropic):
 
         Args:
             num_classes: number of classes.
-            global_pool: "token" for the class token, "avg" for the mean, as in timm; None keeps
-                the pooling. The norm stays before or after the pool.
+            global_pool: "token" for the class token, "avg" for the mean, "" for none, as in timm;
+                None keeps the pooling. The norm stays before or after the pool.
 
         Raises:
-            ValueError: for another pooling, or "token" without a class token.
+            ValueError: for another pooling, "token" without a class token, or "" with classes.
         """
-        if global_pool is not None:
+        if global_pool:
             pools: dict[str, Pool] = {"token": "cls", "avg": "mean"}
             if global_pool not in pools:
-                raise ValueError(f"global_pool {global_pool!r} must be 'token', 'avg' or None")
+                raise ValueError(f"global_pool {global_pool!r} must be 'token', 'avg', '' or None")
             c, pool = self.config, pools[global_pool]
             self.config = dataclasses.replace(
                 c, pool=pool, class_token=c.has_class_token, fc_norm=c.has_fc_norm,
-                pool_include_prefix=c.pool_include_prefix and pool != "cls",
+                pool_include_prefix=c.pool_include_prefix and pool != "cls", global_pool=True,
             )  # fmt: skip
+        super().reset_classifier(num_classes, None if global_pool else global_pool)
+        if not self.config.has_pool_weights:
             self.pool = None
-        super().reset_classifier(num_classes)
+        elif self.pool is None:
+            self.pool = SequencePool(self.config.dim).to(next(self.parameters()))
 
     def drop_head(self) -> None:
         """Remove the classifier and the norm and weights of its pool."""
@@ -264,12 +272,14 @@ class ViT(Isotropic):
         """Normalize the tokens, prefix first: (B, N, D) -> (B, N, D)."""
         return self.norm(x)
 
+    def pool_tokens(self, x: Tensor) -> Tensor:
+        """Pool the tokens: (B, N, D) -> (B, D)."""
+        if self.config.pool == "cls":
+            return x[:, 0]
+        x = x if self.config.pool_include_prefix else x[:, self.grid.prefix :]
+        return x.mean(1) if self.pool is None else self.pool(x)
+
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool and classify tokens (B, N, D): (B, num_classes), or (B, D) with ``pre_logits``."""
-        if self.config.pool == "cls":
-            x = x[:, 0]
-        else:
-            x = x if self.config.pool_include_prefix else x[:, self.grid.prefix :]
-            x = x.mean(1) if self.pool is None else self.pool(x)
-        x = self.fc_norm(x)
+        x = self.fc_norm(self.pool_tokens(x) if self.config.global_pool else x)
         return x if pre_logits else self.head(x)
