@@ -75,10 +75,13 @@ class _NewtonSchulz(torch.autograd.Function):
             values.append(z)
         ctx.save_for_backward(a, scale, *values[:-1])
         ctx.iterations = iterations
+        ctx.set_materialize_grads(False)  # second derivatives do not pass through here
         return z
 
     @staticmethod
-    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d: Tensor | None) -> tuple[Tensor | None, ...]:
+        if d is None:
+            return None, None, None
         a, scale, *values = ctx.saved_tensors
         dx = torch.zeros_like(a)
         for z in reversed((a.mT * scale, *values)[: ctx.iterations]):
