@@ -156,7 +156,9 @@ GRAMMAR = {
     "cai*": ["xxs24", "xxs36", "xs24", "s24"],
     "crossvi*": ["tiny", "small", "base", "9", "15", "18"],
     "pv*": ["v2_b0", "v2_b1", "v2_b2"],
-}
+    "xci*": ["nano_12_p16", "nano_12_p8", "tiny_12_p16", "tiny_12_p8", "small_12_p16",
+             "small_12_p8"],
+}  # fmt: skip
 # of those without a letter
 OTHERS = {
     "fnet2d": [""],
@@ -176,7 +178,8 @@ def test_list_models_holds_the_whole_grammar() -> None:
         for letter, mixer in LETTERS.items():
             for size in (*sizes, "test"):
                 name = family.replace("*", letter) + (f"_{size}" if size else "")
-                rope = takes_rope(mixer) and family not in ("crossvi*", "pv*")
+                own = "xca" if (family, letter) == ("xci*", "t") else mixer
+                rope = takes_rope(own) and family not in ("crossvi*", "pv*")
                 names |= {name, f"{name}_rope"} if rope else {name}
     assert sorted(names) == MODELS
     for backbone in vx.BACKBONES.names():
