@@ -426,7 +426,7 @@ def test_what_has_no_maps_is_refused() -> None:
         with pytest.raises(ValueError, match="queries 'cls': ViT has no class token"):
             vx.attention_maps(other, x, queries="cls")
         assert vx.attention_maps(other, x).shape[-2] == 1
-    with pytest.raises(ValueError, match="no query but the class token"):
+    with pytest.raises(ValueError, match="the class token is the only query"):
         vx.attention_maps(vx.create_model("cait_test"), x, queries="mean")
     with pytest.raises(ValueError, match="layers have maps of different shapes"):
         vx.attention_maps(vx.create_model("cait_test"), x, layers=None)

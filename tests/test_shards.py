@@ -513,8 +513,8 @@ def test_faults_of_a_stream_are_named(tmp_path: Path) -> None:
     ("huggingface:streaming=yes", "streaming must be true"),
     ("huggingface:config=plain", "config needs streaming=true"),
     ("huggingface:stream=true", r"'stream'; did you mean 'streaming'\?"),
-    (STREAM, "empty cannot be streamed as a dataset of Hugging Face"),
-    (STREAM + ":config=other", "cannot be streamed as a dataset of Hugging Face"),
+    (STREAM, "empty cannot be streamed as a Hugging Face dataset"),
+    (STREAM + ":config=other", "cannot be streamed as a Hugging Face dataset"),
 ])  # fmt: skip
 def test_streams_that_cannot_be_are_refused(name: str, sentence: str, tmp_path: Path) -> None:
     pytest.importorskip("datasets")

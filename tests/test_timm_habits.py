@@ -121,7 +121,7 @@ def test_classifiers(name: str) -> None:
     tokens = model.forward_features(x)
     assert model(x).shape == tokens.shape
     assert vx.create_model(model.config)(x).shape == tokens.shape
-    with pytest.raises(ValueError, match="num_classes 3 must be 0 for tokens without global_pool"):
+    with pytest.raises(ValueError, match="num_classes 3 must be 0 with global_pool=False"):
         model.reset_classifier(3, "")
     model.reset_classifier(0)
     assert model(x).shape == tokens.shape

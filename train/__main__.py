@@ -69,7 +69,7 @@ def command_line() -> Parser:
         "--out", type=Path, help="the page (default: report.html in the first folder)"
     )
     exported.add_argument("--onnx", type=Path, help="ONNX file to write")
-    exported.add_argument("--half", action="store_true", help="the ONNX file is in float16")
+    exported.add_argument("--half", action="store_true", help="write the ONNX file in float16")
     exported.add_argument("--hub", type=Path, help="folder to write for the Hugging Face Hub")
     exported.add_argument("--license", type=str, help="license of the weights in the model card")
     return with_commands(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .data import Splits
 
-SHUFFLE_BUFFER = 20_000  # images of a few shards that are shuffled together
+SHUFFLE_BUFFER = 20_000  # images, from a few shards, that are shuffled together
 
 
 def epoch_order(
@@ -21,8 +21,8 @@ def epoch_order(
         balance: ``data.balance``. With "sampler", each class has an equal share of the N images,
             to within one image; all images of a class are drawn once before any is repeated.
         generator: source of the random numbers.
-        shards: numbers (N,) of the files that hold the images. With them, whole files are shuffled,
-            and then the images within a buffer, so that only a few files are read at a time.
+        shards: numbers (N,) of the shards that contain the images. If given, whole shards are
+            shuffled, and then images within a buffer, so that only a few are read at a time.
 
     Returns:
         Indices (N,): a permutation unless ``balance`` is "sampler".

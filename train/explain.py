@@ -22,12 +22,12 @@ from .text import escaped
 
 _MOST = 200  # images on one page
 _BATCH = 8  # images explained together
-_SIZE = 224  # pixels of a picture
+_SIZE = 224  # pixels of an overlay
 _NOTES = (
-    "last layer: its map, mean of all heads, for the token or mean of tokens that is classified",
+    "last layer: attention map, mean over heads, of the class token or mean over tokens classified",
     "rollout: product of (map + identity) / 2 over all layers (Abnar & Zuidema 2020)",
-    "rollout for a class: maps weighted by gradients of its logit (Chefer et al. 2021)",
-    "colors: from the smallest value of each picture to its 99th percentile",
+    "rollout for a class: maps weighted by the gradients of its logit (Chefer et al. 2021)",
+    "colors: black to yellow, from the smallest value of each heatmap to its 99th percentile",
 )
 
 
@@ -35,7 +35,7 @@ def explain(folders: list[Path], paths: list[Path], out: Path, device: str) -> s
     """Write a page of attention maps and rollouts over images, with a row for each run.
 
     Args:
-        folders: of the runs.
+        folders: folders of the runs.
         paths: image files, and folders that contain them.
         out: folder of the page; created if it is missing.
         device: "auto", "cpu", "cuda" or "mps".
@@ -107,7 +107,7 @@ def _strips(name: str, run: Classifier, images: Tensor) -> list[Strip]:
         vx.rollout(run.model, x),
         vx.rollout(run.model, x, target=best),
     ]
-    # one by one, as their grids differ in pyramids
+    # one at a time, because their grids differ in pyramids
     drawn = [columns(x, heat, mean=pixels.mean, std=pixels.std, size=_SIZE) for heat in heats]
     strips = []
     for i, label in enumerate(best.tolist()):

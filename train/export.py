@@ -1,4 +1,4 @@
-"""Runs as files for other programs: ``python -m train export RUN --onnx FILE`` or ``--hub DIR``."""
+"""Export runs for other programs: ``python -m train export RUN --onnx FILE`` or ``--hub DIR``."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def export(
     """Write the best weights of a run to an ONNX file, or to a folder for the Hugging Face Hub.
 
     Args:
-        folder: of the run.
-        onnx: the ONNX file.
-        hub: the folder for the hub, new or from an earlier export.
+        folder: folder of the run.
+        onnx: the ONNX file to write.
+        hub: the folder to write for the Hub, new or from an earlier export.
         half: whether the ONNX file is in float16.
-        license: of the weights, for the model card.
+        license: license of the weights, for the model card.
 
     Returns:
-        What was written.
+        A sentence that says what was written.
 
     Raises:
         ValueError: for options that do not fit, or a model that cannot be exported.

@@ -75,18 +75,18 @@ class Table:
 
 @dataclasses.dataclass
 class Strip:
-    """A row of pictures with captions, which wraps on narrow screens.
+    """A row of images with captions, which wraps on narrow screens.
 
     Args:
         heading: line above the row.
-        pictures: pictures in order, by caption.
+        pictures: images in order, by caption.
     """
 
     heading: str
     pictures: Mapping[str, Image]
 
     def html(self) -> str:
-        """Format the row as HTML, with its pictures embedded."""
+        """Format the row as HTML, with its images embedded."""
         parts = [f"<p>{html.escape(self.heading)}</p>"]
         for caption, picture in self.pictures.items():
             text, buffer = html.escape(caption), io.BytesIO()
@@ -138,7 +138,7 @@ class Section:
         notes: lines in small print that describe how the results were obtained.
         choices: names of the choices between the views, in order.
         views: what to show for each combination; at least one must be without None.
-        strips: rows of pictures below the tables.
+        strips: rows of images below the tables.
     """
 
     title: str

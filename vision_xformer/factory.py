@@ -62,9 +62,9 @@ def create_model(
             :func:`~vision_xformer.load_weights` understands. Tensors that fit are loaded, adapted
             to the image size and number of channels if necessary; a warning lists the others. To
             require all of them, call ``load_weights``.
-        features_only: return a :class:`~vision_xformer.FeatureNet`, which computes maps of layers
+        features_only: return a :class:`~vision_xformer.FeatureNet`, which computes feature maps
             instead of logits.
-        out_indices: the layers of these maps, as ``indices`` of ``forward_intermediates``.
+        out_indices: the layers of these maps, as for ``indices`` of ``forward_intermediates``.
         overrides: any other field of the configuration, such as ``num_classes``, or
             ``input_shape=(1, 4096)`` for signals and ``(1, 28, 28, 28)`` for volumes.
 
@@ -154,7 +154,7 @@ def save_model(model: VisionModel, path: str | os.PathLike[str]) -> None:
         changed = changed_layer(model, BACKBONES[model.config.backbone](model.config))
     if changed:
         raise ValueError(
-            f"save_model cannot save a model with other layers than it was built with, {changed}: "
+            f"save_model cannot save a model whose layers changed after it was built, {changed}: "
             "save its state_dict()"
         )
     pixels = {k: json.dumps(model.pretrained_cfg[k]) for k in _PIXELS if k in model.pretrained_cfg}
@@ -204,7 +204,7 @@ def rebuilt(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> VisionMod
     """Build a model from its configuration and all its weights, in their dtype, for evaluation.
 
     Raises:
-        ValueError: for a configuration that is not one, or does not fit the weights.
+        ValueError: for an invalid configuration, or weights that do not fit it.
     """
     model = create_model(config)
     model.to(next(t.dtype for t in state.values() if t.is_floating_point()))

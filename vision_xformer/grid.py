@@ -103,7 +103,7 @@ def take_strided(x: Tensor, grid: TokenGrid, stride: int) -> Tensor:
 def on_cells(function: Callable[[Tensor], Tensor], x: Tensor, grid: TokenGrid) -> Tensor:
     """Apply a function (B, *shape, D) -> (B, *shape, E) to tokens; the prefix bypasses it.
 
-    Shape: (B, N, D) -> (B, N, E); E is D where there is a prefix
+    Shape: (B, N, D) -> (B, N, E); with a prefix, E must be D
     """
     cells = function(x[:, grid.prefix :].unflatten(1, grid.shape)).flatten(1, len(grid.shape))
     return torch.cat((x[:, : grid.prefix], cells), 1) if grid.prefix else cells

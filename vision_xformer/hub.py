@@ -1,4 +1,4 @@
-"""Models as folders and repositories of the Hugging Face Hub: safetensors, config.json, a card."""
+"""Save and load models as folders or repositories of the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _KNOWN = ("mean", "std", "label_names")  # entries of pretrained_cfg that are sa
 
 
 def save_pretrained(model: Any, folder: str | os.PathLike[str], card: str | None = None) -> None:
-    """Write a folder for the hub; see :meth:`VisionModel.save_pretrained`."""
+    """Write a folder for the Hub; see :meth:`VisionModel.save_pretrained`."""
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} must be a folder, not a file")
@@ -56,7 +56,7 @@ def push_to_hub(
     create_pr: bool = False,
     commit_message: str = "Upload model",
 ) -> str:
-    """Upload a model to the hub; see :meth:`VisionModel.push_to_hub`."""
+    """Upload a model to the Hub; see :meth:`VisionModel.push_to_hub`."""
     hub = _huggingface_hub()
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(model, folder, card)
@@ -80,13 +80,13 @@ def from_pretrained(
     """Rebuild a model from the Hugging Face Hub or a local folder, in evaluation mode on the CPU.
 
     Args:
-        name: a folder of :meth:`VisionModel.save_pretrained`, or "user/name" on the hub.
-        revision: branch, tag or commit on the hub.
+        name: a folder of :meth:`VisionModel.save_pretrained`, or "user/name" on the Hub.
+        revision: branch, tag or commit on the Hub.
         token: for private repositories; by default that of ``hf auth login``.
 
     Returns:
-        The model; its ``pretrained_cfg`` has "mean" and "std" of the pixels and "label_names" of
-        the classes, if they are known.
+        The model; its ``pretrained_cfg`` has the "mean" and "std" of the pixels and the
+        "label_names" of the classes, if they are known.
 
     Raises:
         ValueError: for a repository that cannot be read, or that has no model of this package.
@@ -113,7 +113,11 @@ def from_pretrained(
 
 
 def config_of(model: VisionModel) -> dict[str, Any]:
-    """The content of config.json: what this package and transformers need to rebuild a model."""
+    """Return config.json: what this package and transformers need to rebuild a model.
+
+    Raises:
+        ValueError: if the number of "label_names" is not that of the classes.
+    """
     known = {key: list(model.pretrained_cfg[key]) for key in _KNOWN if key in model.pretrained_cfg}
     labels = known.get("label_names") or [f"LABEL_{i}" for i in range(model.num_classes)]
     if len(labels) != model.num_classes:
@@ -134,10 +138,10 @@ def config_of(model: VisionModel) -> dict[str, Any]:
 
 
 def processor_of(model: VisionModel) -> dict[str, Any] | None:
-    """The content of preprocessor_config.json, from which transformers prepares color images.
+    """Return preprocessor_config.json, by which transformers prepares color images.
 
-    They are scaled until they cover the size of the model and cropped at the center, as
-    ``python -m train predict`` does. None for other inputs, or unknown pixel statistics.
+    Images are scaled until they cover the size of the model and cropped at the center, as
+    ``python -m train predict`` does. None for other inputs, or if the pixel statistics are unknown.
     """
     channels, *size = model.config.input_shape
     mean, std = (list(model.pretrained_cfg.get(key, ())) for key in ("mean", "std"))
@@ -172,11 +176,14 @@ def model_card(
 
     Args:
         model: the model.
-        license: identifier of the license of the weights, such as "mit"; None states none.
+        license: identifier of the license of the weights, such as "mit"; None to state none.
         dataset: name of the data that ``results`` were measured on.
-        results: value by metric, such as {"accuracy": 0.84}.
-        tags: in addition to those of every model of this package.
-        text: sections in Markdown, after the table of the model's size.
+        results: values by metric, such as {"accuracy": 0.84}.
+        tags: tags in addition to those of every model of this package.
+        text: further sections in Markdown.
+
+    Returns:
+        The text of README.md.
 
     Raises:
         ValueError: for results without a data set, or a missing package.
@@ -226,7 +233,7 @@ def _download(name: str, file: str, revision: str | None, token: str | bool | No
 
 
 def _section(config: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The model's configuration and what a config.json says of its ``pretrained_cfg``."""
+    """Read a model's configuration and ``pretrained_cfg`` from a config.json."""
     try:
         found = json.loads(config.read_text(encoding="utf-8"))
         return found[SECTION], {key: found[key] for key in _KNOWN if key in found}
@@ -237,7 +244,7 @@ def _section(config: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _reason(error: Exception) -> str:
-    """The reason of an error of huggingface_hub in a few words."""
+    """Summarize an error of huggingface_hub."""
     kinds = {
         "LocalEntryNotFoundError": "there is no connection, and the cache does not have it",
         "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set, and the cache does not have it",

@@ -21,7 +21,7 @@ from .mixers import Mixer
 from .mixers.attention import Attention
 from .weights.files import check_target, replacing
 
-_LIMIT = 2**31  # bytes of a file in the format of protobuf
+_LIMIT = 2**31  # largest protobuf file in bytes
 _TOLERANCE, _HALF_TOLERANCE = 1e-4, 3e-2  # of the largest logit, or of 1 if that is larger
 
 
@@ -37,14 +37,14 @@ def export_onnx(
 
     The file is run by onnxruntime on random images, of two batch sizes unless ``batch_size`` fixes
     one, and compared with the model in float32 before it replaces ``path``. Its input is
-    "images", its output "logits"; its metadata holds "mean" and "std" of the pixels and the names
-    of the classes if the model's ``pretrained_cfg`` has them. The model itself is not changed.
+    "images", its output "logits"; its metadata contains "mean", "std" and "label_names" if the
+    model's ``pretrained_cfg`` has them. The model itself is not changed.
 
     Args:
         model: a model of :func:`create_model`, converted or not, or another module on images.
-        path: of the file.
+        path: the file to write, ``*.onnx``.
         half: store weights and activations in float16. Token mixing, where sums over many tokens
-            overflow, is computed in float32; linear layers, convolutions and MLPs in float16.
+            may overflow, is computed in float32; linear layers, convolutions and MLPs in float16.
         batch_size: the only batch size that the file accepts; None for any.
         input_shape: (C, *shape) of an image; by default that of the model's configuration, which
             modules of other libraries do not have.
@@ -54,7 +54,8 @@ def export_onnx(
 
     Raises:
         ValueError: for a missing package, an invalid path, a model that cannot be exported, or a
-            file whose logits differ by more than 1e-4 (``half``: 3e-2) of the largest logit.
+            file whose logits differ by more than 1e-4 (``half``: 3e-2) of the largest logit, or of
+            1 if that is larger.
         OSError: if the file cannot be written.
     """
     _require("onnx", "onnxscript", "onnxruntime")
@@ -188,7 +189,7 @@ def _require(*packages: str) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Leave out the exporter's notes on every constant that it does not fold."""
+    """Silence the exporter's notes on every constant that it does not fold."""
     logger = logging.getLogger("onnxscript")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -129,7 +129,7 @@ class FixedTable(nn.Module):
 
 
 class GridTable(FixedTable):
-    """A computed table with a row for each token, also for other grids. Shape: () -> (N, C)."""
+    """A computed table with a row for each token, on any grid. Shape: () -> (N, C)."""
 
     tokens: TokenGrid
 
@@ -192,10 +192,10 @@ class SinCosPosition(GridTable):
 
 
 class FourierFeatures(SinCosPosition):
-    """Sines and cosines at 16 wavelengths, the longest of which is the length of the axis.
+    """Sines and cosines at 16 wavelengths, the shortest of which is the length of the axis.
 
-    Coordinates count from 1 and are divided by the length. Each axis has 32 channels, the first
-    axis first; even ones are sines, odd ones cosines (El-Nouby et al. 2021, arXiv 2106.09681).
+    Coordinates start at 1 and are divided by the length. There are 32 channels for each axis in
+    turn; even ones are sines, odd ones cosines (El-Nouby et al. 2021, arXiv 2106.09681).
 
     Shape: () -> (N, 32 A) on A axes
 
@@ -212,8 +212,8 @@ class FourierFeatures(SinCosPosition):
         wavelengths = 10000.0 ** (channels // 2 * 2 / 32)
         features = []
         for axis, size in enumerate(grid.shape):
-            place = torch.arange(1, size + 1, dtype=torch.float32, device=device)
-            angle = (place / (place[-1:] + 1e-6) * (2 * math.pi))[:, None] / wavelengths
+            position = torch.arange(1, size + 1, dtype=torch.float32, device=device)
+            angle = (position / (position[-1:] + 1e-6) * (2 * math.pi))[:, None] / wavelengths
             waves = torch.where(channels % 2 == 0, angle.sin(), angle.cos())
             shape = [1] * len(grid.shape) + [32]
             shape[axis] = size
@@ -223,7 +223,7 @@ class FourierFeatures(SinCosPosition):
 
 
 class FourierPosition(nn.Module):
-    """A learned projection of :class:`FourierFeatures`; prefix tokens have none.
+    """A learned projection of :class:`FourierFeatures`; rows of prefix tokens are zero.
 
     Shape: () -> (N, D)
 

@@ -1,4 +1,4 @@
-"""Our models in timm's registry: ``import vision_xformer.timm`` adds ``vx_`` + each name.
+"""Add our models to timm's registry: ``import vision_xformer.timm`` adds each name as ``vx_name``.
 
 ``timm.create_model("vx_ccn_7_3x1", num_classes=10)`` then builds one of them, and timm's training
 script accepts it. The arguments ``num_classes``, ``in_chans``, ``img_size``, ``drop_path_rate``,
@@ -29,7 +29,7 @@ _FIELDS = {
 
 
 def _default_cfg(name: str) -> dict[str, Any]:
-    """What timm's data transforms ask of a model."""
+    """Return the entries that timm's data transforms read."""
     config = name_to_config(name)
     return {
         "input_size": config.input_shape,

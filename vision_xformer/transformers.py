@@ -1,4 +1,4 @@
-"""Our classifiers in transformers: ``import vision_xformer.transformers`` registers them.
+"""Register our classifiers in transformers: ``import vision_xformer.transformers``.
 
 Folders and repositories of ``save_pretrained`` and ``push_to_hub`` then load with
 ``AutoModelForImageClassification`` and ``pipeline("image-classification")``.
@@ -38,7 +38,7 @@ class VisionXformerForImageClassification(PreTrainedModel):
     """A classifier of this package with the interface of transformers.
 
     Args:
-        config: with the model's own configuration in ``vision_xformer``.
+        config: contains the configuration of the model as ``vision_xformer``.
 
     Attributes:
         model: the classifier, (B, C, H, W) -> (B, num_labels).
@@ -59,7 +59,7 @@ class VisionXformerForImageClassification(PreTrainedModel):
     def forward(
         self, pixel_values: Tensor, labels: Tensor | None = None, **options: Any
     ) -> ImageClassifierOutput:
-        """Classify images (B, C, H, W); with labels (B,), the output has their cross-entropy."""
+        """Classify images (B, C, H, W); with class indices (B,), the output contains the loss."""
         logits = self.model(pixel_values)
         loss = None if labels is None else F.cross_entropy(logits, labels)
         return ImageClassifierOutput(loss=loss, logits=logits)

@@ -1,4 +1,4 @@
-"""Inference of whole models in onnxruntime, next to eager and compiled PyTorch."""
+"""Inference time of models in onnxruntime, and in eager and compiled PyTorch."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ COLUMNS = (
 )  # fmt: skip
 METHOD = (
     "inference in float32 at the image size of each name; medians of 5 interleaved turns of at",
-    "least 3 calls and 0.2 s; onnxruntime has the threads of PyTorch; difference: largest of the",
-    "logits between the ONNX file and the model, on random images",
+    "least 3 calls and 0.2 s; onnxruntime uses as many threads as PyTorch; difference: the largest",
+    "between the logits of the ONNX file and of the model, on random images",
 )
 TURNS, CALLS, SECONDS = 5, 3, 0.2
 
@@ -41,7 +41,7 @@ def models(patterns: Sequence[str]) -> list[str]:
 
 
 def measure_exports(names: Sequence[str], batch: int) -> Iterator[Row]:
-    """Yield a row for each model; one that cannot be exported or compiled has the reason.
+    """Yield a row for each model; if it cannot be exported or compiled, the status says why.
 
     Args:
         names: names of models.

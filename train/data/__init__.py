@@ -160,7 +160,7 @@ def _read_parts(
 
 
 def _by_shard(samples: Sequence[Sample]) -> Sequence[Sample]:
-    """Return samples in the order of their shards, if they have some; a split mixes them."""
+    """Return samples in the order of their shards, if any: splitting has mixed them."""
     in_shards = samples and shard_of(samples[0][0]) is not None
     return sorted(samples, key=_position) if in_shards else samples
 

@@ -1,4 +1,4 @@
-"""Files that are made once per machine: indices of shards, and copies of shards from elsewhere."""
+"""Files cached on each machine: indices of shards, and copies of remote shards."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def remembered(key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any
 
     Args:
         key: what the value depends on.
-        compute: called if there is no file; if it raises an error, there will be none.
+        compute: called if there is no file yet; if it raises an error, none is written.
     """
     path = _path("index", key)
     _make(path, lambda part: part.write_text(json.dumps(compute()), encoding="utf-8"))
@@ -39,7 +39,7 @@ def remembered(key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any
 
 
 def open_copy(key: str, write: Callable[[Path], Any]) -> IO[bytes]:
-    """Open the copy of a file from elsewhere, which is made if it is missing.
+    """Open the copy of a remote file, which is made if it is missing.
 
     Args:
         key: what the copy depends on.
@@ -82,7 +82,7 @@ def _make(path: Path, write: Callable[[Path], Any]) -> bool:
 
 
 def _remove_oldest(folder: Path) -> None:
-    """Remove the oldest copies, also incomplete ones, beyond the bytes that are kept."""
+    """Remove the oldest copies, including incomplete ones, beyond ``KEPT`` bytes."""
     found = []
     for path in folder.iterdir():
         with contextlib.suppress(FileNotFoundError):  # another process removes some, too

@@ -1,4 +1,4 @@
-"""Datasets of Hugging Face, from a folder written by ``save_to_disk`` or streamed."""
+"""Hugging Face datasets, from a folder written by ``save_to_disk`` or streamed."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ LABELS = ("label", "labels")  # names of columns with a label, if none is a Clas
 def read_huggingface(config: DataConfig) -> Source:
     """Read the splits of a dataset with an image column and a label column.
 
-    ``data.root`` is a folder written by ``save_to_disk``. With ``huggingface:streaming=true`` it is
-    a folder of Parquet or Arrow files or a name on the Hub, of which a few files at a time are
-    copied to this machine; otherwise, nothing is downloaded. Columns are found by their type; if
-    there are several, name them: ``huggingface:label=fine_label``. A validation split is the test
-    set if there is no other, or if the test labels are all -1, that is, not public.
+    ``data.root`` is a folder written by ``save_to_disk``; nothing is downloaded. With
+    ``huggingface:streaming=true`` it is a folder of Parquet or Arrow files or a name on the Hub,
+    from which a few files at a time are copied to this machine. Columns are found by their type; if
+    there are several, name them: ``huggingface:label=fine_label``. The validation split is
+    the test set if there is no test split or all of its labels are -1, that is, not public.
 
     Raises:
         ValueError: if ``datasets`` is not installed, if ``data.root`` is not such a folder, or if
@@ -91,7 +91,7 @@ def _load(library: Any, root: Path) -> dict[str, Any]:
 
 
 def _parts(splits: dict[str, Any], root: str) -> dict[str, Any]:
-    """Return the splits "train", "val" and "test", as far as there are any."""
+    """Return those of the splits "train", "val" and "test" that exist."""
     parts = {
         part: splits[name] for part, names in SPLITS.items() for name in names if name in splits
     }

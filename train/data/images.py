@@ -35,7 +35,7 @@ R = TypeVar("R")
 
 
 class ShardError(OSError):
-    """Raised for a shard that cannot be fetched: its images are not broken, but out of reach."""
+    """Raised for a shard that cannot be fetched: its images are unavailable, not broken."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,8 +45,8 @@ class Item:
     Args:
         read: maps an index to an image, its path or its encoded bytes.
         index: index of this image.
-        name: of this image, for errors; by default it is named by its index.
-        shard: number of the file that holds this image next to others; None if none does.
+        name: name of this image, for errors; by default its index.
+        shard: number of the shard that contains this image, or None.
     """
 
     read: Callable[[int], Encoded]
@@ -202,7 +202,7 @@ class Images(Dataset[tuple[Tensor, int]]):
 
 
 def shard_of(image: Tensor | Path | Item) -> int | None:
-    """Return the number of the file that holds an image next to others, or None."""
+    """Return the number of the shard that contains an image, or None."""
     return image.shard if isinstance(image, Item) else None
 
 

@@ -1,4 +1,4 @@
-"""Streamed datasets of Hugging Face: files of which a few at a time are copied to this machine."""
+"""Streamed Hugging Face datasets: a few files at a time are copied to this machine."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _OFFSET = struct.Struct("<q")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StreamShard:
-    """One file of a stream; its copy is the first bytes of all images, and then the images.
+    """One file of a stream; its copy holds the offsets of all images, then the images.
 
     Args:
         stream: the rows of the file, a ``datasets.IterableDataset``.
-        image: column of the images, which are not decoded.
+        image: column of the encoded images.
         key: what the content of the file depends on.
-        name: of the file, for errors.
+        name: name of the file, for errors.
         count: number of images.
     """
 
@@ -39,7 +39,12 @@ class StreamShard:
     count: int
 
     def read(self, index: int) -> IO[bytes]:
-        """Return the bytes of an image."""
+        """Return the bytes of an image.
+
+        Raises:
+            ValueError: for a row without an image.
+            ShardError: if the file cannot be fetched.
+        """
         with open_copy(f"{self.key} {self.image}", self._copy) as file:
             file.seek(index * _OFFSET.size)
             start, end = struct.unpack("<2q", file.read(2 * _OFFSET.size))
@@ -62,15 +67,15 @@ class StreamShard:
                 raise ShardError(f"{self.name} cannot be fetched: {reason(error)}") from error
             if len(offsets) != self.count + 1:
                 raise ShardError(
-                    f"{self.name} has {len(offsets) - 1} images, and had {self.count} labels when "
-                    "they were read"
+                    f"{self.name} has {len(offsets) - 1} images, but had {self.count} labels when "
+                    "these were read"
                 )
             file.seek(0)
             file.write(struct.pack(f"<{len(offsets)}q", *offsets))
 
 
 class Streams:
-    """A dataset that is streamed, by its splits.
+    """The splits of a streamed dataset.
 
     Args:
         library: the package ``datasets``.
@@ -95,11 +100,15 @@ class Streams:
             return self.library.load_dataset_builder(self.root, self.name, **options)
         except Exception as error:  # those of the network, too
             raise ValueError(
-                f"{self.root} cannot be streamed as a dataset of Hugging Face: {reason(error)}"
+                f"{self.root} cannot be streamed as a Hugging Face dataset: {reason(error)}"
             ) from error
 
     def read(self, stream: Any, image: str, label: str) -> tuple[list[Item], list[Any]]:
-        """Return the images and labels of a split; the labels are read once and remembered."""
+        """Return the images and labels of a split; the labels are read once and cached.
+
+        Raises:
+            ValueError: for a row without a label, or a file that cannot be read.
+        """
         split = next(name for name, found in self.splits.items() if found is stream)
         encoded = type(stream.features[image])(decode=False)  # our reader decodes all images
         images = stream.select_columns([image]).cast_column(image, encoded)
@@ -120,7 +129,7 @@ class Streams:
         return items, values
 
     def _label_column(self, split: str, label: str) -> Any:
-        """Return a stream of the labels; of Parquet, no other column is read."""
+        """Return a stream of the labels; from Parquet files, no other column is read."""
         columns = {"columns": [label]} if self.builder.name == "parquet" else {}
         return self._builder(**columns).as_streaming_dataset(split).select_columns([label])
 
@@ -129,7 +138,7 @@ def _labels(column: Callable[[], Any], label: str, number: int, name: str) -> di
     """Read the labels of a file.
 
     Raises:
-        ValueError: for a row without label, or if the file cannot be read.
+        ValueError: for a row without a label, or a file that cannot be read.
     """
     stream = column()
     found: list[Any] = []

@@ -1,4 +1,4 @@
-"""WebDataset shards: tar files of images with their labels, on this machine or at URLs."""
+"""WebDataset shards: tar files of images and labels, on this machine or at URLs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .images import Item, ShardError, count_item_channels
 from .registry import Source, register
 
 URLS = ("http://", "https://", "s3://", "gs://", "hf://")
-MOST_CLASSES = 100_000  # a label above is a mistake
+MOST_CLASSES = 100_000  # a larger label is taken for a mistake
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,12 +46,16 @@ class TarShard:
     spans: npt.NDArray[np.int64]
 
     def read(self, index: int) -> IO[bytes]:
-        """Return the bytes of an image."""
+        """Return the bytes of an image.
+
+        Raises:
+            ShardError: if the shard has changed or cannot be fetched.
+        """
         start, size = self.spans[index].tolist()
         with _open(self.path) as file:
             if _stamp(self.path, file) != self.stamp:
                 raise ShardError(
-                    f"{self.path} has changed since it was indexed; to index all shards anew, "
+                    f"{self.path} has changed since it was indexed; to index all shards again, "
                     f"remove {cache_folder()}"
                 )
             file.seek(start)
@@ -59,7 +63,7 @@ class TarShard:
 
 
 class Index(NamedTuple):
-    """A shard, and of each of its images the name and the class."""
+    """A shard, and the name and class of each of its images."""
 
     shard: TarShard
     names: list[str]
@@ -73,11 +77,11 @@ def read_webdataset(config: DataConfig) -> Source:
     A sample is one image ``KEY.jpg`` (or of another format) next to its label ``KEY.cls``, the
     index of a class or its name. A file with train, val (or valid, or validation) or test in its
     name, or in a folder of that name, belongs to that set, any other to the training set. A
-    validation set is the test set if there is no other. The shards are indexed once.
+    validation set is the test set if there is no test set. The shards are indexed once.
 
     Raises:
         ValueError: if ``webdataset`` is not installed, if a shard is missing or truncated, or if a
-            sample has no label; it names the shard.
+            sample has no label or not exactly one image; it names the shard.
     """
     found = _find_shards(config.root)
     count = sum(map(len, found.values()))
@@ -121,7 +125,7 @@ def _set_of(names: Sequence[str]) -> str:
 
 
 def _expand(pattern: str) -> list[str]:
-    """Expand ``{000..146}``, ``*`` and several patterns with ``::`` between them."""
+    """Expand ``{000..146}``, ``*`` and several patterns separated by ``::``."""
     paths: list[str] = []
     for path in _library().shardlists.expand_urls(pattern):
         if path.startswith(URLS):
@@ -176,7 +180,7 @@ def _indexed(path: str, progress: tqdm[Any]) -> Index:
 
 
 def _stamp(path: str, file: IO[bytes]) -> str:
-    """Return the size of a shard, and when it was last changed if it is no copy."""
+    """Return the size of a shard and, unless it is a copy, when it was last changed."""
     status = os.fstat(file.fileno())
     return (
         str(status.st_size) if path.startswith(URLS) else f"{status.st_size} {status.st_mtime_ns}"
@@ -187,7 +191,7 @@ def _index(path: str) -> dict[str, Any]:
     """Find the images and labels of a shard.
 
     Raises:
-        ValueError: if it is truncated, compressed or no tar file, or if a sample is incomplete.
+        ValueError: if it is truncated, compressed or not a tar file, or if a sample is incomplete.
     """
     try:
         with _open(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
@@ -207,7 +211,7 @@ def _index(path: str) -> dict[str, Any]:
 
 
 def _keyed(path: str, members: Sequence[tarfile.TarInfo]) -> Iterator[tuple[str, tarfile.TarInfo]]:
-    """Yield the plain files of a shard after their key: the path up to the first dot of the name.
+    """Yield the files of a shard with their key: the path up to the first dot of the file name.
 
     Like webdataset, it skips names without a key or an ending, and metadata (``__NAME__``).
     """

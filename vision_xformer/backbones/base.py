@@ -61,7 +61,7 @@ class VisionModel(FeatureModel, Publishable):
         return self.num_features
 
     def drop_head(self) -> None:
-        """Remove the classifier, and what only it reads."""
+        """Remove the classifier and the layers that only it uses."""
         self.reset_classifier(0)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -93,8 +93,8 @@ class VisionModel(FeatureModel, Publishable):
 
         Args:
             num_classes: number of classes.
-            global_pool: "" to return the final tokens (B, N, D) without pooling, with 0 classes;
-                None to keep the pooling. Only ViT has more than one.
+            global_pool: "", with 0 classes, to return the final tokens (B, N, D) without pooling;
+                None to keep the pooling. Only ViT supports others.
 
         Raises:
             ValueError: for another ``global_pool``, or "" with classes.
@@ -102,7 +102,8 @@ class VisionModel(FeatureModel, Publishable):
         if global_pool:
             name = type(self).__name__
             raise ValueError(
-                f"{name} pools in one way: global_pool {global_pool!r} must be None, or '' for none"
+                f"{name} pools in one way: global_pool {global_pool!r} must be None, or '' for no "
+                "pooling"
             )
         pooled = global_pool is None and (num_classes > 0 or self.config.global_pool)
         self.config = dataclasses.replace(self.config, num_classes=num_classes, global_pool=pooled)
@@ -124,17 +125,17 @@ class VisionModel(FeatureModel, Publishable):
     ) -> None:
         """Change the size of the input in place, as timm's models do.
 
-        Tables of tokens are interpolated as by ``load_weights(..., resize=True)``, and the weights
-        of patches are resampled. These become new parameters, so create the optimizer afterwards;
+        Tables of tokens are interpolated as by ``load_weights(..., resize=True)``, and the patch
+        embedding is resampled. These become new parameters, so create the optimizer afterwards;
         all other parameters stay the same.
 
         Args:
-            img_size: pixels on all axes, or on each; None keeps them.
+            img_size: pixels, one size or one for each axis; None keeps it.
             patch_size: pixels per token, one size or one for each axis; None keeps it.
 
         Raises:
-            ValueError: for a size that does not fit, or a model whose layers have been replaced. It
-                is left untouched.
+            ValueError: for a size that does not fit, or a model whose layers have been replaced.
+                The model is left untouched.
         """
         check_types({"img_size": img_size, "patch_size": patch_size}, VisionModel.set_input_size)
         channels, *shape = self.config.input_shape

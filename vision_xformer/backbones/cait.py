@@ -122,7 +122,7 @@ class CaiT(Isotropic):
         return self.norm(torch.cat((self.class_stage(x, grid), x), 1))
 
     def make_class_block(self, grid: TokenGrid) -> Block:
-        """A block of class attention; ``grid`` includes the class token."""
+        """Create a block of class attention; ``grid`` includes the class token."""
         c = self.config
         mixer = class_attention(
             c.class_mixer, c.class_options, dim=c.dim, heads=c.class_heads, grid=grid
@@ -132,5 +132,5 @@ class CaiT(Isotropic):
         )
 
     def pool_tokens(self, x: Tensor) -> Tensor:
-        """Select the class token: (B, N + 1, D) -> (B, D)."""
+        """Select the class token, or average without one: (B, N, D) -> (B, D)."""
         return x.mean(1) if self.class_stage is None else x[:, 0]

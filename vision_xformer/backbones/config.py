@@ -19,8 +19,8 @@ class Config:
     Args:
         input_shape: (C, *shape) of one sample, in pixels.
         num_classes: width of the logits; 0 for a model without a head.
-        global_pool: whether the tokens are pooled; False, with 0 classes, returns all of them.
-        dynamic_size: whether the model takes samples of other sizes than ``input_shape``. Learned
+        global_pool: whether the final tokens are pooled; False, with 0 classes, returns them all.
+        dynamic_size: whether the model accepts samples of other sizes than ``input_shape``. Learned
             positions are then interpolated in each call.
 
     Raises:
@@ -44,9 +44,7 @@ class Config:
                 object.__setattr__(self, field.name, plain)
         check_at_least("num_classes", self.num_classes, 0)
         if self.num_classes and not self.global_pool:
-            raise ValueError(
-                f"num_classes {self.num_classes} must be 0 for tokens without global_pool"
-            )
+            raise ValueError(f"num_classes {self.num_classes} must be 0 with global_pool=False")
         values = vars(self)
         for name in ("dropout", "emb_dropout", "drop_path"):
             check_probability(name, values.get(name, 0.0))
@@ -96,7 +94,7 @@ class MixerConfig(Config):
         self.check_tied("mixer", self.mixer)
 
     def check_tied(self, field: str, name: str) -> None:
-        """Raise a ValueError for a mixer with a row for each token, if sizes may change."""
+        """Raise a ValueError for a mixer that is tied to its grid if ``dynamic_size`` is set."""
         if self.dynamic_size and is_fixed(name):
             raise ValueError(
                 f"{field} {name!r} is tied to one number of tokens: dynamic_size must be False"

@@ -41,8 +41,8 @@ class FeatureNet(nn.Module):
     """Maps of some layers of a model: (B, C, *shape) -> list of (B, D, *grid).
 
     Args:
-        model: the model, which is pruned to what the maps need.
-        out_indices: which layers, as ``indices`` of ``forward_intermediates``.
+        model: the model; it is pruned in place to the layers that the maps need.
+        out_indices: which layers, as for ``indices`` of ``forward_intermediates``.
 
     Attributes:
         feature_info: widths and strides of the maps.

@@ -1,4 +1,4 @@
-"""Layers of a model, with timm's interface: groups of parameters, and the tokens in between."""
+"""Access to the layers of a model, as in timm: intermediate tokens and groups of parameters."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Feature(NamedTuple):
         layer: its index.
         dim: width D of the tokens.
         reduction: pixels per token, the largest of the axes.
-        norm: final norm of the model; None if another stage follows, of another width.
-        branch: index of the branch, in a layer that maps several.
+        norm: final norm of the model; None if its width is that of a later stage.
+        branch: index of the branch, if the layer has several.
     """
 
     module: str
@@ -32,7 +32,7 @@ class Feature(NamedTuple):
     branch: int | None = None
 
     def of(self, x: Any, grid: Any) -> tuple[Tensor, TokenGrid]:
-        """The tokens and their grid, from those of the layer."""
+        """Select the tokens and grid of the branch from those of the layer."""
         return (x, grid) if self.branch is None else (x[self.branch], grid[self.branch])
 
 
@@ -56,7 +56,7 @@ class FeatureModel(nn.Module):
     def embed(self, x: Tensor) -> tuple[Any, Any]:
         """Compute the tokens before the first layer, (B, C, *shape) -> (B, N, D), and their grid.
 
-        A model with several branches returns a list of each.
+        A model with several branches returns a list of both.
         """
         raise NotImplementedError
 
@@ -98,7 +98,7 @@ class FeatureModel(nn.Module):
         }
 
     def features(self) -> list[Feature]:
-        """The features that :meth:`forward_intermediates` returns, in the order of its indices."""
+        """List what :meth:`forward_intermediates` can return, in the order of its indices."""
         c, norm = self.config, getattr(self, "norm", nn.Identity())
         reduction = _largest(getattr(c, "patch_size", 1))
         if hasattr(self, "blocks"):
@@ -126,7 +126,7 @@ class FeatureModel(nn.Module):
             self.norm = nn.Identity()
 
     def drop_head(self) -> None:
-        """Remove the classifier, and what only it reads."""
+        """Remove the classifier and the layers that only it uses."""
         raise NotImplementedError
 
     def prune_intermediate_layers(
@@ -135,14 +135,14 @@ class FeatureModel(nn.Module):
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> list[int]:
-        """Remove the layers after those of :meth:`forward_intermediates`, as timm's models do.
+        """Remove the layers that the given features do not need, as timm's models do.
 
         The model can then no longer be saved by ``save_model``, only its state dict.
 
         Args:
-            indices: as there.
-            prune_norm: whether to remove the final norm; it goes with the last stage.
-            prune_head: whether to remove the classifier; it goes with the last stage.
+            indices: as for :meth:`forward_intermediates`.
+            prune_norm: whether to remove the final norm; always done if the last stage is removed.
+            prune_head: whether to remove the classifier; always done if the last stage is.
 
         Returns:
             The indices of the same features in the pruned model.
@@ -191,19 +191,19 @@ class FeatureModel(nn.Module):
 
         Args:
             x: batch (B, C, *shape).
-            indices: which layers, negative ones counted from the last; ``n`` for the last n, and
-                None for all. They are returned in their order in the model, each once.
-            norm: whether to apply the final norm, where it has the width of the tokens.
+            indices: list of layers, negative ones counted from the end; ``n`` for the last n; None
+                for all. Results are in the order of the model, without duplicates.
+            norm: whether to apply the final norm to tokens of its width.
             stop_early: whether to skip the layers after the last of ``indices``.
             output_fmt: "NCHW" for (B, D, *grid), "NLC" for (B, N, D); both without class and
                 register tokens.
             intermediates_only: whether to leave out the final tokens.
-            return_prefix_tokens: whether to return pairs of these and the class and register tokens
-                (B, P, D), for a model that has some.
+            return_prefix_tokens: whether to return pairs, with the class and register tokens
+                (B, P, D) second, if the model has any.
 
         Returns:
-            The tokens of :meth:`forward_features` and a list of intermediates, or the list alone.
-            With ``stop_early`` the former are those after the last layer that was applied.
+            The final tokens, as from :meth:`forward_features`, and a list of intermediates, or only
+            the list. With ``stop_early``, the former are those after the last layer applied.
 
         Raises:
             ValueError: for an index out of range, or an unknown format.
@@ -235,7 +235,7 @@ def _largest(size: int | tuple[int, ...]) -> int:
 
 
 def take_indices(count: int, indices: int | Sequence[int] | None) -> list[int]:
-    """The indices of ``count`` features that are meant, from 0 and rising.
+    """Convert ``indices`` to a sorted list of indices from 0 to ``count`` - 1.
 
     Args:
         count: number of features.
@@ -260,7 +260,7 @@ def take_indices(count: int, indices: int | Sequence[int] | None) -> list[int]:
 
 
 def _formatted(x: Tensor, grid: TokenGrid, output_fmt: OutputFormat, prefix: bool) -> Any:
-    """The tokens on the grid in that format, with ``prefix`` in a pair with the others."""
+    """Format the tokens on the grid, with ``prefix`` as a pair with the prefix tokens."""
     y = x[:, grid.prefix :]
     if output_fmt == "NCHW":
         y = y.mT.unflatten(2, grid.shape).contiguous()

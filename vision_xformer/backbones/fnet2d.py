@@ -25,7 +25,7 @@ class FNet2DConfig(Config):
     """Configuration of :class:`FNet2D`.
 
     Args:
-        dynamic_size: whether the model takes samples of any size; here it does by default.
+        dynamic_size: whether the model accepts samples of any size; True by default.
         dim: width D, even.
         depth: number of blocks.
         mlp_ratio: hidden width of the MLPs for a width of 1.

@@ -1,4 +1,4 @@
-"""Models as folders and repositories of the Hugging Face Hub; :mod:`vision_xformer.hub` does it."""
+"""Methods of models for the Hugging Face Hub, implemented in :mod:`vision_xformer.hub`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ class Publishable:
 
         Args:
             folder: created if it does not exist.
-            card: text of README.md; by default :func:`vision_xformer.hub.model_card`, unless the
-                folder has a README.md.
+            card: text of README.md; by default that of :func:`vision_xformer.hub.model_card`,
+                unless the folder has a README.md.
 
         Raises:
-            ValueError: for a converted model, or a missing package.
-            OSError: if it cannot be written.
+            ValueError: for a converted or pruned model, class names that do not match the classes,
+                a file instead of a folder, or a missing package.
+            OSError: if the folder cannot be written.
         """
         from ..hub import save_pretrained
 
@@ -30,15 +31,15 @@ class Publishable:
 
         Args:
             repo_id: "user/name".
-            card: text of README.md; by default :func:`vision_xformer.hub.model_card`.
+            card: text of README.md; by default that of :func:`vision_xformer.hub.model_card`.
             options: ``private`` for a new repository; ``token``; ``revision``, ``create_pr`` and
                 ``commit_message`` of the upload.
 
         Returns:
-            The address of the commit.
+            The URL of the commit.
 
         Raises:
-            ValueError: for a converted model, a missing package or an upload that fails.
+            ValueError: as for :meth:`save_pretrained`, or if the upload fails.
         """
         from ..hub import push_to_hub
 

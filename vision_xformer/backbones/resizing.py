@@ -17,9 +17,9 @@ _OF_ANY_MODULE = vars(nn.Module()).keys()
 
 
 def resize_in_place(model: nn.Module, before: nn.Module, after: nn.Module) -> None:
-    """Turn the model into one of another input size; parameters of equal shape stay the same.
+    """Change the input size of a model in place; parameters whose shape is the same are kept.
 
-    What depends on the size is what differs between two new models, so that everything that was
+    Only what differs between two new models of both sizes is replaced, so everything that was
     changed since the model was built is kept: modes, hooks, frozen parameters, dtypes.
 
     Args:
@@ -45,7 +45,7 @@ def resize_in_place(model: nn.Module, before: nn.Module, after: nn.Module) -> No
 
 
 def changed_layer(model: nn.Module, built: nn.Module) -> str:
-    """The first parameter or buffer in which the model differs from a new one, or ""."""
+    """Name the first parameter or buffer whose shape differs from a new model, or return ""."""
     ours, theirs = ({k: v.shape for k, v in m.state_dict().items()} for m in (model, built))
     return next((k for k in (theirs | ours) if ours.get(k) != theirs.get(k)), "")
 
@@ -66,7 +66,7 @@ def _take_over(module: nn.Module, before: nn.Module, after: nn.Module) -> None:
 
 
 def _resampled(state: dict[str, Tensor], before: nn.Module, after: nn.Module) -> dict[str, Tensor]:
-    """The weights of patch embeddings and convolutions whose kernel size differs, for the new."""
+    """Resample the weights of patch embeddings and convolutions whose kernel size changes."""
     found = {}
     for name, module in before.named_modules():
         other: Any = after.get_submodule(name)

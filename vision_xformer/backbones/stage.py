@@ -15,13 +15,13 @@ class Downsampling(nn.Module):
     """Bring tokens to a coarser grid: (B, M, C) -> (B, N, D).
 
     Attributes:
-        stride: cells of the grid per cell of the new one, on each axis.
+        stride: ratio of the old grid to the new one on each axis.
     """
 
     stride: tuple[int, ...]
 
     def out_grid(self, grid: TokenGrid) -> TokenGrid:
-        """The positions of the N tokens for those of the M."""
+        """Return the positions of the N tokens for those of the M tokens."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, grid: TokenGrid) -> Tensor:
@@ -70,7 +70,7 @@ class Stage(Checkpointed):
         return (self[index] for index in range(self.depth))
 
     def out_grid(self, grid: TokenGrid) -> TokenGrid:
-        """The grid of its tokens for that of the previous stage."""
+        """Return the grid of its tokens for that of the previous stage."""
         return grid if self.downsample is None else self.downsample.out_grid(grid)
 
     def apply_block(self, index: int, x: Tensor, grid: TokenGrid) -> Tensor:

@@ -39,7 +39,7 @@ class XCiTConfig(CaiTConfig):
 
 
 class LocalInteraction(nn.Module):
-    """Two depth-wise convolutions, GELU and batch norm between them: (B, D, *grid) -> same.
+    """Two depth-wise convolutions with GELU and batch norm in between: (B, D, *grid) -> same.
 
     Args:
         axes: number of axes of the grid.
@@ -62,7 +62,7 @@ class XCiTBlock(Block):
 
     Args:
         mixer: of width D.
-        mlp_ratio: ratio of the hidden width of the MLP to D; 0 for neither MLP nor interaction.
+        mlp_ratio: ratio of the hidden width of the MLP to D; 0 omits both MLP and interaction.
         options: see :class:`~vision_xformer.backbones.base.Block`.
     """
 
@@ -84,10 +84,10 @@ class XCiTBlock(Block):
 
 
 class XCiTClassBlock(Block):
-    """Class attention as in the weights of XCiT, which also changes the other tokens.
+    """Class attention as in the published models, which also updates the other tokens.
 
-    They are added to their norm, and doubled by the residual around the MLP. ``tokens_norm``
-    applies the second norm to them.
+    Their norm is added to them, and the residual around the MLP doubles them. ``tokens_norm``
+    says whether the second norm is applied to them.
 
     Shape: (B, N + 1, D) -> same
     """
@@ -155,7 +155,7 @@ class XCiT(CaiT):
     }
 
     def make_class_block(self, grid: TokenGrid) -> Block:
-        """A block of class attention; ``grid`` includes the class token."""
+        """Create a block of class attention; ``grid`` includes the class token."""
         block = super().make_class_block(grid)
         assert isinstance(block, XCiTClassBlock)
         block.tokens_norm = self.config.tokens_norm

@@ -1,4 +1,4 @@
-"""What a model attends to: maps of any mixer that is linear in values, rollout, pictures."""
+"""What a model attends to: maps of any mixer that is linear in values, rollout, overlays."""
 
 from .maps import attention_heat, attention_maps
 from .pictures import overlay

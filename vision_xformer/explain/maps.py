@@ -2,7 +2,7 @@
 
 The output of such a layer is A v. It may never form A, but its vector-Jacobian product with respect
 to v is r^T A, a weighted sum of rows of A, at the cost of one backward pass. The channels of v are
-independent, so one pass gives as many sums as values are wide.
+independent, so one pass computes as many sums as v has channels.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def attention_maps(
     negative where a mixer is not an average of values, such as Nyströmformer with its convolution.
     A convolution has a head for each channel, Fourier mixing two (:class:`Fourier`), and the M
     values of external attention are its memory units. Only the requested rows are computed, at the
-    cost of a backward pass of the layer for as many rows as values are wide. The memory is that of
-    the maps and of one layer's backward pass.
+    cost of one backward pass of the layer per V rows, V the width of the values. The memory is that
+    of the maps and of one layer's backward pass.
 
     Args:
         model: a model of this package, or one of timm, transformers or torchvision whose attention
@@ -48,8 +48,8 @@ def attention_maps(
         images: (B, C, H, W), normalized as for the model.
         layers: indices of attention layers, negative ones counted from the end; None for all.
         queries: "cls" for the class token, "mean" for the mean over all patches, "all", or indices
-            of tokens, of which prefix tokens come first. By default "cls" if the head of the model
-            reads the class token, or else "mean".
+            of tokens, including prefix tokens. By default "cls" if the head of the model reads the
+            class token, or else "mean".
 
     Returns:
         Maps (B, layers, H, queries, M).
@@ -61,7 +61,9 @@ def attention_maps(
     names, found, _ = _computed(model, images, layers, queries)
     if len({maps.shape for maps in found}) > 1:
         shapes = ", ".join(f"{n} {tuple(m.shape)}" for n, m in zip(names, found, strict=True))
-        raise ValueError(f"layers have maps of different shapes, ask for them one by one: {shapes}")
+        raise ValueError(
+            f"layers have maps of different shapes, so request them one at a time: {shapes}"
+        )
     return torch.stack(found, 1)
 
 
@@ -116,7 +118,7 @@ def with_kernels(model: nn.Module, images: Tensor) -> tuple[nn.Module, list[str]
     Raises:
         ValueError: for a model without attention layers.
     """
-    if not isinstance(model, VisionModel):  # which has no layers of others
+    if not isinstance(model, VisionModel):  # whose attention layers are all ours
         done = converted_layers(model)
         rest = (m for n, m in attention_layers(model) if n not in done)
         if not all(isinstance(layer, Mixer) for layer in rest):
@@ -142,7 +144,7 @@ def _checked(name: str, given: Iterable[int], count: int, what: str) -> list[int
     """Return indices as a list.
 
     Raises:
-        ValueError: for what are no indices, none of them, or one out of range.
+        ValueError: for values that are not indices, an empty list, or an index out of range.
     """
     try:
         indices = [operator.index(index) for index in given]
@@ -184,7 +186,7 @@ def weighted_rows(path: ValuePath, weights: Tensor) -> Tensor:
     weights = weights.to(y).expand(batch, -1, -1)
     heads, sums = y.shape[1], weights.shape[1]
     rows = y.new_empty(batch, heads, sums, length)
-    shared = heads // groups  # heads with the same values are told apart by one pass for each
+    shared = heads // groups  # heads that share values need one pass each
     for start in range(0, sums, width):
         part = weights[:, start : start + width]
         for head in range(shared):
@@ -196,7 +198,7 @@ def weighted_rows(path: ValuePath, weights: Tensor) -> Tensor:
 
 
 def query_weights(model: nn.Module, path: ValuePath, queries: Queries | None) -> Tensor:
-    """Return the weights (1, Q, N) of the rows that are asked for.
+    """Return the weights (1, Q, N) of the requested rows.
 
     Raises:
         ValueError: for an unknown word, a missing class token, or an index out of range.
@@ -210,7 +212,7 @@ def query_weights(model: nn.Module, path: ValuePath, queries: Queries | None) ->
         if queries == "cls" and not _has_class_token(model, path):
             raise ValueError(f"queries 'cls': {type(model).__name__} has no class token here")
         if queries == "mean" and grid.length == grid.prefix:
-            raise ValueError("queries 'mean': this layer has no query but the class token")
+            raise ValueError("queries 'mean': the class token is the only query of this layer")
         if queries == "mean":
             weights = path.values.new_zeros(1, 1, grid.length)
             weights[..., grid.prefix :] = 1 / (grid.length - grid.prefix)

@@ -1,4 +1,4 @@
-"""Heat over images, as pictures."""
+"""Heatmaps over images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _INFERNO = (
     (0, 0, 4), (31, 12, 72), (85, 15, 109), (136, 34, 106), (186, 54, 85), (227, 89, 51),
     (249, 140, 10), (249, 201, 50), (252, 255, 164),
 )  # fmt: skip
-_GAP = 4  # pixels between pictures
+_GAP = 4  # pixels between overlays
 
 
 def overlay(
@@ -30,17 +30,17 @@ def overlay(
     std: float | Sequence[float] = 0.5,
     size: int = 224,
 ) -> Image:
-    """Draw heat over images: a row for each image, with the image and then each of its heats.
+    """Draw heatmaps over images: one row per image, with the image and then its overlays.
 
-    Each heat is scaled from its smallest value to its 99th percentile and upsampled smoothly.
+    Each heatmap is scaled from its smallest value to its 99th percentile and upsampled smoothly.
 
     Args:
         images: (B, C, H, W) of 1 or 3 channels, normalized by ``mean`` and ``std``.
-        heat: (B, h, w), or (B, K, h, w) for K heats for each image; on any grid.
-        mean: mean of the pixels (0 to 1), one or one for each channel; that of a model is in its
-            ``pretrained_cfg``.
+        heat: (B, h, w), or (B, K, h, w) for K heatmaps per image; on any grid.
+        mean: mean of the pixels (0 to 1), one value or one for each channel, such as that
+            in the ``pretrained_cfg`` of a model.
         std: their standard deviation.
-        size: length of the longer side of each picture in pixels.
+        size: length of the longer side of each overlay in pixels.
 
     Raises:
         ValueError: for tensors of other shapes, or heat that is not finite.
@@ -58,10 +58,10 @@ def columns(
     std: float | Sequence[float],
     size: int,
 ) -> Tensor:
-    """Compute the pictures of :func:`overlay`: (B, 1 + K, 3, H, W) in [0, 1], on the CPU.
+    """Compute the tiles of :func:`overlay`: (B, 1 + K, 3, H, W) in [0, 1], on the CPU.
 
     Raises:
-        ValueError: as there.
+        ValueError: as for :func:`overlay`.
     """
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"images of shape {tuple(images.shape)} must be (B, 1 or 3, H, W)")
@@ -79,7 +79,7 @@ def columns(
 
 
 def as_picture(pixels: Tensor) -> Image:
-    """Convert pixels (3, H, W) in [0, 1] to a picture."""
+    """Convert pixels (3, H, W) in [0, 1] to a PIL image."""
     from PIL import Image
 
     return Image.fromarray((pixels * 255).round().byte().movedim(0, -1).contiguous().numpy())
@@ -98,7 +98,7 @@ def _pixels(
 
 
 def _blend(pixels: Tensor, heat: Tensor) -> Tensor:
-    """Heat (B, h, w) over pixels (B, 3, H, W): colors that hide the image more where it is hot."""
+    """Blend heat (B, h, w) over pixels (B, 3, H, W): the hotter, the more opaque."""
     h = heat.detach().float().cpu()
     low, high = (h.flatten(1).quantile(share, 1)[:, None, None] for share in (0, 0.99))
     h = (h - low) / (high - low).clamp_min(torch.finfo(torch.float32).tiny)

@@ -3,7 +3,7 @@
 Abnar & Zuidema 2020 (arXiv 2005.00928, eq. 1) multiply the maps of all layers, each averaged with
 the identity for the residual connection. Chefer et al. 2021 (arXiv 2103.15679, eq. 5-6) weight the
 maps by their gradients for a class. Only the row of the class token, or the mean over the rows of
-the patches, is needed: a vector that is multiplied by one map after another, last layer first.
+the patches, is needed: a vector that is multiplied by the maps in turn, last layer first.
 """
 
 from __future__ import annotations
@@ -41,26 +41,27 @@ def rollout(
 
     Without a target, it is the product of (A + I) / 2 over all layers (Abnar & Zuidema 2020). With
     the mean over heads this takes one backward pass of each layer, and no map is formed. With a
-    target it is the product of I + mean((A * dA)+), where dA is the gradient of the target's logit
-    with respect to the map (Chefer et al. 2021). Then, and with another fusion of heads, all rows
-    of a map are computed, 256 at a time, and none are kept: memory B H 256 M. The inputs of all
-    layers are kept, and with a target everything for a backward pass of the model.
+    target, it is the product of I + mean((A * dA)+), where dA is the gradient of the target's logit
+    with respect to the map (Chefer et al. 2021). In that case, and with "max" or "min", all rows of
+    a map are computed, 256 at a time, and not kept: memory B H 256 M. The inputs of all layers are
+    kept and, with a target, the activations for a backward pass of the model.
 
-    The row of the class token is followed if the head reads it, and else the mean over all patches.
-    In a pyramid, a position's weight is spread evenly over those that it was merged from. Rows that
-    do not sum to 1, such as those of Nyströmformer with its convolution, are used as they are.
+    The rollout starts from the class token if the head reads it, or else from the mean over all
+    patches. In a pyramid, a position's weight is spread evenly over those it was merged from. Rows
+    that do not sum to 1, such as those of Nyströmformer with its convolution, are used unchanged.
 
     Args:
         model: as for :func:`attention_maps`.
         images: (B, C, H, W), normalized as for the model.
         head_fusion: "mean", "max" or "min" over heads.
-        target: class, or a class for each image (B,), for gradient weighting.
+        target: a class, or a class for each image (B,), for gradient weighting.
 
     Returns:
-        Heat (B, *grid) on the grid of the first layer, (B, H, W) for images.
+        Heat (B, *grid) on the grid of the first layer, (B, h, w) for images.
 
     Raises:
-        ValueError: for a class out of range, or a model with a layer that has no map of tokens.
+        ValueError: for an unknown fusion, a class out of range, CrossViT, or a model with a layer
+            that has no map between tokens.
     """
     if head_fusion not in _FUSIONS:
         raise ValueError(f"head_fusion {head_fusion!r} must be 'mean', 'max' or 'min'")
@@ -88,9 +89,9 @@ class _Step:
     """One layer of a rollout.
 
     Args:
-        path: of the layer.
+        path: the layer as a function of its values.
         tokens: positions of its input tokens.
-        fusion: of heads.
+        fusion: how the maps of its heads are combined.
         gradient: with respect to the output of the layer, or None.
     """
 
@@ -138,7 +139,7 @@ def _check_complete(model: nn.Module) -> None:
     for name, layer in attention_layers(model):
         if name not in done and not isinstance(layer, Mixer):
             kind = type(layer).__name__
-            raise ValueError(f"layer {name}: rollout needs the map of {kind}, which is not known")
+            raise ValueError(f"layer {name}: rollout needs the map of {kind}, which is unknown")
 
 
 def _run(

@@ -24,14 +24,14 @@ from .softmax import attend
 class Agent(Kernel):
     """Agent attention without the biases of the paper. It works on any grid.
 
-    The paper's convolution of the values is an option of the attention.
+    The paper's convolution of the values is the option ``local`` of attention.
 
     Shape: (B, H, N, K), (B, H, M, K), (B, H, M, V) -> (B, H, N, V)
 
     Args:
         site: heads, widths and grids of the kernel.
-        agents: number m of agents; fewer where there are fewer queries. Prefix tokens are not part
-            of the means.
+        agents: number m of agents; fewer if there are fewer queries. Prefix tokens are excluded
+            from the means.
 
     Raises:
         ValueError: for a number below 1.

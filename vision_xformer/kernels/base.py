@@ -30,12 +30,12 @@ class Site(NamedTuple):
 
 
 class ValuePath(NamedTuple):
-    """What a kernel or mixer does with its values for one input: a linear function of them.
+    """A kernel or mixer as a linear function of its values, for one input.
 
     Args:
         values: values (B, G, M, V).
         apply: values (B, G, M, V) -> (B, H, N, V), linear.
-        finish: (B, H, N, V) -> the output of the kernel or mixer.
+        finish: maps the result (B, H, N, V) to the output of the kernel or mixer.
         queries: grid of the N queries.
         keys: grid of the M values; None if they are a learned memory instead of tokens.
     """
@@ -86,7 +86,7 @@ class Kernel(nn.Module):
         """
 
     def check_keys(self, keys: TokenGrid) -> None:
-        """Raise a ValueError for keys on another grid than that of the site."""
+        """Raise a ValueError for keys on a grid other than that of the site."""
         if keys != self.site.keys:
             raise ValueError(
                 f"{type(self).__name__} was built for keys on {self.site.keys} and cannot take "
@@ -146,7 +146,9 @@ def pool_heads(x: Tensor, grid: TokenGrid, parts: tuple[int, ...]) -> Tensor:
     """Average over rectangular cells of the grid, see :func:`~vision_xformer.grid.pool_grid`.
 
     Heads are merged so that the inner axis is long. The result is contiguous, so that the operators
-    that store it share one copy. Shape: (B, H, N, K) -> (B, H, prod(parts), K)
+    that store it share one copy.
+
+    Shape: (B, H, N, K) -> (B, H, prod(parts), K)
     """
     return split_heads(pool_grid(merge_heads(x), grid, parts), x.shape[1]).contiguous()
 

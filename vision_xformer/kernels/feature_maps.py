@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..grid import TokenGrid
 from ..precision import to_accumulate
 
-_EPS = 1e-6  # so that a query whose features are all 0 attends to all tokens equally
+_EPS = 1e-6  # a query whose features would all be 0 attends to all tokens equally
 
 
 class FeatureMap(nn.Module):
@@ -26,7 +26,7 @@ class FeatureMap(nn.Module):
     Args:
         heads: number of heads H.
         key_dim: width per head K.
-        is_query: whether it maps queries; otherwise keys.
+        is_query: whether it maps queries; otherwise, it maps keys.
 
     Attributes:
         denominators: number of sums of weights that :meth:`attend` computes.
@@ -57,7 +57,7 @@ def summary(fk: Tensor, v: Tensor) -> Tensor:
 
 
 def average(fq: Tensor, context: Tensor) -> Tensor:
-    """Products with a summary, divided by those of its last column, the sums of the weights.
+    """Multiply by a summary and divide by the result of its last column, the sums of weights.
 
     Shape: (B, H, N, F), (B, H, F, V + 1) -> (B, H, N, V)
     """
@@ -104,7 +104,7 @@ class SquaredRelu(FeatureMap):
 class Focused(FeatureMap):
     """|y| y^3 / |y^3| of y = relu(x) (Han et al. 2023, arXiv 2308.00442): norms are kept.
 
-    The learned scale of each channel in the authors' code is part of the projections.
+    The projections absorb the learned scale of each channel in the authors' code.
     """
 
     def forward(self, x: Tensor, grid: TokenGrid) -> Tensor:
@@ -166,8 +166,8 @@ class Polarity(FeatureMap):
     """relu(x)^p and relu(-x)^p, p learned (Meng et al. 2025, arXiv 2501.15061).
 
     The first half of the values is weighted by products of equal signs, the other half by products
-    of opposite signs. p = 1 + 4 sigmoid(g) for each channel starts as 3. The gate of the paper is
-    an option of the attention.
+    of opposite signs. p = 1 + 4 sigmoid(g) for each channel starts as 3. The paper's gate is the
+    option ``gate`` of attention.
     """
 
     denominators = 2

@@ -20,7 +20,7 @@ from .linear import SummaryKernel
 class Inline(SummaryKernel):
     """InLine attention. It has no options and works on any grid.
 
-    The convolution of the paper, whose weights are predicted from the tokens, is not part of it.
+    The paper's convolution, whose weights are predicted from the tokens, is left out.
 
     Shape: (B, H, N, K), (B, H, M, K), (B, H, M, V) -> (B, H, N, V)
 

@@ -2,7 +2,7 @@
 
 With f = elu + 1, s = 1/sqrt(K), M keys and z_i = s/M sum_j f(q_i).f(k_j), the weight of key j for
 query i is (1 + 1/z_i) s/M f(q_i).f(k_j) - z_i/M. The weights sum to 1, and in contrast to linear
-attention they depend on the length of f(q_i). The cost is N K V; there are no parameters.
+attention they depend on the norm of f(q_i). The cost is N K V; there are no parameters.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from .linear import SummaryKernel
 class Mala(SummaryKernel):
     """Magnitude-aware linear attention. It has no options and works on any grid.
 
-    The rotary positions of the paper, which it applies to the products but not to their sums z, are
-    not supported.
+    The paper's rotary positions, which are applied to the products but not to their sums z, are not
+    supported.
 
     Shape: (B, H, N, K), (B, H, M, K), (B, H, M, V) -> (B, H, N, V)
 

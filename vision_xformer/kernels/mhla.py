@@ -1,12 +1,12 @@
-"""Multi-head linear attention over blocks (MHLA, 2026, arXiv 2601.07832).
+"""Multi-head linear attention over blocks (Zhang et al. 2026, MHLA, arXiv 2601.07832).
 
 The grid is cut into B blocks of keys with sums S_b = sum_j f(k_j)^T [v_j, 1], f = relu. A query in
 block a uses a mixture of them, with a learned matrix C, (B, B):
 
     [y, z] = f(q) sum_b C_ab S_b,  output y / z
 
-so that different parts of the image have different summaries, of a higher rank than the single one
-of linear attention. The cost is N K V + B^2 K V, linear in N for B^2 <= N.
+so queries in different parts of the image read different summaries, which together have a higher
+rank than the single one of linear attention. The cost is N K V + B^2 K V, linear in N for B^2 <= N.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _EPS = 1e-6  # the absolute value has no gradient at 0
 
 
 def local_mixing(parts: tuple[int, ...], prefix: bool) -> Tensor:
-    """The initial C: 1 - distance / largest distance of two blocks, in rows that sum to 1.
+    """Compute the initial C: 1 - distance / largest distance of two blocks, in rows that sum to 1.
 
-    Prefix tokens are a block of their own, the first, at distance 0 of all others.
+    Prefix tokens are a block of their own, the first, at distance 0 from all others.
 
     Shape: () -> (B, B)
     """
-    places = torch.tensor([*itertools.product(*map(range, parts))], dtype=torch.float32)
-    distances = F.pad(torch.cdist(places, places), (int(prefix), 0, int(prefix), 0))
+    blocks = torch.tensor([*itertools.product(*map(range, parts))], dtype=torch.float32)
+    distances = F.pad(torch.cdist(blocks, blocks), (int(prefix), 0, int(prefix), 0))
     nearness = (1 - distances / distances.max().clamp(min=1)).clamp(min=_EPS)
     return nearness / nearness.sum(1, keepdim=True)
 
@@ -78,19 +78,20 @@ def _of(parts: tuple[int, ...]) -> str:
 class Mhla(Kernel):
     """Linear attention whose summaries of blocks are mixed for each block of queries.
 
-    The blocks tie the kernel to its grid of keys; queries may be on any grid of as many axes.
-    Prefix tokens are a block of their own. C is used as |C|, so that no sum of weights is 0; with a
-    single block, it would cancel, and there is none.
+    The blocks tie the kernel to the grid of the keys; queries may be on any grid with as many
+    axes. Prefix tokens are a block of their own. |C| is used instead of C, so that no sum of
+    weights is 0. With a single block, C would cancel and is omitted.
 
     Shape: (B, H, N, K), (B, H, M, K), (B, H, M, V) -> (B, H, N, V)
 
     Args:
         site: heads, widths and grids of the kernel.
-        blocks: maximal number of blocks of the grid; by default sqrt(M), for which the cost is
-            linear. DeiT models of the paper have 4 blocks of 7 x 7 tokens.
+        blocks: maximum number of blocks of the grid; by default sqrt(M), for which the cost is
+            linear. The paper's DeiT models have 4 blocks of 7 x 7 tokens.
 
     Raises:
-        ValueError: for a number below 1, keys on another grid, or queries on a grid of other axes.
+        ValueError: for less than 1 block, keys on another grid, or queries on a grid with another
+            number of axes.
     """
 
     takes_rope = False
@@ -142,7 +143,7 @@ class Mhla(Kernel):
         """Multiply each query with the mixture of its block: (B, H, N, V + 1)."""
         prefix, own = queries.prefix, mixed.shape[2] > math.prod(self.parts)
         rows = []
-        if prefix:  # where no key has a block for them, they read the first one
+        if prefix:  # without prefix keys, prefix queries read the first block
             rows.append(fq[:, :, :prefix] @ mixed[:, :, 0])
         if fq.shape[2] > prefix:
             blocks = to_blocks(fq[:, :, prefix:], queries.shape, self.parts)

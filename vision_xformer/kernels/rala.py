@@ -24,7 +24,7 @@ from .linear import SummaryKernel
 class Rala(SummaryKernel):
     """Rank-augmented linear attention. It has no options and works on any grid.
 
-    The gate of the paper is an option of the attention; its rotary positions, which it applies to
+    The paper's gate is the option ``gate`` of attention; its rotary positions, which are applied to
     the products but not to their sums, are not supported.
 
     Shape: (B, H, N, K), (B, H, M, K), (B, H, M, V) -> (B, H, N, V)

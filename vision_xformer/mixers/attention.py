@@ -140,12 +140,13 @@ class Attention(Mixer):
         proj: output projection (B, n, H V) -> (B, n, E).
         bias: position bias () -> (H, n, M), added to the logits.
         proj_dropout: dropout after the output projection.
-        local: convolution of the values that is added to the output of the kernel, or None.
-        gate: whether the output of the kernel is multiplied by silu(x W).
+        local: depth-wise convolution of the values that is added to the output of the kernel, or
+            None.
+        gate: whether the output of the kernel is multiplied by silu(x W + b).
 
     Raises:
         ValueError: for a bias with a kernel that does not support one, or ``local`` or ``gate``
-            where the tokens have not one query, key and value each.
+            if a token does not have one query, key and value.
     """
 
     def __init__(
@@ -219,7 +220,7 @@ class Attention(Mixer):
             self.check_axes(grid)
 
     def _gate(self, x: Tensor) -> Tensor | None:
-        """The factors of the output of the kernel, (B, N, H V)."""
+        """Compute the factors of the output of the kernel, (B, N, H V)."""
         return None if self.gate is None else F.silu(self.gate(x))
 
     def _operands(

@@ -88,7 +88,7 @@ class Mixer(nn.Module):
             )
 
     def check_axes(self, grid: TokenGrid) -> None:
-        """Raise a ValueError for a grid of other axes, to which no convolution can be applied."""
+        """Raise a ValueError for a grid whose number of axes does not fit the convolutions."""
         if len(grid.shape) != len(self.grid.shape):
             raise ValueError(
                 f"{type(self).__name__} was built for a grid of {len(self.grid.shape)} axes and "

@@ -29,16 +29,16 @@ def conjugate(x: Tensor) -> Tensor:
 
 @MIXERS.register("circulant")
 class Circulant(Mixer):
-    """Circulant attention; prefix tokens are left unchanged. The gate of the paper is left out.
+    """Circulant attention without the paper's gate; prefix tokens are left unchanged.
 
-    Half precision is computed in float32, because cuFFT supports only powers of two there.
+    Half precision is computed in float32, because cuFFT supports only powers of two in it.
 
     Shape: (B, N, D) -> (B, N, D)
 
     Args:
         dim: token width D.
-        heads: None; every channel has a map of its own.
-        grid: positions of the N tokens; any other grid works, too.
+        heads: None; every channel has its own map.
+        grid: positions of the N tokens; other grids work, too.
     """
 
     takes_heads = False

@@ -25,7 +25,7 @@ class DepthwiseConv(Mixer):
         kernel: width on each axis, odd.
 
     Raises:
-        ValueError: for an even kernel, or tokens on a grid of other axes.
+        ValueError: for an even kernel, or a grid with another number of axes.
     """
 
     takes_heads = False

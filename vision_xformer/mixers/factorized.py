@@ -46,7 +46,7 @@ class AxisMixer(Mixer):
         """Return the mixer as a function of its values, see :class:`Mixer`.
 
         Raises:
-            ValueError: for a mixer with a learned memory, or one that is not linear in values.
+            ValueError: for a mixer that attends to a learned memory, or is not linear in values.
         """
         self.check(x, grid, rope)
         path = self.mixer.value_path(self._fold(x, grid), *self._inner(grid, rope))

@@ -53,7 +53,7 @@ def takes_heads(name: str) -> bool:
 
 
 def is_fixed(name: str) -> bool:
-    """Whether the mixer of that name has parameters that are sized by the number of tokens."""
+    """Whether the mixer of that name has parameters whose size depends on the number of tokens."""
     return KERNELS[name].fixed if name in KERNELS else _mixer(name).fixed
 
 
@@ -78,7 +78,7 @@ class AttentionOptions(NamedTuple):
 
     @property
     def layers(self) -> dict[str, Any]:
-        """Those of the layers around the kernel, arguments of :class:`Attention`."""
+        """The options of the layers around the kernel, arguments of :class:`Attention`."""
         return {"proj_dropout": self.proj_dropout, "local": self.local, "gate": self.gate}
 
 
@@ -98,7 +98,7 @@ def attention_options(
         proj_dropout: dropout after the output projection.
         local: depth-wise convolution of the values over the grid, added to the output of the
             kernel: "dwc3" (3 x 3), "dwc5" (5 x 5, shared by all heads), "lepe" (5 x 5) or None.
-        gate: whether the output of the kernel is multiplied by silu(x W).
+        gate: whether the output of the kernel is multiplied by silu(x W + b).
     """
     return AttentionOptions(head_dim, qkv_bias, proj_dropout, local, gate)
 

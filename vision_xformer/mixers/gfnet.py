@@ -1,6 +1,6 @@
 """Global filters (Rao et al. 2021, GFNet, arXiv 2107.00645): y = F^-1(K F(x)), K learned.
 
-A circular convolution of each channel with a filter as large as the grid, by Fourier transforms in
+Each channel is convolved circularly with a filter as large as the grid, by Fourier transforms in
 N log N. K is the complex transfer function.
 """
 
@@ -19,7 +19,7 @@ from .base import MIXERS, Mixer
 
 
 def filtered(x: Tensor, spectrum: Tensor) -> Tensor:
-    """A circular convolution over the grid, given the transform of the filter of each channel.
+    """Convolve circularly over the grid, given the Fourier transform of each channel's filter.
 
     Shape: (B, *grid, D, V), (B or 1, *half, D, 1) -> (B, *grid, D, V)
     """
@@ -30,7 +30,7 @@ def filtered(x: Tensor, spectrum: Tensor) -> Tensor:
 def filter_path(
     x: Tensor, spectrum: Tensor, grid: TokenGrid, finish: Callable[[Tensor], Tensor]
 ) -> ValuePath:
-    """A convolution as a function of tokens (B, N, D); a head is a channel, the prefix is kept."""
+    """A convolution as a function of its tokens (B, N, D); each channel is a head."""
 
     def apply(values: Tensor) -> Tensor:
         tokens = values.transpose(1, 2)  # (B, N, D, V)
@@ -45,15 +45,15 @@ def filter_path(
 
 
 class TransferFunction(nn.Module):
-    """The learned K of a real filter, half of its frequencies.
+    """The learned K of a real filter: half of its frequencies.
 
     Shape: () -> (1, *half, D, 1), complex
 
-    It is stored as a table (*half, 2 D), real and imaginary parts side by side, with which
-    ``load_weights(..., resize=True)`` interpolates it.
+    It is stored as a table (*half, 2 D), real parts next to imaginary parts, which
+    ``load_weights(..., resize=True)`` interpolates.
 
     Args:
-        shape: of the grid.
+        shape: shape of the grid.
         dim: number of channels D.
     """
 
@@ -72,7 +72,7 @@ class TransferFunction(nn.Module):
 class GlobalFilter(Mixer):
     """A learned filter over the grid; prefix tokens are left unchanged. It is tied to its grid.
 
-    Half precision is computed in float32, because cuFFT supports only powers of two there.
+    Half precision is computed in float32, because cuFFT supports only powers of two in it.
 
     Shape: (B, N, D) -> (B, N, D)
 
@@ -82,7 +82,7 @@ class GlobalFilter(Mixer):
         grid: positions of the N tokens.
 
     Raises:
-        ValueError: for tokens on another grid.
+        ValueError: in a call with tokens on another grid.
     """
 
     takes_heads = False

@@ -1,7 +1,7 @@
 """Multi-scale linear attention (Cai et al. 2022, EfficientViT, arXiv 2205.14756).
 
-Queries, keys and values of each scale are depth-wise convolutions of those of the tokens, followed
-by a linear layer of each head, and have heads of their own. Every head computes
+The queries, keys and values of the tokens have heads, and so do those of each scale: depth-wise
+convolutions of the former, followed by a linear layer per head. Every head computes
 
     relu(q) (relu(k)^T v) / (relu(q) sum relu(k))
 
@@ -36,12 +36,13 @@ class LiteMla(Mixer):
     Args:
         dim: token width D.
         heads: number of heads of each scale.
-        grid: positions of the N tokens; other grids of as many axes work, too.
-        scales: widths of the convolutions, odd, in addition to the tokens themselves.
+        grid: positions of the N tokens; other grids with the same number of axes work, too.
+        scales: odd kernel sizes of the convolutions, for scales in addition to the tokens.
         head_dim: width K per head; dim / heads by default.
 
     Raises:
-        ValueError: for heads that do not divide dim, an even width, or a grid of other axes.
+        ValueError: for heads that do not divide dim, an even kernel size, or a grid with another
+            number of axes.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """Depth-wise convolutions of the values, which many papers add to their attention.
 
-They are options of the attention instead of the kernels, so that their share in a gain can be seen.
+They are options of attention, not of the kernels, so that their contribution can be measured apart.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class LocalValues(nn.Module):
     Shape: (B, G, N, V) -> same
 
     Args:
-        kind: "dwc3", 3 taps on each axis for each channel; "lepe", 5 taps; or "dwc5", 5 taps for
-            each channel of a head, shared by all heads.
+        kind: "dwc3", 3 taps on each axis for each channel; "lepe", the same with 5 taps; or
+            "dwc5", 5 taps for each channel of a head, shared by all heads.
         axes: number of axes of the grid.
-        heads: number of heads of the values G.
+        heads: number G of heads of the values.
         width: width per head V.
     """
 

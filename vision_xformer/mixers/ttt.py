@@ -1,11 +1,11 @@
 """Test-time training (Han et al. 2025, ViT^3, arXiv 2512.01643): a model fitted to keys and values.
 
 For each image and head, an inner model f is trained for one step to map the keys to the values, and
-applied to the queries. The loss is -s sum f(k).v / N with s = 1/3; each gradient g becomes
+then applied to the queries. The loss is -s sum f(k).v / N with s = 1/3; each gradient g becomes
 g / (|g| + 1), and the learning rate is 1. There are two kinds of inner models:
 
     (k W1) * silu(k W2)         of each head, W1 and W2 (K, K)
-    a 3 x 3 depth-wise convolution over the grid, of one more head
+    a 3 x 3 depth-wise convolution over the grid, of one additional head
 
 Their initial weights are learned. The cost is N K^2.
 """
@@ -29,7 +29,7 @@ _SCALE = 1 / 3  # for both models: 1 / sqrt(the number of taps)
 
 
 def _step(weight: Tensor, ascent: Tensor, axis: int) -> Tensor:
-    """A step against the gradient -``ascent``, whose norm over an axis is limited to 1."""
+    """Step along ``ascent``, the negative gradient, with its norm over an axis limited to 1."""
     return weight + ascent / (ascent.norm(dim=axis, keepdim=True) + 1)
 
 
@@ -108,12 +108,12 @@ class TestTimeTraining(Mixer):
     Args:
         dim: token width D.
         heads: number of heads.
-        grid: positions of the N tokens; other grids of as many axes work, too.
+        grid: positions of the N tokens; other grids with the same number of axes work, too.
         head_dim: width K per head; dim / heads by default.
         qkv_bias: whether the projection to queries, keys and values adds a bias.
 
     Raises:
-        ValueError: for heads that do not divide dim, or a grid of other axes.
+        ValueError: for heads that do not divide dim, or a grid with another number of axes.
     """
 
     def __init__(

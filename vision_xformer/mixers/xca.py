@@ -4,7 +4,7 @@ Per head, with queries and keys of norm 1 over the tokens and a learned temperat
 
     v softmax(t k^T q),  the softmax over the K channels of the keys
 
-The map is K x K, so the cost is N K^2. Tokens exchange information only by way of this map, which
+The map is K x K, so the cost is N K^2. Tokens exchange information only through this map, which
 depends on all of them; XCiT adds convolutions that mix neighbors.
 """
 
@@ -31,7 +31,7 @@ class CrossCovariance(Mixer):
     Args:
         dim: token width D.
         heads: number of heads.
-        grid: positions of the N tokens; any other grid works, too.
+        grid: positions of the N tokens; other grids work, too.
         head_dim: width K per head; dim / heads by default.
         qkv_bias: whether the projection to queries, keys and values adds a bias.
 
@@ -70,7 +70,7 @@ class CrossCovariance(Mixer):
         return self.proj(merge_heads(v @ weights))
 
     def value_path(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> ValuePath:
-        """Raise a ValueError, as the map is one of channels."""
+        """Raise a ValueError, because the map is between channels."""
         raise ValueError(
             f"{type(self).__name__} has no attention map: its map is between channels, not tokens"
         )

@@ -70,7 +70,7 @@ class Stem(nn.Module):
         self.grid = TokenGrid(shape)
 
     def grid_of(self, input_shape: tuple[int, ...]) -> TokenGrid:
-        """The positions of the tokens of samples (C, *shape).
+        """Return the positions of the tokens of a sample (C, *shape).
 
         Raises:
             ValueError: for a shape that the patch size does not divide.

@@ -169,8 +169,8 @@ class Tokenizer(Stem):
 class LeViTStem(Stem):
     """The stem of LeViT (Graham et al. 2021, arXiv 2104.01136, section 4.2).
 
-    Each of ``layers`` layers is a 3x3 convolution with batch norm, and an activation comes in
-    between: hard-swish, or GELU as in XCiT. Each doubles the channels, up to D. The product of the
+    Each of ``layers`` layers is a 3x3 convolution with batch norm, with an activation between
+    layers: hard-swish, or GELU as in XCiT. Each doubles the channels, up to D. The product of the
     strides is the patch size.
 
     Shape: (B, C, *shape) -> (B, N, D)
@@ -180,7 +180,7 @@ class LeViTStem(Stem):
         patch_size: pixels per token, one size or one for each axis.
         dim: token width D.
         layers: number of convolutions; ``dim`` is a multiple of 2^(layers - 1).
-        activation: "hardswish" or "gelu" between them.
+        activation: "hardswish" or "gelu", between the layers.
     """
 
     ragged = True

@@ -99,7 +99,7 @@ def check_target(path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary file next to ``path``; flush it and rename it unless writing it failed."""
+    """Yield a temporary file next to ``path``, and move it there atomically if writing succeeds."""
     part = path.with_name(f".{path.name}.part")
     try:
         part.touch()
