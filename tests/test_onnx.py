@@ -141,6 +141,43 @@ def test_an_export_leaves_the_model_alone_and_says_nothing(
         run(path, torch.randn(2, *model.config.input_shape))
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.slow)
+        for n in ("vip_test", "vif_test", "cvt_test", "fnet2d")
+    ]
+    + ["vit_test"],
+)
+@torch.no_grad()
+def test_images_of_any_size(name: str, tmp_path: Path) -> None:
+    model = vx.create_model(name, dynamic_size=True, **one_block(name)).eval()
+    fill_zeros(model)
+    vx.export_onnx(model, tmp_path / "model.onnx", dynamic_size=True)
+    channels, height, width = model.config.input_shape
+    for size in ((height, width), (4 * height, width), (2 * height, 5 * width)):
+        images = torch.randn(3, channels, *size)
+        torch.testing.assert_close(
+            run(tmp_path / "model.onnx", images), model(images), rtol=0, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("vin_test", "ViT with mixer 'nystrom' cannot be exported"),
+        pytest.param("cct_test", "does not run on images of 15x9 pixels", marks=pytest.mark.slow),
+    ],
+)
+def test_a_size_that_the_exporter_fixes_is_refused(name: str, reason: str, tmp_path: Path) -> None:
+    model = vx.create_model(name, dynamic_size=True, **one_block(name))
+    with pytest.raises(ValueError, match=reason):
+        vx.export_onnx(model, tmp_path / "model.onnx", dynamic_size=True)
+    with pytest.raises(ValueError, match=r"needs a model for all image sizes: create_model\("):
+        vx.export_onnx(tiny(name), tmp_path / "model.onnx", dynamic_size=True)
+    assert list(tmp_path.iterdir()) == []
+
+
 class DependsOnData(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.mean((2, 3)) if x.sum() > 0 else x.amax((2, 3))

@@ -423,7 +423,7 @@ def test_a_full_disk_is_one_sentence(server: str, monkeypatch: pytest.MonkeyPatc
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("train.atomic.os.fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(ShardError, match=r"cannot be written: No space left on device"):
         load(server + "/train-00.tar")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
+import itertools
 import json
 import logging
 import os
@@ -32,6 +33,7 @@ def export_onnx(
     half: bool = False,
     batch_size: int | None = None,
     input_shape: Sequence[int] | None = None,
+    dynamic_size: bool = False,
 ) -> float:
     """Export a model in evaluation mode to an ONNX file, (B, C, *shape) -> (B, num_classes).
 
@@ -48,6 +50,8 @@ def export_onnx(
         batch_size: the only batch size that the file accepts; None for any.
         input_shape: (C, *shape) of an image; by default that of the model's configuration, which
             modules of other libraries do not have.
+        dynamic_size: whether the file accepts images of other sizes, as a model built with
+            ``dynamic_size=True`` does.
 
     Returns:
         The largest absolute difference between the logits of the file and of the model.
@@ -65,6 +69,10 @@ def export_onnx(
     check_target(path)
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size {batch_size} must be at least 1, or None for any")
+    if dynamic_size and not getattr(getattr(model, "config", None), "dynamic_size", False):
+        raise ValueError(
+            "dynamic_size needs a model for all image sizes: create_model(..., dynamic_size=True)"
+        )
     reference = copy.deepcopy(model).eval().requires_grad_(False).to("cpu", torch.float32)
     size = sum(t.nbytes for t in reference.state_dict().values()) // (2 if half else 1)
     if size >= _LIMIT:
@@ -72,12 +80,15 @@ def export_onnx(
             f"the weights have {size:,} bytes, and an ONNX file holds less than {_LIMIT:,}"
         )
     exported = in_half(copy.deepcopy(reference)) if half else reference
-    program = _program(exported, shape, torch.float16 if half else torch.float32, batch_size)
+    dtype = torch.float16 if half else torch.float32
+    program = _program(exported, shape, dtype, batch_size, dynamic_size)
     program.model.metadata_props.update(_metadata(model))
     with replacing(path) as part:
         program.save(part, external_data=False)
-        sizes = (2, 5) if batch_size is None else (batch_size,)
-        difference, largest = _compare(part, reference, [(n, *shape) for n in sizes], half)
+        shapes = [(n, *shape) for n in ((2, 5) if batch_size is None else (batch_size,))]
+        if dynamic_size:
+            shapes += [(shapes[0][0], *_other_size(shape, 3, 2))]
+        difference, largest = _compare(part, reference, shapes, half)
         if not difference <= (_HALF_TOLERANCE if half else _TOLERANCE) * max(1.0, largest):
             raise ValueError(
                 f"the ONNX file of {_name(model)} differs from the model by {difference:.2g}, with "
@@ -112,10 +123,18 @@ def _widen(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
 
 
 def _program(
-    model: nn.Module, shape: Sequence[int], dtype: torch.dtype, batch_size: int | None
+    model: nn.Module,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    batch_size: int | None,
+    dynamic_size: bool,
 ) -> torch.onnx.ONNXProgram:
     """Export a model for images of a shape (C, *shape)."""
-    dynamic = ({0: torch.export.Dim("batch")},) if batch_size is None else None
+    axes: dict[int, Any] = {} if batch_size is not None else {0: torch.export.Dim("batch")}
+    if dynamic_size:
+        axes |= dict.fromkeys(range(2, len(shape) + 1), torch.export.Dim.DYNAMIC)
+        shape = _other_size(shape, 2, 3)  # at its own size, a model skips the interpolation
+    dynamic = (axes,) if axes else None
     images = torch.zeros(batch_size or 2, *shape, dtype=dtype)
     try:
         with _quiet():
@@ -133,6 +152,12 @@ def _program(
     return program
 
 
+def _other_size(shape: tuple[int, ...], *factors: int) -> tuple[int, ...]:
+    """An image (C, *shape) with axes that are multiples of these, by the factors in turn."""
+    channels, *sizes = shape
+    return channels, *(s * f for s, f in zip(sizes, itertools.cycle(factors), strict=False))
+
+
 def _compare(
     path: Path, model: nn.Module, shapes: Sequence[Sequence[int]], half: bool
 ) -> tuple[float, float]:
@@ -140,12 +165,20 @@ def _compare(
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors
+    options.log_severity_level = 4  # an error is raised as well
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     generator, difference, largest = torch.Generator().manual_seed(0), 0.0, 0.0
     for shape in shapes:
         images = torch.randn(*shape, generator=generator)
-        [found] = session.run(None, {"images": (images.half() if half else images).numpy()})
+        given = (images.half() if half else images).numpy()
+        try:
+            [found] = session.run(None, {"images": given})
+        except Exception as error:  # onnxruntime has no common base of its errors
+            size = "x".join(map(str, shape[2:]))
+            raise ValueError(
+                f"the ONNX file of {_name(model)} does not run on images of {size} pixels: "
+                "the exporter fixed their size; it is not kept"
+            ) from error
         with torch.no_grad():
             logits = model(images)
         error = (torch.from_numpy(found).float() - logits).abs().max()
