@@ -19,6 +19,7 @@ from train import provenance
 from train.__main__ import main
 from train.atomic import read_state
 from train.benchmark import __main__ as program
+from train.benchmark import budget as budget_module
 from train.benchmark import checks, measuring, suite, training, worker
 from train.benchmark.budget import GUESSES, Budget
 from train.benchmark.cases import Case
@@ -29,11 +30,14 @@ ROOT = Path(__file__).parents[1]
 
 
 class Clock:
-    """A clock that only :meth:`pass_` moves."""
+    """The clock of a budget, which only :meth:`pass_` moves.
+
+    All others keep going: with a clock that stands still, a wait with a timeout never ends.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
-        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(budget_module, "time", SimpleNamespace(monotonic=lambda: self.now))
 
     def pass_(self, seconds: float) -> None:
         self.now += seconds

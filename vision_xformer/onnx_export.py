@@ -181,10 +181,10 @@ def _compare(
             ) from error
         with torch.no_grad():
             logits = model(images)
-        error = (torch.from_numpy(found).float() - logits).abs().max()
-        if not error.isfinite():
+        gap = (torch.from_numpy(found).float() - logits).abs().max()
+        if not gap.isfinite():
             return float("nan"), float(logits.abs().max())
-        difference = max(difference, float(error))
+        difference = max(difference, float(gap))
         largest = max(largest, float(logits.abs().max()))
     return difference, largest
 
