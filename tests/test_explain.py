@@ -403,6 +403,21 @@ def test_maps_of_a_model_inside_another() -> None:
     torch.testing.assert_close(vx.rollout(wrapped, x), vx.rollout(model, x))
 
 
+def test_maps_of_compiled_models() -> None:
+    model = vx.create_model("vin_test").eval()
+    x = torch.randn(2, *model.config.input_shape)
+    maps, heat = vx.attention_maps(model, x), vx.rollout(model, x, target=[1, 2])
+    for compiled in (torch.compile(model, backend="eager"), nn.Sequential(model)):
+        compiled.compile(backend="eager")
+        with torch.no_grad():
+            logits = compiled(x)  # compiled without hooks
+        for _ in range(2):
+            torch.testing.assert_close(vx.attention_maps(compiled, x), maps)
+            torch.testing.assert_close(vx.rollout(compiled, x, target=[1, 2]), heat)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), logits)
+
+
 def test_what_has_no_maps_is_refused() -> None:
     model = vx.create_model("vit_test")
     x = torch.randn(2, *model.config.input_shape)
@@ -449,7 +464,7 @@ class OddAttention(nn.Linear):
 def test_what_has_no_rollout_is_refused() -> None:
     model = vx.create_model("vit_test")
     x = torch.randn(2, *model.config.input_shape)
-    for target in (5, -1, torch.tensor([0, 7])):
+    for target in (5, -1, torch.tensor([0, 7]), [0, 1, 2], "a", 1.0, torch.tensor([[1], [2]])):
         with pytest.raises(ValueError, match=r"target \[.*\] must be classes from 0 to 4"):
             vx.rollout(model, x, target=target)
     with pytest.raises(ValueError, match="head_fusion 'sum' must be 'mean', 'max' or 'min'"):
@@ -492,6 +507,13 @@ def test_overlays_that_cannot_be_drawn_are_refused() -> None:
         (x, heat[:1], {}, r"heat of shape \(1, 2, 2\) must be"),
         (x, heat / 0, {}, "heat must be finite"),
         (x, heat, {"size": 0}, "size 0 must be at least 1"),
+        (x[:0], heat[:0], {}, r"there are no images or no heat in \(0, 2, 2\)"),
+        (
+            x,
+            heat,
+            {"mean": (0.5, 0.5)},
+            r"mean \(0.5, 0.5\) must be one number, or one for each of 3",
+        ),
     ]
     for images, values, options, message in refused:
         with pytest.raises(ValueError, match=message):

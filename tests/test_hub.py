@@ -21,6 +21,7 @@ from PIL import Image
 from test_commands import fails
 from test_onnx import run
 from test_train import config_for
+from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 import vision_xformer as vx
@@ -212,6 +213,52 @@ def test_transformers_classifies_with_our_models(model: vx.VisionModel, tmp_path
     assert (torch.as_tensor(pixels) - ours).abs().max() < 0.2
     answer = pipeline("image-classification", model=str(tmp_path))(picture)
     assert {entry["label"] for entry in answer} == set(LABELS)
+
+
+@pytest.mark.filterwarnings("ignore")  # those of transformers are not ours
+@pytest.mark.parametrize("name", ["vit_test", "swin_test", "xcit_test"])
+def test_transformers_fills_computed_tables(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import vision_xformer.transformers  # noqa: F401
+
+    options = {"position": "sincos", "rope": "axial"} if name == "vit_test" else {}
+    model = vx.create_model(name, **options).eval()
+    model.save_pretrained(tmp_path)
+    empty_like = torch.empty_like
+
+    def unlike(*args: Any, **options: Any) -> torch.Tensor:
+        return empty_like(*args, **options).fill_(17)  # memory as it may be found
+
+    monkeypatch.setattr(torch, "empty_like", unlike)
+    found = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    images = torch.randn(2, *model.config.input_shape)
+    assert torch.equal(found(images).logits, model(images))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["vip_test", "levit_test", "crossvit_test"])
+def test_transformers_gives_a_model_other_labels(name: str, tmp_path: Path) -> None:
+    import vision_xformer.transformers  # noqa: F401
+
+    model = vx.create_model(name, num_classes=3)
+    model.pretrained_cfg = {"label_names": LABELS}
+    model.save_pretrained(tmp_path)
+    theirs = AutoModelForImageClassification.from_pretrained(
+        tmp_path, num_labels=5, ignore_mismatched_sizes=True
+    )
+    images = torch.randn(2, *model.config.input_shape)
+    logits = theirs(images).logits
+    assert logits.shape == (2, 5)
+    linears = [m for m in theirs.model.head.modules() if isinstance(m, nn.Linear)]
+    for linear in linears:  # drawn, not uninitialized
+        assert 0 < linear.weight.std() < 0.1
+        assert not linear.bias.any()
+    assert linears
+    theirs.save_pretrained(tmp_path / "theirs")
+    found = vx.from_pretrained(tmp_path / "theirs")
+    assert torch.equal(found(images), logits)
+    assert found.pretrained_cfg["label_names"] == tuple(f"LABEL_{i}" for i in range(5))
 
 
 def test_images_without_three_channels_have_no_processor(tmp_path: Path) -> None:

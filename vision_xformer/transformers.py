@@ -11,8 +11,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from .backbones.base import init_linears
 from .factory import create_model
 from .hub import SECTION
+from .positions import FixedTable
 
 try:
     from transformers import (
@@ -38,7 +40,8 @@ class VisionXformerForImageClassification(PreTrainedModel):
     """A classifier of this package with the interface of transformers.
 
     Args:
-        config: contains the configuration of the model as ``vision_xformer``.
+        config: contains the configuration of the model as ``vision_xformer``, which is changed to
+            the number of labels if that differs. Such a model has a new head.
 
     Attributes:
         model: the classifier, (B, C, H, W) -> (B, num_labels).
@@ -50,11 +53,26 @@ class VisionXformerForImageClassification(PreTrainedModel):
 
     def __init__(self, config: VisionXformerConfig) -> None:
         super().__init__(config)
-        self.model = create_model(getattr(config, SECTION))
+        section, classes = getattr(config, SECTION), config.num_labels
+        if classes != section["num_classes"]:
+            pooled = classes > 0 or section["global_pool"]
+            section = {**section, "num_classes": classes, "global_pool": pooled}
+            setattr(config, SECTION, section)
+        if hasattr(config, "label_names"):
+            config.label_names = list(config.id2label.values())
+        self.model = create_model(section)
         self.post_init()
 
     def _init_weights(self, module: Any) -> None:
-        """Leave new weights as the model drew them."""
+        """Fill what no weights were loaded for; all else is as the model drew it.
+
+        transformers builds models on the meta device, and replaces computed tables and a head of
+        another width by uninitialized memory.
+        """
+        if isinstance(module, FixedTable):
+            module.to(module.table.device)  # computes the table
+        elif any(module is part for part in self.model.get_classifier().modules()):
+            init_linears(module)
 
     def forward(
         self, pixel_values: Tensor, labels: Tensor | None = None, **options: Any

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .tokens import GridTracker
@@ -47,6 +49,8 @@ def recorded(
 ) -> Iterator[dict[str, LayerCall]]:
     """Record the calls of some layers of a model inside the context, by name.
 
+    Compiled models run eagerly there: code that was compiled before calls no hooks.
+
     Args:
         model: whose calls are recorded.
         names: of its layers.
@@ -70,8 +74,11 @@ def recorded(
             for hook in module._forward_hooks.values()
             if isinstance(hook, GridTracker)
         ]
+    # importing the compiler takes a second, and without it nothing is compiled
+    compiles = "torch._dynamo" in sys.modules
     try:
-        yield calls
+        with torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext():
+            yield calls
     finally:
         for hook in hooks:
             hook.remove()

@@ -71,6 +71,11 @@ def columns(
             f"heat of shape {tuple(heat.shape)} must be (B, h, w) or (B, K, h, w) for "
             f"{len(images)} images"
         )
+    if not len(images) or not heats.numel():
+        raise ValueError(f"there are no images or no heat in {tuple(heat.shape)}")
+    for name, value in (("mean", mean), ("std", std)):
+        if torch.as_tensor(value).numel() not in (1, 3):
+            raise ValueError(f"{name} {value!r} must be one number, or one for each of 3 channels")
     if not heats.isfinite().all():
         raise ValueError("heat must be finite")
     check_at_least("size", size, 1)

@@ -8,8 +8,9 @@ the patches, is needed: a vector that is multiplied by the maps in turn, last la
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ def rollout(
     images: Tensor,
     *,
     head_fusion: Fusion = "mean",
-    target: int | Tensor | None = None,
+    target: int | Sequence[int] | Tensor | None = None,
 ) -> Tensor:
     """Compute how much each position of the image contributes to what the head of a model reads.
 
@@ -143,7 +144,7 @@ def _check_complete(model: nn.Module) -> None:
 
 
 def _run(
-    model: nn.Module, names: list[str], images: Tensor, target: int | Tensor | None
+    model: nn.Module, names: list[str], images: Tensor, target: int | Sequence[int] | Tensor | None
 ) -> tuple[dict[str, LayerCall], list[Tensor | None]]:
     """Run the model, and compute the gradients of the target's logits at the layers' outputs."""
     images = images.detach().clone()
@@ -151,16 +152,30 @@ def _run(
         logits = tokens_of(model(images.requires_grad_(target is not None)))
     if target is None:
         return calls, [None] * len(names)
-    classes = logits.shape[-1]
-    target = torch.as_tensor(target, device=logits.device).expand(len(images))
-    if target.is_floating_point() or not ((target >= 0) & (target < classes)).all():
-        raise ValueError(
-            f"target {target.tolist()} must be classes from 0 to {classes - 1}, one or one for "
-            "each image"
-        )
+    classes = _classes(target, len(images), logits.shape[-1]).to(logits.device)
     with torch.enable_grad():
-        chosen = logits.gather(1, target[:, None]).sum()
+        chosen = logits.gather(1, classes[:, None]).sum()
     return calls, list(torch.autograd.grad(chosen, [calls[name].output for name in names]))
+
+
+def _classes(target: int | Sequence[int] | Tensor, images: int, count: int) -> Tensor:
+    """Return the class of each image, (B,).
+
+    Raises:
+        ValueError: for what are no classes, or another number of them than of images.
+    """
+    given: Any = target.tolist() if isinstance(target, Tensor) else target
+    several = given if isinstance(given, list | tuple | range) else [given]
+    try:
+        found = [operator.index(index) for index in several]
+    except TypeError:
+        found = [-1]
+    if len(found) not in (1, images) or not all(0 <= index < count for index in found):
+        raise ValueError(
+            f"target {several} must be classes from 0 to {count - 1}, one or one for each of the "
+            f"{images} images"
+        )
+    return torch.tensor(found).expand(images)
 
 
 def _input_grid(layer: nn.Module, path: ValuePath, call: LayerCall) -> TokenGrid:
