@@ -53,13 +53,13 @@ class VisionXformerForImageClassification(PreTrainedModel):
 
     def __init__(self, config: VisionXformerConfig) -> None:
         super().__init__(config)
-        section, classes = getattr(config, SECTION), config.num_labels
+        section, classes = getattr(config, SECTION), config.num_labels or 0
         if classes != section["num_classes"]:
             pooled = classes > 0 or section["global_pool"]
             section = {**section, "num_classes": classes, "global_pool": pooled}
             setattr(config, SECTION, section)
         if hasattr(config, "label_names"):
-            config.label_names = list(config.id2label.values())
+            config.label_names = list((config.id2label or {}).values())
         self.model = create_model(section)
         self.post_init()
 
