@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -131,6 +132,24 @@ def test_a_model_card_has_what_the_hub_reads(model: vx.VisionModel, tmp_path: Pa
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == "mine"
     model.save_pretrained(tmp_path, card="new")
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == "new"
+
+
+def test_statistics_of_pixels_may_be_numbers_or_arrays(tmp_path: Path) -> None:
+    model = vx.create_model("vit_test")
+    model.pretrained_cfg = {"mean": 0.5, "std": np.array([0.25, 0.5, 0.75]), "label_names": None}
+    want = {"mean": (0.5,), "std": (0.25, 0.5, 0.75)}
+    model.save_pretrained(tmp_path / "folder")
+    assert vx.from_pretrained(tmp_path / "folder").pretrained_cfg == want
+    vx.save_model(model, tmp_path / "model.safetensors")
+    assert vx.load_model(tmp_path / "model.safetensors").pretrained_cfg == want
+    for wrong in ("imagenet", (0.5, 0.5)):
+        model.pretrained_cfg = {"mean": wrong}
+        for save in (model.save_pretrained, partial(vx.save_model, model)):
+            with pytest.raises(
+                ValueError, match=r"pretrained_cfg\['mean'\] .* for each of 3 channels"
+            ):
+                save(tmp_path / "other.safetensors")
+    assert not (tmp_path / "other.safetensors").exists()
 
 
 def test_what_cannot_be_read_or_saved_is_refused(

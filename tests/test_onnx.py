@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from pathlib import Path
@@ -183,6 +184,17 @@ class DependsOnData(nn.Module):
         return x.mean((2, 3)) if x.sum() > 0 else x.amax((2, 3))
 
 
+def test_wrapped_models_export(tmp_path: Path) -> None:
+    model = tiny("mlp_mixer_test")
+    wrapped = torch.compile(nn.DataParallel(model), backend="eager")
+    vx.export_onnx(wrapped, tmp_path / "model.onnx")
+    images = torch.randn(3, *model.config.input_shape)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            run(tmp_path / "model.onnx", images), model.eval()(images), rtol=0, atol=1e-4
+        )
+
+
 def test_what_cannot_be_exported_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,6 +208,13 @@ def test_what_cannot_be_exported_is_refused(
             vx.export_onnx(model, tmp_path / bad)
     with pytest.raises(ValueError, match="batch_size 0 must be at least 1, or None"):
         vx.export_onnx(model, path, batch_size=0)
+    with pytest.raises(ValueError, match=r"batch_size=1.5 must be of type int"):
+        vx.export_onnx(model, path, batch_size=1.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^MlpMixer .* is on the meta device"):
+        vx.export_onnx(copy.deepcopy(model).to("meta"), path)
+    maps = vx.create_model("mlp_mixer_test", features_only=True, **one_block("mlp_mixer_test"))
+    with pytest.raises(ValueError, match=r"^FeatureNet must return a tensor of logits, not a list"):
+        vx.export_onnx(maps, path, input_shape=model.config.input_shape)
     with pytest.raises(ValueError, match=r"^DependsOnData cannot be exported to ONNX: .*depend"):
         vx.export_onnx(DependsOnData(), path, input_shape=(3, 8, 8))
     monkeypatch.setattr(onnx_export, "_compare", lambda *_: (0.5, 2.0))

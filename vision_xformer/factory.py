@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .backbones import BACKBONES, Config, VisionModel
 from .backbones.feature_net import FeatureNet
+from .backbones.publishing import published
 from .backbones.resizing import changed_layer
 from .mixers import mixer_options as options_of_mixer
 from .names import name_to_config, with_mixer
@@ -157,7 +158,8 @@ def save_model(model: VisionModel, path: str | os.PathLike[str]) -> None:
             f"save_model cannot save a model whose layers changed after it was built, {changed}: "
             "save its state_dict()"
         )
-    pixels = {k: json.dumps(model.pretrained_cfg[k]) for k in _PIXELS if k in model.pretrained_cfg}
+    known = published(model.pretrained_cfg, model.config.input_shape[0])
+    pixels = {key: json.dumps(known[key]) for key in _PIXELS if key in known}
     metadata = {"config": json.dumps(model.config.to_dict()), **pixels}
     write_weights(model.state_dict(), path, metadata)
 

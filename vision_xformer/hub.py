@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .backbones import VisionModel
+from .backbones.publishing import published
 from .factory import rebuilt, save_model
 from .version import __version__
 from .weights import read_weights
@@ -118,7 +119,7 @@ def config_of(model: VisionModel) -> dict[str, Any]:
     Raises:
         ValueError: if the number of "label_names" is not that of the classes.
     """
-    known = {key: list(model.pretrained_cfg[key]) for key in _KNOWN if key in model.pretrained_cfg}
+    known = published(model.pretrained_cfg, model.config.input_shape[0])
     labels = known.get("label_names") or [f"LABEL_{i}" for i in range(model.num_classes)]
     if len(labels) != model.num_classes:
         raise ValueError(
@@ -144,8 +145,9 @@ def processor_of(model: VisionModel) -> dict[str, Any] | None:
     ``python -m train predict`` does. None for other inputs, or if the pixel statistics are unknown.
     """
     channels, *size = model.config.input_shape
-    mean, std = (list(model.pretrained_cfg.get(key, ())) for key in ("mean", "std"))
-    if channels != 3 or len(size) != 2 or not mean:
+    known = published(model.pretrained_cfg, channels)
+    mean, std = (known.get(key, []) for key in ("mean", "std"))
+    if channels != 3 or len(size) != 2 or not (mean and std):
         return None
     return {
         "image_processor_type": "CLIPImageProcessor",

@@ -17,11 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from .backbones import VisionModel
+from .backbones.publishing import published
 from .kernels import Kernel
 from .mixers import Mixer
 from .mixers.attention import Attention
+from .options import check_types
 from .weights.files import check_target, replacing
 
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _LIMIT = 2**31  # largest protobuf file in bytes
 _TOLERANCE, _HALF_TOLERANCE = 1e-4, 3e-2  # of the largest logit, or of 1 if that is larger
 
@@ -63,6 +66,10 @@ def export_onnx(
         OSError: if the file cannot be written.
     """
     _require("onnx", "onnxscript", "onnxruntime")
+    check_types({"batch_size": batch_size}, export_onnx)
+    model = _unwrapped(model)
+    if any(t.is_meta for t in model.state_dict().values()):
+        raise ValueError(f"{_name(model)} is on the meta device: its weights have no values")
     path, shape = Path(path), _shape_of(model, input_shape)
     if path.suffix != ".onnx":
         raise ValueError(f"{path} must end in .onnx")
@@ -81,8 +88,9 @@ def export_onnx(
         )
     exported = in_half(copy.deepcopy(reference)) if half else reference
     dtype = torch.float16 if half else torch.float32
+    metadata = _metadata(model, shape[0])
     program = _program(exported, shape, dtype, batch_size, dynamic_size)
-    program.model.metadata_props.update(_metadata(model))
+    program.model.metadata_props.update(metadata)
     with replacing(path) as part:
         program.save(part, external_data=False)
         shapes = [(n, *shape) for n in ((2, 5) if batch_size is None else (batch_size,))]
@@ -170,6 +178,12 @@ def _compare(
     generator, difference, largest = torch.Generator().manual_seed(0), 0.0, 0.0
     for shape in shapes:
         images = torch.randn(*shape, generator=generator)
+        with torch.no_grad():
+            logits = model(images)
+        if not isinstance(logits, Tensor):
+            raise ValueError(
+                f"{_name(model)} must return a tensor of logits, not a {type(logits).__name__}"
+            )
         given = (images.half() if half else images).numpy()
         try:
             [found] = session.run(None, {"images": given})
@@ -179,8 +193,6 @@ def _compare(
                 f"the ONNX file of {_name(model)} does not run on images of {size} pixels: "
                 "the exporter fixed their size; it is not kept"
             ) from error
-        with torch.no_grad():
-            logits = model(images)
         gap = (torch.from_numpy(found).float() - logits).abs().max()
         if not gap.isfinite():
             return float("nan"), float(logits.abs().max())
@@ -200,14 +212,22 @@ def _shape_of(model: nn.Module, given: Sequence[int] | None) -> tuple[int, ...]:
     )
 
 
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile or a wrapper for data-parallel training."""
+    inner: Any = model
+    while isinstance(inner, _WRAPPERS) or hasattr(inner, "_orig_mod"):
+        inner = inner._orig_mod if hasattr(inner, "_orig_mod") else inner.module
+    return inner
+
+
 def _name(model: nn.Module) -> str:
     mixer = getattr(getattr(model, "config", None), "mixer", "")
     return type(model).__name__ + (f" with mixer {mixer!r}" if mixer else "")
 
 
-def _metadata(model: nn.Module) -> dict[str, str]:
+def _metadata(model: nn.Module, channels: int) -> dict[str, str]:
     known: Any = getattr(model, "pretrained_cfg", {})
-    return {key: json.dumps(known[key]) for key in ("mean", "std", "label_names") if key in known}
+    return {key: json.dumps(value) for key, value in published(known, channels).items()}
 
 
 def _require(*packages: str) -> None:

@@ -3,7 +3,34 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
+
+import torch
+
+
+def published(known: Mapping[str, Any], channels: int) -> dict[str, list[Any]]:
+    """The "mean", "std" and "label_names" of a ``pretrained_cfg`` as plain lists, if known.
+
+    Raises:
+        ValueError: for statistics other than a number, or one for each channel (or color).
+    """
+    found: dict[str, list[Any]] = {}
+    for key in ("mean", "std"):
+        value = known.get(key)
+        if value is None:
+            continue
+        try:
+            found[key] = torch.as_tensor(value, dtype=torch.float64).flatten().tolist()
+        except (TypeError, ValueError, RuntimeError):
+            found[key] = []
+        if len(found[key]) not in (1, 3, channels):
+            raise ValueError(
+                f"pretrained_cfg[{key!r}] {value!r} must be a number, or one for each of "
+                f"{channels} channels"
+            )
+    names = known.get("label_names")
+    return found if names is None else {**found, "label_names": [*map(str, names)]}
 
 
 class Publishable:
