@@ -662,6 +662,14 @@ def test_cosine_features_prefer_neighbors_on_every_axis():
     assert abs(ratio - expected) < 1e-12
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_cosines_of_a_long_axis_are_exact_in_half_precision(dtype):
+    grid = TokenGrid((70_000,))  # more than float16 can count
+    f = KERNELS.create("linear", site(1, 1, grid), options={"feature_map": "cosine"}).q_map
+    x = torch.ones(1, 1, grid.length, 1)
+    torch.testing.assert_close(f(x.to(dtype), grid).float(), f(x, grid), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("name", "features", "sums"),
     [("polarity", 2, 2), ("norm_aware", 2, 1), ("cosine", 4, 1), ("focused", 1, 1)],

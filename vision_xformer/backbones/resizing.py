@@ -39,7 +39,13 @@ def resize_in_place(model: nn.Module, before: nn.Module, after: nn.Module) -> No
         )
     resized = {k: state[k].new_empty(v.shape) for k, v in after.state_dict().items()}
     after.load_state_dict(resized, assign=True)
-    load_weights(after, state | _resampled(state, before, after), resize=True)
+    given = state | _resampled(state, before, after)
+    left_out = load_weights(after, given, resize=True, strict=False).missing
+    if left_out:
+        raise ValueError(
+            f"{type(model).__name__} cannot take this input size: {left_out[0]} is tied to the one "
+            "that it was built for"
+        )
     for name, new in after.named_modules():
         _take_over(model.get_submodule(name), before.get_submodule(name), new)
 

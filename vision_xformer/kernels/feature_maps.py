@@ -228,6 +228,7 @@ class Cosine(FeatureMap):
 
     def forward(self, x: Tensor, grid: TokenGrid) -> Tensor:
         """(B, H, N, K) -> (B, H, N, 2^A K)."""
+        (x,) = to_accumulate(x)  # half precision cannot count the tokens of a long axis
         waves = x.new_ones(*grid.shape, 1)
         for axis, size in enumerate(grid.shape):
             angle = (torch.arange(size, device=x.device, dtype=x.dtype) + 0.5) * (
