@@ -30,9 +30,10 @@ class LengthProjection(TokenTable):
 
     def __init__(self, grid: TokenGrid, rank: int) -> None:
         super().__init__(grid, rank, std=0.1 / math.sqrt(grid.length))
-        pooling = torch.ones(1, 1, dtype=torch.float64, device="cpu")
+        dtype = torch.get_default_dtype()
+        pooling = torch.ones(1, 1, dtype=dtype, device="cpu")
         for size, parts in zip(grid.shape, grid_parts(grid.shape, rank), strict=True):
-            pooling = torch.kron(pooling, segment_means(size, parts, torch.float64, "cpu"))
+            pooling = torch.kron(pooling, segment_means(size, parts, dtype, "cpu"))
         cells = pooling.shape[0]
         with torch.no_grad():
             self.grid[..., :cells] += pooling.mT.view(*grid.shape, cells).to(self.grid)
