@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -21,8 +22,9 @@ def published(known: Mapping[str, Any], channels: int) -> dict[str, list[Any]]:
         if value is None:
             continue
         try:
-            found[key] = torch.as_tensor(value, dtype=torch.float64).flatten().tolist()
-        except (TypeError, ValueError, RuntimeError):
+            plain = value.tolist() if isinstance(value, torch.Tensor) else value
+            found[key] = np.asarray(plain, dtype=np.float64).ravel().tolist()
+        except (TypeError, ValueError):
             found[key] = []
         if len(found[key]) not in (1, 3, channels):
             raise ValueError(
