@@ -108,12 +108,24 @@ def planned_for(device: str) -> Iterator[None]:
         _planned = before
 
 
+_FFTS = (
+    torch.ops.aten._fft_r2c.default, torch.ops.aten._fft_c2c.default,
+    torch.ops.aten._fft_c2r.default,
+)  # fmt: skip
+
+
 def workspace(func: Any, inputs: tuple[Any, ...]) -> int:
     """Bytes that an operator uses beside its inputs and outputs, if a CPU is planned for.
 
-    oneDNN copies the operands of a grouped convolution to blocks of channels, which it pads.
+    oneDNN copies the operands of a grouped convolution to blocks of channels, which it pads. An FFT
+    copies its input unless its axes are the last ones.
     """
-    if _planned != "cpu" or func is not torch.ops.aten.convolution.default or inputs[8] == 1:
+    if _planned != "cpu":
+        return 0
+    if func in _FFTS:
+        x, axes = inputs[:2]
+        return 0 if max(axes) == x.ndim - 1 else int(x.nbytes)
+    if func is not torch.ops.aten.convolution.default or inputs[8] == 1:
         return 0
     x, block = inputs[0], 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
     more = -x.shape[1] % block
