@@ -54,21 +54,21 @@ class ExternalAttention(Mixer):
     def forward(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> Tensor:
         """Mix tokens: (B, N, D) -> (B, N, D)."""
         self.check(x, grid, rope)
-        return self._finish(self._weights(x) @ self.memory_v)
+        return self.proj((self._weights(x) @ self.memory_v).flatten(2))
 
     def value_path(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> ValuePath:
         """Return the mixer as a function of its S memory units, see :class:`Mixer`."""
         self.check(x, grid, rope)
-        weights = self._weights(x)
+        weights = self._weights(x).transpose(1, 2)
         values = self.memory_v.expand(*weights.shape[:2], -1, -1)
         return ValuePath(values, lambda v: weights @ v, self._finish, grid, None)
 
     def _weights(self, x: Tensor) -> Tensor:
-        """The weights of the memory units: (B, N, D) -> (B, H, N, S)."""
+        """The weights of the memory units: (B, N, D) -> (B, N, H, S)."""
         q = self.query(x).unflatten(-1, (self.heads, -1))
         (logits,) = to_accumulate(q @ self.memory_k.mT)
         # exp(log) divided by its sum is again a softmax, in which nothing underflows
-        return logits.log_softmax(1).softmax(-1).to(q.dtype).transpose(1, 2)
+        return logits.log_softmax(1).softmax(-1).to(q.dtype)
 
     def _finish(self, y: Tensor) -> Tensor:
         """(B, H, N, K) -> (B, N, D)."""
