@@ -101,13 +101,15 @@ def test_every_row_of_the_results_is_on_the_page(tmp_path: Path) -> None:
     page = page_of(files, tmp_path / "page.html")
     assert len(files) >= 3
     for file in files:
-        for one in read_rows(file)[1]:
+        comments, rows = read_rows(file)
+        device = f"{comments[0].removeprefix('device: ')}, torch 2.15.0"
+        for one in rows:
             measured = (
                 f"{'single layers' if one['kind'] == 'mixer' else 'whole models'}: {file.stem}"
             )
             size = f"{one['size']:,} {'tokens' if one['kind'] == 'mixer' else 'pixels'}"
             precision = f"{one['dtype']}, batch {one['batch']}"
-            (table,) = page.view(measured, precision, None, size)["tables"]
+            (table,) = page.view(device, measured, precision, None, size)["tables"]
             (line,) = (cells for cells in table if cells[0] == label(one))
             cells = dict(zip(table[0], line, strict=True))
             for heading, column in (
