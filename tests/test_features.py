@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import vision_xformer as vx
 from vision_xformer.names import name_to_config
-from vision_xformer.positions import resize_grid
+from vision_xformer.positions import RotaryPosition, resize_grid
 
 TEST_MODELS = vx.list_models("*_test")
 OF_TIMM = {k: c for k, c in SMALL.items() if hasattr(c.oracle(c.sizes[0]), "forward_intermediates")}
@@ -492,3 +492,16 @@ def test_vin_tiny_takes_160_by_288() -> None:
     model = vx.create_model("vin_tiny", dynamic_size=True, depth=2).eval()
     with torch.no_grad():
         assert model(torch.randn(1, 3, 160, 288)).shape == (1, 1000)
+
+
+def test_angles_of_another_size_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = vx.create_model("vit_rope", patch_size=8, depth=3, dynamic_size=True)
+    grids, rows = [], RotaryPosition.rows
+
+    def counted(self: RotaryPosition, grid: vx.TokenGrid, device: torch.device) -> Tensor:
+        grids.append(grid)
+        return rows(self, grid, device)
+
+    monkeypatch.setattr(RotaryPosition, "rows", counted)
+    model(torch.randn(1, 3, 48, 24))
+    assert [grid.shape for grid in grids] == [(6, 3)]

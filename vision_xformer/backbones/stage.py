@@ -73,10 +73,12 @@ class Stage(Checkpointed):
         """Return the grid of its tokens for that of the previous stage."""
         return grid if self.downsample is None else self.downsample.out_grid(grid)
 
+    def _angles(self, x: Tensor, grid: TokenGrid) -> Tensor | None:
+        return None if self.rope is None else self.rope(x, grid)
+
     def apply_block(self, index: int, x: Tensor, grid: TokenGrid) -> Tensor:
         """Apply one block to tokens on ``grid``: (B, N, D) -> (B, N, D)."""
-        rope = None if self.rope is None else self.rope(x, grid)
-        return self.checkpointed(self[index], x, grid, rope)
+        return self.checkpointed(self[index], x, grid, self._angles(x, grid))
 
     def forward(self, x: Tensor, grid: TokenGrid | None = None) -> Tensor:
         """Apply the stage to the tokens of the previous one: (B, M, C) -> (B, N, D).
@@ -86,6 +88,7 @@ class Stage(Checkpointed):
         grid = self.in_grid if grid is None else grid
         if self.downsample is not None:
             x, grid = self.checkpointed(self.downsample, x, grid), self.out_grid(grid)
-        for index in range(self.depth):
-            x = self.apply_block(index, x, grid)
+        rope = self._angles(x, grid)  # once: on a grid other than its own, it computes them
+        for block in self:
+            x = self.checkpointed(block, x, grid, rope)
         return x

@@ -34,9 +34,7 @@ def filter_path(
 
     def apply(values: Tensor) -> Tensor:
         tokens = values.transpose(1, 2)  # (B, N, D, V)
-        cells = filtered(tokens[:, grid.prefix :].unflatten(1, grid.shape), spectrum)
-        cells = cells.flatten(1, len(grid.shape))
-        return torch.cat((tokens[:, : grid.prefix], cells), 1).transpose(1, 2)
+        return on_cells(lambda cells: filtered(cells, spectrum), tokens, grid).transpose(1, 2)
 
     def merge(y: Tensor) -> Tensor:
         return finish(y.squeeze(-1).mT)
