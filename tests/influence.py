@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from vision_xformer import KERNELS
-from vision_xformer.backbones.base import LayerScale
+from vision_xformer.layers import LayerScale
 
 NOISE = 1e-13  # relative to the largest gradient of the module, in float64
 KEYS_UNDER_SOFTMAX = ("softmax", "softmax_eager", "talking_heads", "nystrom", "efficient", "agent")

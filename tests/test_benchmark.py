@@ -563,9 +563,7 @@ def test_ours_are_as_fast_beside_the_packages_as_they_were(tmp_path: Path) -> No
     program.main(["mixers", "--only", *names, "--lengths", "1024", "--out", str(out)])
     committed = (Path(__file__).parents[1] / "results" / "benchmark").rglob("mixers.csv")
     measured = {key(row) for row in read_rows(out)[1]}
-    with_them = [
-        path for path in committed if measured <= {key(row) for row in read_rows(path)[1]}
-    ]
+    with_them = [path for path in committed if measured <= {key(row) for row in read_rows(path)[1]}]
     assert with_them
     for path in with_them:
         program.main(["compare", str(path), str(out), "--threshold", "0.5"])

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 import vision_xformer as vx
 from vision_xformer import TokenGrid
-from vision_xformer.backbones.base import LayerScale
 from vision_xformer.backbones.levit import levit_attention
+from vision_xformer.layers import LayerScale
 from vision_xformer.mixers import takes_heads, takes_rope
 from vision_xformer.names import parse_name
 from vision_xformer.positions import ROPE_KINDS, RotaryPosition

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from reference import assert_same, relative_error
 
 from vision_xformer import STEMS
+from vision_xformer.stems.base import PatchStem
 from vision_xformer.stems.convolutional import ConvStem, LeViTStem, Tokenizer, distribute_strides
-from vision_xformer.stems.patches import NormPatchStem, PatchStem
+from vision_xformer.stems.patches import NormPatchStem
 
 SHAPES = [  # shape, patch, grid
     ((15,), 5, (3,)),

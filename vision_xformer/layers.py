@@ -1,15 +1,16 @@
-"""Layers that backbones and stems share: layers with batch norm, and pooling."""
+"""Layers that backbones and stems share: with batch norm, pooling, MLP, stochastic depth."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
+from torchvision.ops import StochasticDepth
 
-from .derivatives import is_transformed
-from .planning import device_type
+from .forms import device_type, is_transformed
 
 # by number of axes
 CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -228,3 +229,55 @@ class SequencePool(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Pool: (B, N, D) -> (B, D)."""
         return (self.attention(x).softmax(1).mT @ x).squeeze(1)
+
+
+class Mlp(nn.Sequential):
+    """Linear, GELU, dropout, linear, dropout on the last axis. Shape: (..., D) -> (..., D)."""
+
+    def __init__(self, dim: int, hidden_dim: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.act = nn.GELU()
+        self.drop1 = nn.Dropout(dropout)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.drop2 = nn.Dropout(dropout)
+
+
+class LayerScale(nn.Module):
+    """A learned factor for each channel (Touvron et al. 2021, CaiT). Shape: (..., D) -> same."""
+
+    def __init__(self, dim: int, init: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), float(init)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale the channels: (..., D) -> same."""
+        return x * self.gamma
+
+
+def make_drop_path(rate: float) -> nn.Module:
+    """Stochastic depth (Huang et al. 2016): skip the branch for a sample with probability ``rate``.
+
+    Shape: (B, ...) -> same
+    """
+    return StochasticDepth(rate, "row") if rate else nn.Identity()
+
+
+def drop_paths(last: float, depths: Sequence[int]) -> list[list[float]]:
+    """Stochastic depth of each block of each stage: rising linearly from 0 to ``last``."""
+    rates = iter(last * i / max(1, sum(depths) - 1) for i in range(sum(depths)))
+    return [[next(rates) for _ in range(depth)] for depth in depths]
+
+
+def mlp_width(dim: int, ratio: float) -> int:
+    """The hidden width of an MLP, at least 1."""
+    return max(1, round(dim * ratio))
+
+
+def init_linears(module: nn.Module) -> None:
+    """Initialize linear layers: truncated normal weights (std 0.02), zero bias."""
+    for linear in module.modules():
+        if isinstance(linear, nn.Linear):
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)

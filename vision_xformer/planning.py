@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-_planned: str | None = None
+from .forms import device_type, plan_for
 
 # what autocast computes in float32 on CUDA ("CUDA Ops that can autocast to float32" in the
 # documentation of torch.amp); on CPU, most of it keeps the dtype of its input
@@ -25,11 +25,6 @@ _FLOAT32 = frozenset((
     "normalize", "pow", "prod", "reciprocal", "rms_norm", "rsqrt", "sinh", "smooth_l1_loss",
     "softmax", "softmin", "softplus", "sum", "tan",
 ))  # fmt: skip
-
-
-def device_type(x: Tensor) -> str:
-    """The type of device that a form is chosen for: that of ``x``, or the planned one."""
-    return _planned or x.device.type
 
 
 class _AsOnCuda(TorchFunctionMode):
@@ -99,13 +94,12 @@ def _to_float32(x: Tensor) -> Tensor:
 @contextlib.contextmanager
 def planned_for(device: str) -> Iterator[None]:
     """Choose the forms of a device, "cpu" or "cuda", inside the context; tensors are on the CPU."""
-    global _planned
-    before, _planned = _planned, device
+    before = plan_for(device)
     try:
         with _AsOnCuda() if device == "cuda" else contextlib.nullcontext():
             yield
     finally:
-        _planned = before
+        plan_for(before)
 
 
 _FFTS = (
@@ -120,13 +114,13 @@ def workspace(func: Any, inputs: tuple[Any, ...]) -> int:
     oneDNN copies the operands of a grouped convolution to blocks of channels, which it pads. An FFT
     copies its input unless its axes are the last ones.
     """
-    if _planned != "cpu":
+    if func not in (*_FFTS, torch.ops.aten.convolution.default) or device_type(inputs[0]) != "cpu":
         return 0
+    x = inputs[0]
     if func in _FFTS:
-        x, axes = inputs[:2]
-        return 0 if max(axes) == x.ndim - 1 else int(x.nbytes)
-    if func is not torch.ops.aten.convolution.default or inputs[8] == 1:
+        return 0 if max(inputs[1]) == x.ndim - 1 else int(x.nbytes)
+    if inputs[8] == 1:
         return 0
-    x, block = inputs[0], 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
+    block = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
     more = -x.shape[1] % block
     return 2 * x.nbytes // x.shape[1] * (x.shape[1] + more) - x.nbytes if more else 0

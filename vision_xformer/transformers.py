@@ -11,9 +11,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backbones.base import init_linears
 from .factory import create_model
 from .hub import SECTION
+from .layers import init_linears
 from .positions import FixedTable
 
 try:

@@ -1,9 +1,8 @@
 """Configuration, sizes and class of each backbone."""
 
 from ..registry import import_all
-from .base import BACKBONES, VisionModel
+from .base import BACKBONES, Stage, VisionModel
 from .config import Config
-from .stage import Stage
 
 __all__ = ["BACKBONES", "Config", "Stage", "VisionModel"]
 

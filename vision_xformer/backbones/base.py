@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import StochasticDepth
 
 from ..grid import TokenGrid
+from ..layers import LayerScale, Mlp, init_linears, make_drop_path, mlp_width
 from ..mixers import Mixer
-from ..options import check_types
 from ..positions import FixedTable, RopeKind, RotaryPosition
 from ..registry import Registry
 from ..summary import summary
-from .checkpointing import Checkpointed
+from .checkpointing import checkpointed
 from .config import Config
-from .features import FeatureModel
 from .publishing import Publishable
-from .resizing import resize_in_place
+from .timm_interface import TimmInterface
 
 
-class VisionModel(FeatureModel, Publishable):
+class VisionModel(TimmInterface, Publishable):
     """An image classifier: (B, C, *shape) -> (B, num_classes). ``config`` rebuilds it.
 
     Subclasses are registered under the name in their ``config_class`` and list sizes in
@@ -41,8 +38,6 @@ class VisionModel(FeatureModel, Publishable):
     config_class: ClassVar[type[Config]]
     presets: ClassVar[dict[str, dict[str, Any]]]
     config: Config
-    num_features: int
-    head: nn.Module
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -50,29 +45,32 @@ class VisionModel(FeatureModel, Publishable):
         self.pretrained_cfg: dict[str, Any] = {}
         self.register_load_state_dict_post_hook(_tables_follow)
 
-    @property
-    def num_classes(self) -> int:
-        """Number of classes of the head."""
-        return self.config.num_classes
+    def forward(self, x: Tensor) -> Tensor:
+        """Classify a batch: (B, C, *shape) -> (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Compute the final tokens, (B, C, *shape) -> (B, N, D)."""
+        x, grid = self.embed(x)
+        for stage in self.trunk:
+            x, grid = stage(x, grid), stage.out_grid(grid)
+        return self.finish(x, grid)
 
     @property
-    def head_hidden_size(self) -> int:
-        """Width of the pooled features, under timm's name."""
-        return self.num_features
+    def trunk(self) -> Sequence[Any]:
+        """The stages, in order; a model with ``blocks`` has one."""
+        return (self.blocks,) if hasattr(self, "blocks") else self.stages
 
-    def drop_head(self) -> None:
-        """Remove the classifier and the layers that only it uses."""
-        self.reset_classifier(0)
+    def embed(self, x: Tensor) -> tuple[Any, Any]:
+        """Compute the tokens before the first layer, (B, C, *shape) -> (B, N, D), and their grid.
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Store only the inputs of the blocks for the backward pass, and recompute the rest."""
-        for module in self.modules():
-            if isinstance(module, Checkpointed):
-                module.grad_checkpointing = enable
+        A model with several branches returns a list of both.
+        """
+        raise NotImplementedError
 
-    def pool_tokens(self, x: Tensor) -> Tensor:
-        """Pool the final tokens: (B, N, D) -> (B, D)."""
-        return x.mean(1)
+    def finish(self, x: Any, grid: Any) -> Tensor:
+        """Compute the final tokens from those after the last layer: (B, N, D) -> (B, N, D)."""
+        return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Classify tokens (B, N, D): (B, num_classes), or pooled (B, D) with ``pre_logits``."""
@@ -80,35 +78,15 @@ class VisionModel(FeatureModel, Publishable):
             x = self.pool_tokens(x)
         return x if pre_logits else self.head(x)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Classify a batch: (B, C, *shape) -> (B, num_classes)."""
-        return self.forward_head(self.forward_features(x))
+    def pool_tokens(self, x: Tensor) -> Tensor:
+        """Pool the final tokens: (B, N, D) -> (B, D)."""
+        return x.mean(1)
 
-    def get_classifier(self) -> nn.Module:
-        """Return the classifier head, as timm's models do."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head with a new one for ``num_classes``; 0 returns the pooled features.
-
-        Args:
-            num_classes: number of classes.
-            global_pool: "", with 0 classes, to return the final tokens (B, N, D) without pooling;
-                None to keep the pooling. Only ViT supports others.
-
-        Raises:
-            ValueError: for another ``global_pool``, or "" with classes.
-        """
-        if global_pool:
-            name = type(self).__name__
-            raise ValueError(
-                f"{name} pools in one way: global_pool {global_pool!r} must be None, or '' for no "
-                "pooling"
-            )
-        pooled = global_pool is None and (num_classes > 0 or self.config.global_pool)
-        self.config = dataclasses.replace(self.config, num_classes=num_classes, global_pool=pooled)
-        reference = next(self.parameters())
-        self.head = self.make_head(num_classes).to(reference).train(self.training)
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Store only the inputs of the blocks for the backward pass, and recompute the rest."""
+        for module in self.modules():
+            if isinstance(module, Checkpointed):
+                module.grad_checkpointing = enable
 
     def make_head(self, num_classes: int) -> nn.Module:
         """A linear classifier with small initial weights; the identity for 0 classes."""
@@ -117,42 +95,6 @@ class VisionModel(FeatureModel, Publishable):
         head = nn.Linear(self.num_features, num_classes)
         init_linears(head)
         return head
-
-    def set_input_size(
-        self,
-        img_size: int | tuple[int, ...] | None = None,
-        patch_size: int | tuple[int, ...] | None = None,
-    ) -> None:
-        """Change the size of the input in place, as timm's models do.
-
-        Tables of tokens are interpolated as by ``load_weights(..., resize=True)``, and the patch
-        embedding is resampled. These become new parameters, so create the optimizer afterwards;
-        all other parameters stay the same.
-
-        Args:
-            img_size: pixels, one size or one for each axis; None keeps it.
-            patch_size: pixels per token, one size or one for each axis; None keeps it.
-
-        Raises:
-            ValueError: for a size that does not fit, or a model whose layers have been replaced.
-                The model is left untouched.
-        """
-        check_types({"img_size": img_size, "patch_size": patch_size}, VisionModel.set_input_size)
-        channels, *shape = self.config.input_shape
-        size = tuple(shape) if img_size is None else img_size
-        size = (size,) * len(shape) if isinstance(size, int) else tuple(size)
-        if len(size) != len(shape):
-            raise ValueError(f"img_size {img_size} must be one size, or one for each of {shape}")
-        changes: dict[str, Any] = {"input_shape": (channels, *size)}
-        if patch_size is not None:
-            if not hasattr(self.config, "patch_size"):
-                raise ValueError(f"{type(self).__name__} has no patch_size that could be changed")
-            changes["patch_size"] = patch_size
-        config = dataclasses.replace(self.config, **changes)
-        backbone = BACKBONES[config.backbone]
-        with torch.device("meta"):
-            before, after = backbone(self.config), backbone(config)
-        resize_in_place(self, before, after)
 
     def weight_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of every saved tensor by name."""
@@ -202,42 +144,102 @@ def _tables_follow(model: nn.Module, _: Any) -> None:
             module(like)
 
 
-def make_drop_path(rate: float) -> nn.Module:
-    """Stochastic depth (Huang et al. 2016): skip the branch for a sample with probability ``rate``.
+class Downsampling(nn.Module):
+    """Bring tokens to a coarser grid: (B, M, C) -> (B, N, D).
 
-    Shape: (B, ...) -> same
+    Attributes:
+        stride: ratio of the old grid to the new one on each axis.
     """
-    return StochasticDepth(rate, "row") if rate else nn.Identity()
+
+    stride: tuple[int, ...]
+
+    def out_grid(self, grid: TokenGrid) -> TokenGrid:
+        """Return the positions of the N tokens for those of the M tokens."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, grid: TokenGrid) -> Tensor:
+        """Map tokens on ``grid``: (B, M, C) -> (B, N, D)."""
+        raise NotImplementedError
 
 
-def drop_paths(last: float, depths: Sequence[int]) -> list[list[float]]:
-    """Stochastic depth of each block of each stage: rising linearly from 0 to ``last``."""
-    rates = iter(last * i / max(1, sum(depths) - 1) for i in range(sum(depths)))
-    return [[next(rates) for _ in range(depth)] for depth in depths]
+class Checkpointed(nn.Module):
+    """A module that can store only the inputs of its blocks for the backward pass.
+
+    Attributes:
+        grad_checkpointing: whether only the inputs are stored.
+    """
+
+    grad_checkpointing: bool = False
+
+    def run(self, block: nn.Module, *args: Any) -> Any:
+        """Call ``block(*args)``; with ``grad_checkpointing``, recompute it in the backward pass."""
+        recomputes = self.grad_checkpointing and torch.is_grad_enabled()
+        return checkpointed(block, *args) if recomputes else block(*args)
 
 
-class Mlp(nn.Sequential):
-    """Linear, GELU, dropout, linear, dropout on the last axis. Shape: (..., D) -> (..., D)."""
+class Stage(Checkpointed):
+    """Blocks on one grid: (B, N, D) -> (B, N, D). It can be called alone and indexed by block.
 
-    def __init__(self, dim: int, hidden_dim: int, dropout: float = 0.0) -> None:
+    Args:
+        blocks: modules called as ``block(x, grid, rope)``.
+        grid: positions of their tokens, unless a call gives others.
+        rope: rotary positions of the grid.
+        downsample: brings the output of the previous stage to this grid, before the blocks.
+        in_grid: positions of the tokens of the previous stage; by default ``grid``.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        grid: TokenGrid,
+        rope: RotaryPosition | None = None,
+        downsample: Downsampling | None = None,
+        in_grid: TokenGrid | None = None,
+    ) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.act = nn.GELU()
-        self.drop1 = nn.Dropout(dropout)
-        self.fc2 = nn.Linear(hidden_dim, dim)
-        self.drop2 = nn.Dropout(dropout)
+        self.downsample, self.grid, self.rope, self.depth = downsample, grid, rope, len(blocks)
+        self.in_grid = grid if in_grid is None else in_grid
+        for index, block in enumerate(blocks):
+            self.add_module(str(index), block)
 
+    def __len__(self) -> int:
+        return self.depth
 
-class LayerScale(nn.Module):
-    """A learned factor for each channel (Touvron et al. 2021, CaiT). Shape: (..., D) -> same."""
+    def truncate(self, depth: int) -> None:
+        """Remove the blocks after the first ``depth``."""
+        for index in range(depth, self.depth):
+            delattr(self, str(index))
+        self.depth = depth
 
-    def __init__(self, dim: int, init: float) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim,), float(init)))
+    def __getitem__(self, index: int) -> nn.Module:
+        return self.get_submodule(str(range(self.depth)[index]))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Scale the channels: (..., D) -> same."""
-        return x * self.gamma
+    def __iter__(self) -> Iterator[nn.Module]:
+        return (self[index] for index in range(self.depth))
+
+    def out_grid(self, grid: TokenGrid) -> TokenGrid:
+        """Return the grid of its tokens for that of the previous stage."""
+        return grid if self.downsample is None else self.downsample.out_grid(grid)
+
+    def _angles(self, x: Tensor, grid: TokenGrid) -> Tensor | None:
+        return None if self.rope is None else self.rope(x, grid)
+
+    def apply_block(self, index: int, x: Tensor, grid: TokenGrid) -> Tensor:
+        """Apply one block to tokens on ``grid``: (B, N, D) -> (B, N, D)."""
+        return self.run(self[index], x, grid, self._angles(x, grid))
+
+    def forward(self, x: Tensor, grid: TokenGrid | None = None) -> Tensor:
+        """Apply the stage to the tokens of the previous one: (B, M, C) -> (B, N, D).
+
+        ``grid`` is that of the M tokens, by default the one it was built for.
+        """
+        grid = self.in_grid if grid is None else grid
+        if self.downsample is not None:
+            x, grid = self.run(self.downsample, x, grid), self.out_grid(grid)
+        rope = self._angles(x, grid)  # once: on a grid other than its own, it computes them
+        for block in self:
+            x = self.run(block, x, grid, rope)
+        return x
 
 
 class Block(nn.Module):
@@ -282,11 +284,6 @@ class Block(nn.Module):
         return x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
 
 
-def mlp_width(dim: int, ratio: float) -> int:
-    """The hidden width of an MLP, at least 1."""
-    return max(1, round(dim * ratio))
-
-
 def make_rope(kind: RopeKind | None, mixer: Mixer, name: str) -> RotaryPosition | None:
     """Rotary positions of a ``kind`` for the mixer of that name; None for ``kind`` None.
 
@@ -310,15 +307,6 @@ def check_prefix(blocks: Iterable[nn.Module], name: str, instead: str) -> None:
             f"mixer {name!r} does not update class and register tokens, so they would learn "
             f"nothing: {instead}"
         )
-
-
-def init_linears(module: nn.Module) -> None:
-    """Initialize linear layers: truncated normal weights (std 0.02), zero bias."""
-    for linear in module.modules():
-        if isinstance(linear, nn.Linear):
-            nn.init.trunc_normal_(linear.weight, std=0.02)
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
 
 
 BACKBONES: Registry[VisionModel] = Registry("backbone")

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..grid import TokenGrid
+from ..layers import init_linears
 from ..options import check_at_least
-from .base import BACKBONES, Block, Checkpointed, init_linears
+from .base import BACKBONES, Block, Checkpointed
 from .class_attention import ClassBlock, check_class_mixer, class_attention
 from .config import Config
 from .vit import Isotropic, IsotropicConfig
@@ -74,7 +75,7 @@ class ClassStage(Checkpointed):
         token = self.cls_token.expand(x.shape[0], -1, -1)
         grid = grid._replace(prefix=grid.prefix + 1)
         for block in self.blocks:
-            token = self.checkpointed(block, token, x, grid)
+            token = self.run(block, token, x, grid)
         return token
 
 

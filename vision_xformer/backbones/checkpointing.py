@@ -11,37 +11,26 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from ..derivatives import is_transformed
+from ..forms import is_transformed
 
 
-class Checkpointed(nn.Module):
-    """A module that can store only the inputs of its blocks for the backward pass.
+def checkpointed(block: nn.Module, *args: Any) -> Any:
+    """Call ``block(*args)``, and call it again in the backward pass instead of storing activations.
 
-    Attributes:
-        grad_checkpointing: whether only the inputs are stored.
+    Raises:
+        ValueError: for blocks with batch norm under torch.compile, or within torch.func.
     """
-
-    grad_checkpointing: bool = False
-
-    def checkpointed(self, block: nn.Module, *args: Any) -> Any:
-        """Call ``block(*args)``; with ``grad_checkpointing``, recompute it in the backward pass.
-
-        Raises:
-            ValueError: for blocks with batch norm under torch.compile, or within torch.func.
-        """
-        if not (self.grad_checkpointing and torch.is_grad_enabled()):
-            return block(*args)
-        if is_transformed():
-            raise ValueError(
-                "torch.func does not support gradient checkpointing: call "
-                "set_grad_checkpointing(False) first"
-            )
-        more: dict[str, Any] = {}
-        if any(isinstance(module, _BatchNorm) for module in block.modules()):
-            if torch.compiler.is_compiling():
-                raise ValueError("gradient checkpointing of batch norms cannot be compiled")
-            more["context_fn"] = lambda: (contextlib.nullcontext(), _statistics_kept(block))
-        return checkpoint(block, *args, use_reentrant=False, **more)
+    if is_transformed():
+        raise ValueError(
+            "torch.func does not support gradient checkpointing: call "
+            "set_grad_checkpointing(False) first"
+        )
+    more: dict[str, Any] = {}
+    if any(isinstance(module, _BatchNorm) for module in block.modules()):
+        if torch.compiler.is_compiling():
+            raise ValueError("gradient checkpointing of batch norms cannot be compiled")
+        more["context_fn"] = lambda: (contextlib.nullcontext(), _statistics_kept(block))
+    return checkpoint(block, *args, use_reentrant=False, **more)
 
 
 @contextlib.contextmanager

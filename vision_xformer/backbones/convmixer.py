@@ -15,10 +15,9 @@ from ..layers import ACTIVATION, Activation, TokenBatchNorm
 from ..mixers import Mixer, create_mixer
 from ..mixers.factorized import space_time
 from ..options import check_at_least
-from ..stems.patches import PatchStem
-from .base import BACKBONES, VisionModel
+from ..stems.base import PatchStem
+from .base import BACKBONES, Stage, VisionModel
 from .config import MixerConfig
-from .stage import Stage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

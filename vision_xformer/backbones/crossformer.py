@@ -16,9 +16,8 @@ from ..kernels.windowed import Windows
 from ..layers import CONV
 from ..mixers import Mixer
 from ..stems import patch_grid
-from .base import BACKBONES
+from .base import BACKBONES, Downsampling
 from .pyramid import Pyramid, PyramidConfig, window_attention
-from .stage import Downsampling
 
 _IMAGENET = dict(input_shape=(3, 224, 224), num_classes=1000, mixer_options={"qkv_bias": True})
 

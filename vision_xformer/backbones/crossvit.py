@@ -15,16 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..grid import TokenGrid
+from ..layers import drop_paths, init_linears
 from ..mixers import create_mixer
 from ..options import check_at_least
 from ..positions import LearnedPosition
 from ..stems import check_input_shape
-from ..stems.patches import PatchStem
-from .base import BACKBONES, Block, Checkpointed, VisionModel, drop_paths, init_linears
+from ..stems.base import PatchStem
+from .base import BACKBONES, Block, Checkpointed, Stage, VisionModel
 from .class_attention import ClassBlock, check_class_mixer, class_attention
 from .config import BlockConfig, StageFields
-from .features import Feature
-from .stage import Stage
+from .timm_interface import Feature
 
 _RESIZE = {1: "linear", 2: "bicubic", 3: "trilinear"}
 
@@ -189,7 +189,7 @@ class CrossStage(Checkpointed):
         grids = self.grids if grids is None else grids
         xs = [stage(x, grid) for stage, x, grid in zip(self.branches, xs, grids, strict=True)]
         tokens = [
-            self.checkpointed(exchange, xs[branch][:, :1], xs[1 - branch][:, 1:], grids[1 - branch])
+            self.run(exchange, xs[branch][:, :1], xs[1 - branch][:, 1:], grids[1 - branch])
             for branch, exchange in enumerate(self.exchanges)
         ]
         return [torch.cat((token, x[:, 1:]), 1) for token, x in zip(tokens, xs, strict=True)]

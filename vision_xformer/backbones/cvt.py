@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..grid import TokenGrid, on_grid
 from ..kernels import KERNELS
-from ..layers import CONV, ConvNorm
+from ..layers import CONV, ConvNorm, drop_paths, init_linears
 from ..mixers import Mixer, create_mixer
 from ..mixers.adapters import Adapter
 from ..mixers.attention import Attention, Shorten, SplitProjection
@@ -23,17 +23,8 @@ from ..mixers.factory import check_mixer, create_kernel
 from ..options import check_at_least, check_odd
 from ..positions import RopeKind
 from ..stems import check_input_shape
-from .base import (
-    BACKBONES,
-    Block,
-    VisionModel,
-    check_prefix,
-    drop_paths,
-    init_linears,
-    make_rope,
-)
+from .base import BACKBONES, Block, Downsampling, Stage, VisionModel, check_prefix, make_rope
 from .config import BlockConfig, StageFields
-from .stage import Downsampling, Stage
 
 _IMAGENET = dict(
     input_shape=(3, 224, 224), num_classes=1000, mixer_options={"qkv_bias": True}, drop_path=0.1

@@ -11,13 +11,12 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..grid import TokenGrid
-from ..layers import TokenBatchNorm
+from ..layers import Mlp, TokenBatchNorm, mlp_width
 from ..mixers.fourier import Fourier
 from ..options import check_at_least
 from ..stems.convolutional import ConvStem
-from .base import BACKBONES, Mlp, VisionModel, mlp_width
+from .base import BACKBONES, Stage, VisionModel
 from .config import Config
-from .stage import Stage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,15 @@ from typing_extensions import Self
 from ..biases import PositionBias
 from ..grid import TokenGrid, take_strided
 from ..kernels import KERNELS
-from ..layers import ConvNorm, DistilledHead, LinearNorm, NormLinear
+from ..layers import (
+    ConvNorm,
+    DistilledHead,
+    LinearNorm,
+    NormLinear,
+    init_linears,
+    make_drop_path,
+    mlp_width,
+)
 from ..mixers import Mixer, create_mixer, mixer_options
 from ..mixers.adapters import Adapter
 from ..mixers.attention import Attention, Projection
@@ -25,9 +33,8 @@ from ..mixers.factory import check_mixer, create_kernel
 from ..options import check_at_least
 from ..positions import RopeKind, RotaryPosition
 from ..stems import STEMS
-from .base import BACKBONES, VisionModel, init_linears, make_drop_path, make_rope, mlp_width
+from .base import BACKBONES, Downsampling, Stage, VisionModel, make_rope
 from .config import MixerConfig, StageFields
-from .stage import Downsampling, Stage
 
 _IMAGENET = dict(input_shape=(3, 224, 224), num_classes=1000, distilled=True)
 _KEY32 = dict(key_dim=32, depths=(4, 4, 4), **_IMAGENET)

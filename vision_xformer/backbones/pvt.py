@@ -14,14 +14,13 @@ from torch import Tensor, nn
 
 from ..grid import TokenGrid, on_grid
 from ..kernels import KERNELS
-from ..layers import CONV
+from ..layers import CONV, drop_paths, init_linears, make_drop_path, mlp_width
 from ..mixers import Mixer, create_mixer
 from ..mixers.attention import Attention, SplitProjection
 from ..mixers.factory import check_mixer, create_kernel
 from ..stems import patch_grid
-from .base import BACKBONES, VisionModel, drop_paths, init_linears, make_drop_path, mlp_width
+from .base import BACKBONES, Downsampling, Stage, VisionModel
 from .config import BlockConfig, StageFields
-from .stage import Downsampling, Stage
 
 _IMAGENET = dict(input_shape=(3, 224, 224), num_classes=1000, mixer_options={"qkv_bias": True})
 

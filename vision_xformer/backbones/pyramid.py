@@ -16,14 +16,14 @@ from ..biases import DynamicBias, RelativeBias
 from ..grid import TokenGrid
 from ..kernels import KERNELS
 from ..kernels.windowed import WindowedKernel, Windows
+from ..layers import drop_paths, init_linears
 from ..mixers import Mixer
 from ..mixers.attention import Attention, LinearProjection
 from ..mixers.factory import check_mixer, create_kernel
 from ..options import check_at_least
 from ..stems import patch_grid
-from .base import Block, VisionModel, drop_paths, init_linears
+from .base import Block, Downsampling, Stage, VisionModel
 from .config import BlockConfig, StageFields
-from .stage import Downsampling, Stage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..positions import resize_grid
-from ..stems.patches import PatchStem
+from ..stems.base import PatchStem
 from ..weights import load_weights
 
 _OF_ANY_MODULE = vars(nn.Module()).keys()

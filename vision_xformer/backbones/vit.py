@@ -13,15 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from ..grid import TokenGrid
-from ..layers import SequencePool
+from ..layers import SequencePool, drop_paths, init_linears
 from ..mixers import Mixer, create_mixer
 from ..mixers.factorized import space_time
 from ..options import check_at_least
 from ..positions import PositionKind, RopeKind, make_position
 from ..stems import STEMS
-from .base import BACKBONES, Block, VisionModel, check_prefix, drop_paths, init_linears, make_rope
+from .base import BACKBONES, Block, Stage, VisionModel, check_prefix, make_rope
 from .config import BlockConfig, Config
-from .stage import Stage
 
 _IMAGENET = dict(  # what the sizes of Touvron et al. 2020 (DeiT) share
     input_shape=(3, 224, 224), num_classes=1000, patch_size=16, depth=12, mlp_ratio=4.0,

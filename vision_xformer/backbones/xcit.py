@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ..grid import TokenGrid, on_grid
-from ..layers import BATCH_NORM, CONV
+from ..layers import BATCH_NORM, CONV, LayerScale
 from ..mixers import Mixer
 from ..positions import PositionKind
-from .base import BACKBONES, Block, LayerScale
+from .base import BACKBONES, Block
 from .cait import CaiT, CaiTConfig, ClassStage
 from .config import Config
 
@@ -115,7 +115,7 @@ class XCiTClassStage(ClassStage):
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), 1)
         grid = grid._replace(prefix=grid.prefix + 1)
         for block in self.blocks:
-            x = self.checkpointed(block, x, grid)
+            x = self.run(block, x, grid)
         return x
 
 

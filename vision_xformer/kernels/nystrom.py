@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..derivatives import needs_plain, plain_second
+from ..forms import needs_plain, plain_second
 from ..grid import TokenGrid, grid_parts
 from ..options import check_at_least
 from ..precision import to_accumulate, without_autocast

@@ -20,10 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..derivatives import needs_plain, plain_second
+from ..forms import device_type, needs_plain, plain_second
 from ..grid import TokenGrid
 from ..options import check_at_least
-from ..planning import device_type
 from ..precision import to_accumulate, without_autocast
 from .base import KERNELS, Kernel, Site
 

@@ -6,10 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..derivatives import is_transformed, plain_second
+from ..forms import device_type, is_transformed, plain_second
 from ..grid import TokenGrid
 from ..options import check_probability
-from ..planning import device_type
 from .base import KERNELS, Kernel, Site
 
 _SMALL_MAP = 2**18  # entries of a head's map: 2 bytes each fit in the cache of one core

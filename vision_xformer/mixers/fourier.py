@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..derivatives import is_transformed
+from ..forms import is_transformed
 from ..grid import TokenGrid
 from ..kernels import ValuePath
 from ..precision import to_accumulate

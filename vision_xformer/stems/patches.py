@@ -1,54 +1,14 @@
-"""Linear stems: patches of the image, or of its Fourier transform, through a linear layer."""
+"""Linear stems on normalized patches of the image and of its Fourier transform."""
 
 from __future__ import annotations
 
-import math
-
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from ..grid import TokenGrid
 from ..positions import SinCosPosition
 from ..precision import to_accumulate, without_autocast
-from .base import STEMS, Stem
-
-_PATCHES = {
-    1: "b c (l p0) -> b l (p0 c)",
-    2: "b c (h p0) (w p1) -> b (h w) (p0 p1 c)",
-    3: "b c (t p0) (h p1) (w p2) -> b (t h w) (p0 p1 p2 c)",
-}
-
-
-@STEMS.register("patch")
-class PatchStem(Stem):
-    """A linear layer on flattened patches (Dosovitskiy et al. 2020, eq. 1).
-
-    A patch is flattened pixel by pixel, with channels innermost.
-
-    Shape: (B, C, *shape) -> (B, N, D)
-
-    Args:
-        input_shape: (C, *shape), one to three axes.
-        patch_size: pixels per token, one size or one for each axis.
-        dim: token width D.
-    """
-
-    def __init__(
-        self, input_shape: tuple[int, ...], patch_size: int | tuple[int, ...], dim: int
-    ) -> None:
-        super().__init__(input_shape, patch_size, dim)
-        self.patch_dim = input_shape[0] * math.prod(self.patch_size)
-        self.proj = nn.Linear(self.patch_dim, dim)
-
-    def patches(self, x: Tensor) -> Tensor:
-        """Flatten the patches: (B, C, *shape) -> (B, N, prod(patch_size) * C)."""
-        sizes = {f"p{axis}": size for axis, size in enumerate(self.patch_size)}
-        return rearrange(x, _PATCHES[len(sizes)], **sizes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Embed patches: (B, C, *shape) -> (B, N, D)."""
-        return self.proj(self.patches(x))
+from .base import STEMS, PatchStem
 
 
 @STEMS.register("v0.2")

@@ -1,13 +1,17 @@
-"""Access to the layers of a model, as in timm: intermediate tokens and groups of parameters."""
+"""The interface of timm's models: the head, the size of the input, features, parameter groups."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..grid import TokenGrid
+from ..options import check_types
+from .resizing import resize_in_place
 
 OutputFormat = Literal["NCHW", "NLC"]
 
@@ -36,10 +40,12 @@ class Feature(NamedTuple):
         return (x, grid) if self.branch is None else (x[self.branch], grid[self.branch])
 
 
-class FeatureModel(nn.Module):
-    """A model that embeds pixels and applies layers to the tokens.
+class TimmInterface(nn.Module):
+    """What timm expects of a model, in terms of its stages: ``blocks``, one of them, or ``stages``.
 
-    The layers are the blocks of ``blocks``, a single :class:`Stage`, or the modules of ``stages``.
+    Attributes:
+        num_features: width of the pooled features.
+        head: the classifier.
     """
 
     config: Any
@@ -47,29 +53,85 @@ class FeatureModel(nn.Module):
     stages: Any
     norm: nn.Module
     num_features: int
+    head: nn.Module
+    embed: Callable[[Tensor], tuple[Any, Any]]
+    finish: Callable[[Any, Any], Tensor]
+    make_head: Callable[[int], nn.Module]
 
     @property
-    def trunk(self) -> Sequence[Any]:
-        """The stages, in order; a model with ``blocks`` has one."""
-        return (self.blocks,) if hasattr(self, "blocks") else self.stages
+    def num_classes(self) -> int:
+        """Number of classes of the head."""
+        return self.config.num_classes
 
-    def embed(self, x: Tensor) -> tuple[Any, Any]:
-        """Compute the tokens before the first layer, (B, C, *shape) -> (B, N, D), and their grid.
+    @property
+    def head_hidden_size(self) -> int:
+        """Width of the pooled features, under timm's name."""
+        return self.num_features
 
-        A model with several branches returns a list of both.
+    def drop_head(self) -> None:
+        """Remove the classifier and the layers that only it uses."""
+        self.reset_classifier(0)
+
+    def get_classifier(self) -> nn.Module:
+        """Return the classifier head, as timm's models do."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the head with a new one for ``num_classes``; 0 returns the pooled features.
+
+        Args:
+            num_classes: number of classes.
+            global_pool: "", with 0 classes, to return the final tokens (B, N, D) without pooling;
+                None to keep the pooling. Only ViT supports others.
+
+        Raises:
+            ValueError: for another ``global_pool``, or "" with classes.
         """
-        raise NotImplementedError
+        if global_pool:
+            name = type(self).__name__
+            raise ValueError(
+                f"{name} pools in one way: global_pool {global_pool!r} must be None, or '' for no "
+                "pooling"
+            )
+        pooled = global_pool is None and (num_classes > 0 or self.config.global_pool)
+        self.config = dataclasses.replace(self.config, num_classes=num_classes, global_pool=pooled)
+        reference = next(self.parameters())
+        self.head = self.make_head(num_classes).to(reference).train(self.training)
 
-    def finish(self, x: Any, grid: Any) -> Tensor:
-        """Compute the final tokens from those after the last layer: (B, N, D) -> (B, N, D)."""
-        return x
+    def set_input_size(
+        self,
+        img_size: int | tuple[int, ...] | None = None,
+        patch_size: int | tuple[int, ...] | None = None,
+    ) -> None:
+        """Change the size of the input in place, as timm's models do.
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Compute the final tokens, (B, C, *shape) -> (B, N, D)."""
-        x, grid = self.embed(x)
-        for stage in self.trunk:
-            x, grid = stage(x, grid), stage.out_grid(grid)
-        return self.finish(x, grid)
+        Tables of tokens are interpolated as by ``load_weights(..., resize=True)``, and the patch
+        embedding is resampled. These become new parameters, so create the optimizer afterwards;
+        all other parameters stay the same.
+
+        Args:
+            img_size: pixels, one size or one for each axis; None keeps it.
+            patch_size: pixels per token, one size or one for each axis; None keeps it.
+
+        Raises:
+            ValueError: for a size that does not fit, or a model whose layers have been replaced.
+                The model is left untouched.
+        """
+        check_types({"img_size": img_size, "patch_size": patch_size}, TimmInterface.set_input_size)
+        channels, *shape = self.config.input_shape
+        size = tuple(shape) if img_size is None else img_size
+        size = (size,) * len(shape) if isinstance(size, int) else tuple(size)
+        if len(size) != len(shape):
+            raise ValueError(f"img_size {img_size} must be one size, or one for each of {shape}")
+        changes: dict[str, Any] = {"input_shape": (channels, *size)}
+        if patch_size is not None:
+            if not hasattr(self.config, "patch_size"):
+                raise ValueError(f"{type(self).__name__} has no patch_size that could be changed")
+            changes["patch_size"] = patch_size
+        config = dataclasses.replace(self.config, **changes)
+        with torch.device("meta"):
+            before, after = type(self)(self.config), type(self)(config)
+        resize_in_place(self, before, after)
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of position tables, tokens and biases that should not decay."""
@@ -125,10 +187,6 @@ class FeatureModel(nn.Module):
         if hasattr(self, "norm"):
             self.norm = nn.Identity()
 
-    def drop_head(self) -> None:
-        """Remove the classifier and the layers that only it uses."""
-        raise NotImplementedError
-
     def prune_intermediate_layers(
         self,
         indices: int | Sequence[int] | None = 1,
@@ -171,7 +229,7 @@ class FeatureModel(nn.Module):
         """Apply one layer to tokens on ``grid``: the new tokens and their grid."""
         if hasattr(self, "blocks"):
             return self.blocks.apply_block(index, x, grid), grid
-        stage = self.trunk[index]
+        stage = self.stages[index]
         return stage(x, grid), stage.out_grid(grid)
 
     def forward_intermediates(

@@ -1,7 +1,7 @@
-"""Second and forward-mode derivatives, and torch.func, for operators that do not support them.
+"""The choice between forms of an equation, by device and by the derivatives that are asked for.
 
 Fused kernels, checkpoints and custom operators support only first derivatives in reverse mode. All
-other derivatives are computed from the explicit equation.
+other derivatives, and torch.func, are computed from the explicit equation.
 """
 
 from __future__ import annotations
@@ -12,6 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+_planned: str | None = None
+
+
+def device_type(x: Tensor) -> str:
+    """The type of device that a form is chosen for: that of ``x``, or the planned one."""
+    return _planned or x.device.type
+
+
+def plan_for(device: str | None) -> str | None:
+    """Choose forms for a type of device instead of the tensors' own; return the one before."""
+    global _planned
+    before, _planned = _planned, device
+    return before
 
 
 def is_transformed(*tensors: Tensor) -> bool:
