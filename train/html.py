@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 
+from vision_xformer.summary import text_table
+
 from .atomic import write_whole
 from .text import escaped
 
@@ -45,14 +47,7 @@ class Table:
     def text(self) -> str:
         """Format the table for a terminal, with aligned columns and without its caption."""
         lines = [[escaped(cell) for cell in line] for line in (self.headings, *self.rows)]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join(
-            "  ".join(
-                (cell.ljust(w) if i == 0 else cell.rjust(w))
-                for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        )
+        return text_table(lines, right=range(1, len(self.headings)))
 
     def markdown(self) -> str:
         """Format the table as Markdown, without its caption."""

@@ -1,7 +1,8 @@
-"""Text summary of a model."""
+"""Text summary of a model, and tables of text."""
 
 from __future__ import annotations
 
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
@@ -54,13 +55,26 @@ def summary(model: nn.Module, sample: Tensor, depth: int) -> str:
                 visit(f"{name}.{key}" if name else key, child, level + 1)
 
     visit("", model, 0)
+    head, *body = text_table(rows, right={3}).splitlines()
+    return "\n".join((head, "-" * len(head), *body))
+
+
+def text_table(rows: Sequence[Sequence[str]], right: Container[int] = ()) -> str:
+    """Align the columns of a table for a terminal.
+
+    Args:
+        rows: cells of each line.
+        right: indices of the columns that are aligned on the right.
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for name, kind, shape, size in rows:
-        cells = name.ljust(widths[0]), kind.ljust(widths[1]), shape.ljust(widths[2])
-        lines.append("  ".join((*cells, size.rjust(widths[3]))))
-    lines.insert(1, "-" * len(lines[0]))
-    return "\n".join(lines)
+    lines = (
+        [
+            c.rjust(w) if i in right else c.ljust(w)
+            for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        for row in rows
+    )
+    return "\n".join("  ".join(cells).rstrip() for cells in lines)
 
 
 def _count(module: nn.Module) -> int:

@@ -18,6 +18,7 @@ from ..grid import TokenGrid
 from ..kernels import KERNELS, Kernel, Site
 from ..kernels.softmax import Softmax
 from ..memory_use import bytes_kept
+from ..summary import text_table
 
 TOKENS = (64, 128, 256, 512, 1024, 2048, 4096)
 _ROUNDS = 7
@@ -75,7 +76,7 @@ class BreakEven:
             verdict = f"{self.mixer} is faster than softmax from {self.first} tokens on"
         advice = "worth it" if self.first and self.first <= self.tokens else "not worth it"
         lines = f"{verdict}; this model has {self.tokens}: a conversion for speed is {advice}"
-        return f"{_table([head, *body])}\n{lines} on this machine"
+        return f"{text_table([head, *body])}\n{lines} on this machine"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,14 +130,7 @@ class Report:
             kept = "" if row.kept is None else _arrow(row.kept, 2**10)
             tokens = str(row.tokens) if row.tokens else ""
             body.append([row.name, row.layer, row.status, tokens, flops, kept])
-        return _table(body)
-
-
-def _table(rows: list[list[str]]) -> str:
-    """Rows of text with aligned columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-    return "\n".join(lines)
+        return text_table(body)
 
 
 def _arrow(values: tuple[int, int], unit: float) -> str:
