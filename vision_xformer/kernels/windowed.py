@@ -9,7 +9,7 @@ attended to: the same weights then give different logits.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -21,24 +21,23 @@ from .base import Kernel
 
 
 class Piece(NamedTuple):
-    """Part of an axis from ``start``: ``windows`` of ``size`` cells, in runs or interleaved."""
+    """Part of an axis: ``windows`` of ``size`` cells, in runs or interleaved."""
 
-    start: int
     windows: int
     size: int
     interleaved: bool = False
 
 
 def axis_pieces(length: int, window: int, shift: int) -> list[Piece]:
-    """Windows on an axis, the first of which ends after ``shift`` cells.
+    """The parts of an axis, in order; the first window ends after ``shift`` cells.
 
-    >>> [tuple(p[:3]) for p in axis_pieces(14, 7, 3)]
-    [(0, 1, 3), (3, 1, 7), (10, 1, 4)]
+    >>> [tuple(p[:2]) for p in axis_pieces(21, 7, 3)]
+    [(1, 3), (2, 7), (1, 4)]
     """
     if length <= window:
-        return [Piece(0, 1, length)]
+        return [Piece(1, length)]
     count, rest = divmod(length - shift, window)
-    pieces = [Piece(0, 1, shift), Piece(shift, count, window), Piece(length - rest, 1, rest)]
+    pieces = [Piece(1, shift), Piece(count, window), Piece(1, rest)]
     return [piece for piece in pieces if piece.windows and piece.size]
 
 
@@ -81,7 +80,7 @@ class Windows:
             raise ValueError(
                 f"an axis of {length} tokens must be a multiple of interval {self.interval}"
             )
-        return [Piece(0, self.interval, length // self.interval, interleaved=True)]
+        return [Piece(self.interval, length // self.interval, interleaved=True)]
 
     def grid(self, grid: TokenGrid) -> TokenGrid:
         """The grid of one whole window.
@@ -138,15 +137,21 @@ class WindowedKernel(Kernel):
             bias = bias.unflatten(2, window).unflatten(1, window)
         pieces = [self.windows.pieces(length) for length in shape]
 
-        def attended(cut: tuple[Piece, ...]) -> Tensor:
-            """(B, *lengths, H, V) of the grid cut to these pieces on its first axes."""
+        def attended(operands: list[Tensor], cut: tuple[Piece, ...]) -> Tensor:
+            """(B, *lengths, H, V) of operands that are cut to these pieces on their first axes."""
             axis = len(cut)
             if axis == len(shape):
                 return self._attend(operands, cut, bias)
-            parts = [attended((*cut, piece)) for piece in pieces[axis]]
+            # not slices, whose gradients would each be padded to the size of the operand and added
+            lengths = [piece.windows * piece.size for piece in pieces[axis]]
+            regions = zip(*(x.split(lengths, axis + 2) for x in operands), strict=True)
+            parts = [
+                attended([*region], (*cut, piece))
+                for piece, region in zip(pieces[axis], regions, strict=True)
+            ]
             return parts[0] if len(parts) == 1 else torch.cat(parts, axis + 1)
 
-        return attended(()).flatten(1, len(shape)).transpose(1, 2)
+        return attended(operands, ()).flatten(1, len(shape)).transpose(1, 2)
 
     def _attend(
         self, operands: list[Tensor], cut: tuple[Piece, ...], bias: Tensor | None
@@ -156,13 +161,11 @@ class WindowedKernel(Kernel):
         On images a run of windows is "b h (n0 w0) (n1 w1) c -> (b n0 n1) h (w0 w1) c".
         """
         axes = range(len(cut))
-        inside: list[Any] = [slice(p.start, p.start + p.windows * p.size) for p in cut]
         sizes = {f"n{a}": cut[a].windows for a in axes} | {f"w{a}": cut[a].size for a in axes}
         numbers, cells = (" ".join(f"{letter}{a}" for a in axes) for letter in "nw")
         shape = " ".join(f"(w{a} n{a})" if cut[a].interleaved else f"(n{a} w{a})" for a in axes)
         gather = f"b h {shape} c -> (b {numbers}) h ({cells}) c"
-        region = (slice(None), slice(None), *inside)
-        q, k, v = (rearrange(x[region], gather, **sizes) for x in operands)
+        q, k, v = (rearrange(x, gather, **sizes) for x in operands)
         grid = TokenGrid(tuple(p.size for p in cut))
         if bias is not None:
             leading = [slice(size) for size in grid.shape]
