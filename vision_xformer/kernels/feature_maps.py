@@ -61,14 +61,15 @@ def average(fq: Tensor, context: Tensor) -> Tensor:
 
     Shape: (B, H, N, F), (B, H, F, V + 1) -> (B, H, N, V)
     """
-    y = fq @ context
-    return y[..., :-1] / y[..., -1:]
+    y, total = (fq @ context).split((context.shape[-1] - 1, 1), -1)
+    return y / total
 
 
 def elu_plus_one(x: Tensor) -> Tensor:
     """elu(x) + 1, of any shape (Katharopoulos et al. 2020, arXiv 2006.16236, eq. 7)."""
-    # not F.elu, whose memory format inductor gets wrong
-    return x.clamp(max=0).exp() + x.relu()
+    if torch.compiler.is_compiling():  # inductor gets the memory format of F.elu wrong
+        return x.clamp(max=0).exp() + x.relu()
+    return F.elu(x) + 1
 
 
 def _halves(x: Tensor) -> Tensor:
@@ -120,9 +121,10 @@ class Exp(FeatureMap):
 
     def forward(self, x: Tensor, grid: TokenGrid) -> Tensor:
         """(B, H, N, K) -> (B, H, N, K)."""
-        (wide,) = to_accumulate(x)
-        highest = wide.detach().amax(-1 if self.is_query else (-2, -1), keepdim=True)
-        return ((wide - highest) * self.scale).exp()
+        (scaled,) = to_accumulate(x * self.scale)
+        if self.is_query:
+            return scaled.softmax(-1)
+        return (scaled - scaled.detach().amax((-2, -1), keepdim=True)).exp()
 
 
 class Hedgehog(FeatureMap):

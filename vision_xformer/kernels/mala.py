@@ -42,7 +42,7 @@ class Mala(SummaryKernel):
         wide_q, wide_k, values = to_accumulate(q, k, v)
         with without_autocast(q):  # sums over tokens overflow in float16
             y = elu_plus_one(wide_q) @ summary(elu_plus_one(wide_k), values)
-            weighted, sums = y[..., :-1], y[..., -1:]
+            weighted, sums = y.split((values.shape[-1], 1), -1)
             scale = self.site.key_dim**-0.5 / keys.length
             centered = weighted - sums * values.mean(-2, keepdim=True)
             return (weighted / sums + scale * centered).to(v.dtype)

@@ -126,8 +126,8 @@ class Mhla(Kernel):
             sums = self._summaries(fk, F.pad(values, (0, 1), value=1.0), keys)
             if self.mixing is not None:
                 sums = (self.mixing.to(sums).abs() @ sums.flatten(3)).view_as(sums)
-            y = self._read(fq, sums, queries)
-            return (y[..., :-1] / y[..., -1:]).to(v.dtype)
+            y, total = self._read(fq, sums, queries).split((values.shape[-1], 1), -1)
+            return (y / total).to(v.dtype)
 
     def _summaries(self, fk: Tensor, values: Tensor, keys: TokenGrid) -> Tensor:
         """Sums of the prefix, if any, and of each block: (B, H, blocks, K, V + 1)."""

@@ -92,8 +92,8 @@ class LiteMla(Mixer):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with without_autocast(q):  # sums over tokens overflow in float16
-            y = q.relu() @ summary(k.relu(), v)
-            return y[..., :-1] / (y[..., -1:] + _EPS)
+            y, total = (q.relu() @ summary(k.relu(), v)).split((v.shape[-1], 1), -1)
+            return y / (total + _EPS)
 
     def _finish(self, y: Tensor) -> Tensor:
         """Project the output of all heads: (B, heads, N, K) -> (B, N, D)."""
