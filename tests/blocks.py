@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matrix import markdown
 
@@ -28,7 +29,21 @@ from train.report import table
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results" / "benchmark"
 DEVICE = "intel-xeon-2-threads-torch-2.15.0"  # the one that the documentation is about
+AMD = "amd-epyc-2-threads-torch-2.15.0"
 MIXERS = ("fourier", "linformer", "nystrom", "performer")  # those of the papers
+NEWER = (
+    "agent",
+    "circulant",
+    "gfnet",
+    "inline",
+    "linear",
+    "lite_mla",
+    "mala",
+    "mhla",
+    "rala",
+    "ttt",
+    "xca",
+)
 WINS = (
     "mixer", "time grows as N to the power", "memory grows as N to the power",
     "faster than fused softmax from", "less memory than fused softmax from",
@@ -37,24 +52,26 @@ WINS = (
 LEARNED = "cct_1024"  # of errors.csv: queries and keys of a trained model
 
 
-def measured(name: str) -> list[Row]:
+def measured(name: str, device: str = DEVICE) -> list[Row]:
     """Rows of the results that the documentation is about."""
-    folder = RESULTS / DEVICE
+    folder = RESULTS / device
     return read_rows(folder / f"{name}.csv")[1]
 
 
-def layers() -> list[Row]:
+def layers(device: str = DEVICE) -> list[Row]:
     """Rows of single layers, not compiled."""
-    return [row for row in measured("mixers") if row["mode"] == "eager"]
+    return [row for row in measured("mixers", device) if row["mode"] == "eager"]
 
 
-def by_tokens(column: str, names: Sequence[str], faster: bool) -> Table:
+def by_tokens(column: str, names: Sequence[str], faster: bool, device: str = DEVICE) -> Table:
     """Fused softmax over each mixer in a column (``faster``), or the mixer over fused softmax."""
-    lines = {name: dict(points) for name, points in series(layers(), column).items()}
+    lines = {name: dict(points) for name, points in series(layers(device), column).items()}
     base = lines["softmax"]
     rows = []
     for name in names:
-        ratios = {n: base[n] / y if faster else y / base[n] for n, y in lines[name].items()}
+        ratios = {
+            n: base[n] / y if faster else y / base[n] for n, y in lines[name].items() if n in base
+        }
         rows.append([name, *(number(ratios[n]) if n in ratios else "" for n in base)])
     return Table(["tokens", *(f"{n:,}" for n in base)], rows)
 
@@ -84,6 +101,11 @@ def error_table() -> Table:
     return Table(["landmarks or features", *map(str, sizes)], rows)
 
 
+def classifiers() -> list[dict[str, Any]]:
+    """The runs that training is documented by."""
+    return read_runs([ROOT / "results" / data for data in ("cifar10", "tiny_imagenet")])
+
+
 def exports() -> dict[str, dict[str, str]]:
     """The table of times in onnxruntime."""
     [file] = RESULTS.rglob("onnx.csv")
@@ -107,12 +129,15 @@ def blocks() -> dict[str, dict[str, str]]:
     [plan] = RESULTS.rglob("plan-*.txt")
     return {
         "docs/mixers.md": {"support matrix": markdown().strip()},
-        "docs/training.md": {"training": table(read_runs([ROOT / "results"])).markdown()},
+        "docs/training.md": {"training": table(classifiers()).markdown()},
         "docs/benchmark.md": {
             "wins": Table(WINS, wins(layers()).rows).markdown(),
             "gains": by_tokens("step_ms_p50", MIXERS, faster=True).markdown(),
             "memory": by_tokens("peak_mib", MIXERS, faster=False).markdown(),
             "ratios": package_table(mixers).markdown(),
+            "ratios amd": package_table(measured("mixers", AMD)).markdown(),
+            "gains newer": by_tokens("step_ms_p50", NEWER, faster=True, device=AMD).markdown(),
+            "memory newer": by_tokens("peak_mib", NEWER, faster=False, device=AMD).markdown(),
             "savings": savings(layers(), "softmax", "softmax_eager", 1024).markdown(),
             "models": savings(vix, "vit", "vit, softmax_eager", 32).markdown(),
             "sizes": column_table(measured("models-vit-tiny"), "peak_mib", "").markdown(),

@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from blocks import DEVICE, RESULTS, ROOT, between, blocks, layers, learned_errors, measured
+from blocks import (
+    DEVICE,
+    RESULTS,
+    ROOT,
+    between,
+    blocks,
+    classifiers,
+    layers,
+    learned_errors,
+    measured,
+)
 from PIL import Image
 
 import vision_xformer as vx
@@ -18,7 +28,6 @@ from train.benchmark.__main__ import command_line as benchmark_line
 from train.benchmark.cases import Case, facts
 from train.benchmark.pictures import crossing, series
 from train.benchmark.rows import label
-from train.commands import read_runs
 from train.provenance import fingerprint
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -282,7 +291,7 @@ def test_what_is_said_of_the_approximations_is_in_the_results() -> None:
 
 
 def test_what_is_said_of_accuracy_is_in_the_results() -> None:
-    runs = {run["folder"].name: run for run in read_runs([ROOT / "results"])}
+    runs = {run["folder"].name: run for run in classifiers()}
     top1 = {name: f"{run['result']['test_top1']:.2%}" for name, run in runs.items()}
     words = (
         "after 30 epochs reaches {cct_2_3x2} with softmax, {ccn_2_3x2} with Nyströmformer, "
