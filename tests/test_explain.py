@@ -441,6 +441,9 @@ def test_what_has_no_maps_is_refused() -> None:
         with pytest.raises(ValueError, match="queries 'cls': ViT has no class token"):
             vx.attention_maps(other, x, queries="cls")
         assert vx.attention_maps(other, x).shape[-2] == 1
+    for explain in (vx.attention_maps, vx.attention_heat, vx.rollout):
+        with pytest.raises(ValueError, match=r"^ViT is on the meta device: its weights have no va"):
+            explain(vx.create_model("vit_test").to("meta"), x)
     with pytest.raises(ValueError, match="the class token is the only query"):
         vx.attention_maps(vx.create_model("cait_test"), x, queries="mean")
     with pytest.raises(ValueError, match="layers have maps of different shapes"):
@@ -467,6 +470,13 @@ def test_what_has_no_rollout_is_refused() -> None:
     for target in (5, -1, torch.tensor([0, 7]), [0, 1, 2], "a", 1.0, torch.tensor([[1], [2]])):
         with pytest.raises(ValueError, match=r"target \[.*\] must be classes from 0 to 4"):
             vx.rollout(model, x, target=target)
+    tokens = vx.create_model("vit_test")
+    tokens.reset_classifier(0, "")
+    with pytest.raises(
+        ValueError, match=r"^target 1 needs .* logits \(B, classes\), and ViT returns \(2, 36, "
+    ):
+        vx.rollout(tokens, x, target=1)
+    assert vx.rollout(tokens, x).ndim == 3
     with pytest.raises(ValueError, match="head_fusion 'sum' must be 'mean', 'max' or 'min'"):
         vx.rollout(model, x, head_fusion="sum")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="ExternalAttention attends to a learned memory"):

@@ -164,6 +164,21 @@ def test_what_cannot_be_read_or_saved_is_refused(
         (tmp_path / "m" / "config.json").write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match="has no model of this package: its config"):
             vx.from_pretrained(tmp_path / "m")
+    model.save_pretrained(tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text(encoding="utf-8"))
+    for mean, valid in ((0.5, True), ("imagenet", False), ([0.5, 0.5], False)):
+        text = json.dumps({**config, "mean": mean})
+        (tmp_path / "m" / "config.json").write_text(text, encoding="utf-8")
+        if valid:
+            assert vx.from_pretrained(tmp_path / "m").pretrained_cfg["mean"] == (0.5,)
+        else:
+            with pytest.raises(ValueError, match=r"m: pretrained_cfg\['mean'\] .* must be a numb"):
+                vx.from_pretrained(tmp_path / "m")
+    meta = vx.create_model("vit_test").to("meta")
+    for save in (meta.save_pretrained, partial(vx.save_model, meta)):
+        with pytest.raises(ValueError, match=r"^\S+ is on the meta device: it has no values"):
+            save(tmp_path / "other.safetensors")
+    assert not (tmp_path / "other.safetensors").exists()
     with pytest.raises(ValueError, match="must be a folder, not a file"):
         model.save_pretrained(tmp_path / "m" / "config.json")
     model.pretrained_cfg["label_names"] = ["one"]
@@ -194,13 +209,19 @@ def test_what_cannot_be_read_or_saved_is_refused(
     monkeypatch.setattr(hub, "create_repo", raises(RuntimeError("401 Unauthorized")))
     with pytest.raises(ValueError, match=r"^me/x cannot be uploaded .* Hub: 401 Unauthorized$"):
         vx.create_model("vit_test").push_to_hub("me/x")
+    monkeypatch.setattr(hub, "create_repo", raises(huggingface_hub.errors.OfflineModeIsEnabled()))
+    with pytest.raises(
+        ValueError, match=r"^me/x cannot be uploaded .* Hub: HF_HUB_OFFLINE is set$"
+    ):
+        vx.create_model("vit_test").push_to_hub("me/x")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ValueError, match="package huggingface_hub: pip install huggingface_hub"):
         vx.from_pretrained("me/x")
 
 
 def test_importing_needs_no_optional_package() -> None:
-    names = ["timm", "transformers", "onnx", "onnxruntime", "onnxscript", "huggingface_hub"]
+    names = ["timm", "transformers", "onnx", "onnxruntime", "onnxscript", "huggingface_hub",
+             "datasets", "webdataset"]  # fmt: skip
     code = f"import sys, vision_xformer; print([n for n in {names} if n in sys.modules])"
     found = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, encoding="utf-8"

@@ -210,6 +210,14 @@ def test_what_cannot_be_exported_is_refused(
         vx.export_onnx(model, path, batch_size=0)
     with pytest.raises(ValueError, match=r"batch_size=1.5 must be of type int"):
         vx.export_onnx(model, path, batch_size=1.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^half='no' must be of type bool"):
+        vx.export_onnx(model, path, half="no")  # type: ignore[arg-type]
+    for shape in ("abc", 5, (3.0, 8, 8)):
+        with pytest.raises(ValueError, match=r"^input_shape .* must be whole numbers, such as"):
+            vx.export_onnx(model, path, input_shape=shape)  # type: ignore[arg-type]
+    for shape in ((3,), (3, -1, 8)):
+        with pytest.raises(ValueError, match=r"^input_shape \(3,.* must be \(channels, length\)"):
+            vx.export_onnx(model, path, input_shape=shape)
     with pytest.raises(ValueError, match=r"^MlpMixer .* is on the meta device"):
         vx.export_onnx(copy.deepcopy(model).to("meta"), path)
     maps = vx.create_model("mlp_mixer_test", features_only=True, **one_block("mlp_mixer_test"))

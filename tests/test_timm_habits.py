@@ -153,6 +153,13 @@ def test_another_pool(pool: str, tmp_path: Path) -> None:
         assert json.dumps(loaded.config.to_dict()) == json.dumps(model.config.to_dict())
     with pytest.raises(ValueError, match=r"global_pool 'max' must be 'token', 'avg', '' or None"):
         model.reset_classifier(7, "max")
+    for name in ("vit_test", "cct_test"):
+        other = vx.create_model(name)
+        with pytest.raises(ValueError, match=r"^num_classes='7' must be of type int$"):
+            other.reset_classifier("7")  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"^num_classes=True must be of type int$"):
+            other.reset_classifier(True)
+        assert other.num_classes == 5
     alone = vx.create_model("vit_test", pool="mean")
     with pytest.raises(ValueError, match=r"needs a class token"):
         alone.reset_classifier(7, "token")

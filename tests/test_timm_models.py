@@ -65,6 +65,34 @@ def test_arguments_of_timm() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "classifier", "first"),
+    [
+        ("vit", "head", "stem.proj"),
+        ("cct_2_3x2", "head", "stem.convs.0"),
+        ("levit_128s", ("head.labels.linear", "head.teacher.linear"), "stem.convs.0.conv"),
+        (
+            "crossvit_tiny",
+            ("head.heads.0", "head.heads.1"),
+            ("branches.0.stem.proj", "branches.1.stem.proj"),
+        ),
+        ("pvt_v2_b0", "head", "stages.0.downsample.conv"),
+        ("swin_tiny", "head", "stem"),
+    ],
+)
+def test_default_cfg_names_layers_as_timm_expects(name: str, classifier: Any, first: Any) -> None:
+    """timm's tests look up the classifier and the first layer of every model."""
+    model = timm.create_model(f"vx_{name}")
+    assert model.default_cfg["classifier"] == classifier
+    assert model.default_cfg["first_conv"] == first
+    for key in ("classifier", "first_conv"):
+        names = model.default_cfg[key]
+        for layer in (names,) if isinstance(names, str) else names:
+            assert f"{layer}.weight" in model.state_dict()
+    headless = timm.create_model(f"vx_{name}", num_classes=0)
+    assert headless.default_cfg["classifier"] is None
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"pretrained": True}, r"^vx_vit has no pretrained weights: pretrained must be False"),

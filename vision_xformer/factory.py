@@ -170,13 +170,16 @@ def write_weights(
     """Write tensors and metadata to a safetensors file, atomically.
 
     Raises:
-        ValueError: for an invalid path.
+        ValueError: for an invalid path, or tensors on the meta device.
         OSError: if it cannot be written.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path} must end in .safetensors")
     check_target(path)
+    for key, tensor in state.items():
+        if tensor.is_meta:
+            raise ValueError(f"{key} is on the meta device: it has no values that can be saved")
     try:
         with replacing(path) as part:
             tensors = {k: v.contiguous() for k, v in state.items()}
@@ -195,20 +198,29 @@ def load_model(path: str | os.PathLike[str]) -> VisionModel:
     if "config" not in metadata:
         raise ValueError(f"{path} has no model configuration: was it written by save_model?")
     try:
-        model = rebuilt(json.loads(metadata["config"]), state)
-        model.pretrained_cfg = {k: tuple(json.loads(metadata[k])) for k in _PIXELS if k in metadata}
+        known = {key: json.loads(metadata[key]) for key in _PIXELS if key in metadata}
+        model = rebuilt(json.loads(metadata["config"]), state, known)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return model
 
 
-def rebuilt(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> VisionModel:
+def rebuilt(
+    config: Mapping[str, Any], state: Mapping[str, Tensor], known: Mapping[str, Any]
+) -> VisionModel:
     """Build a model from its configuration and all its weights, in their dtype, for evaluation.
 
+    Args:
+        config: the configuration.
+        state: the weights.
+        known: entries of ``pretrained_cfg``.
+
     Raises:
-        ValueError: for an invalid configuration, or weights that do not fit it.
+        ValueError: for an invalid configuration, or weights or entries that do not fit it.
     """
     model = create_model(config)
     model.to(next(t.dtype for t in state.values() if t.is_floating_point()))
     load_weights(model, state)
+    found = published(known, model.config.input_shape[0])
+    model.pretrained_cfg = {key: tuple(value) for key, value in found.items()}
     return model.eval()

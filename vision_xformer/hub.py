@@ -106,10 +106,9 @@ def from_pretrained(
         weights = _download(str(name), WEIGHTS, revision, token)
     section, known = _section(config, str(name))
     try:
-        model = rebuilt(section, read_weights(weights))
+        model = rebuilt(section, read_weights(weights), known)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    model.pretrained_cfg = {k: tuple(v) for k, v in known.items()}
     return model
 
 
@@ -249,7 +248,9 @@ def _reason(error: Exception) -> str:
     """Summarize an error of huggingface_hub."""
     kinds = {
         "LocalEntryNotFoundError": "there is no connection, and the cache does not have it",
-        "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set, and the cache does not have it",
+        "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set",
+        "ConnectError": "there is no connection",
+        "ConnectTimeout": "there is no connection",
         "RevisionNotFoundError": "it has no such revision",
         "RepositoryNotFoundError": "there is no such repository, or your token may not read it",
         "LocalTokenNotFoundError": "you are not logged in: hf auth login",

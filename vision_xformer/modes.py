@@ -1,4 +1,4 @@
-"""Temporary evaluation mode."""
+"""Temporary evaluation mode, and a check for models without values."""
 
 from __future__ import annotations
 
@@ -19,3 +19,9 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes:
             part.training = mode
+
+
+def check_values(model: nn.Module, name: str) -> None:
+    """Raise a ValueError for a model with parameters or buffers on the meta device."""
+    if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
+        raise ValueError(f"{name} is on the meta device: its weights have no values")

@@ -8,6 +8,7 @@ import importlib
 import itertools
 import json
 import logging
+import operator
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,7 +22,9 @@ from .backbones.publishing import published
 from .kernels import Kernel
 from .mixers import Mixer
 from .mixers.attention import Attention
+from .modes import check_values
 from .options import check_types
+from .stems.base import check_input_shape
 from .weights.files import check_target, replacing
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -66,10 +69,10 @@ def export_onnx(
         OSError: if the file cannot be written.
     """
     _require("onnx", "onnxscript", "onnxruntime")
-    check_types({"batch_size": batch_size}, export_onnx)
+    flags = {"half": half, "dynamic_size": dynamic_size}
+    check_types({"batch_size": batch_size, **flags}, export_onnx)
     model = _unwrapped(model)
-    if any(t.is_meta for t in model.state_dict().values()):
-        raise ValueError(f"{_name(model)} is on the meta device: its weights have no values")
+    check_values(model, _name(model))
     path, shape = Path(path), _shape_of(model, input_shape)
     if path.suffix != ".onnx":
         raise ValueError(f"{path} must end in .onnx")
@@ -203,7 +206,14 @@ def _compare(
 
 def _shape_of(model: nn.Module, given: Sequence[int] | None) -> tuple[int, ...]:
     if given is not None:
-        return tuple(given)
+        try:
+            shape = tuple(operator.index(size) for size in given)
+        except TypeError:
+            raise ValueError(
+                f"input_shape {given!r} must be whole numbers, such as (3, 224, 224)"
+            ) from None
+        check_input_shape(shape)
+        return shape
     if isinstance(model, VisionModel):
         return model.config.input_shape
     raise ValueError(

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
+
 try:
     from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 except ImportError as error:
@@ -19,6 +21,7 @@ except ImportError as error:
 from .backbones import VisionModel
 from .factory import create_model
 from .names import list_models, name_to_config
+from .stems import Stem
 
 _FIELDS = {
     "in_chans": "channels",
@@ -37,6 +40,21 @@ def _default_cfg(name: str) -> dict[str, Any]:
         "fixed_input_size": not config.dynamic_size,
         "crop_pct": 1.0 if config.input_shape[1] < 64 else 0.9,
     }
+
+
+def _layer_names(model: VisionModel) -> dict[str, str | tuple[str, ...] | None]:
+    """Return the names of the classifiers and of the layers on pixels, a string if it is one."""
+    head = set(model.get_classifier().modules())
+    heads = [n for n, m in model.named_modules() if m in head and isinstance(m, nn.Linear)]
+    stems = [f"{n}." for n, m in model.named_modules() if isinstance(m, Stem)] or [""]
+    maps = [n for n, p in model.named_parameters() if n.endswith(".weight") and p.ndim > 1]
+    firsts = [next((n for n in maps if n.startswith(stem)), None) for stem in stems]
+    convs = [n.removesuffix(".weight") for n in firsts if n is not None]
+    return {"classifier": _plain(heads), "first_conv": _plain(convs)}
+
+
+def _plain(names: list[str]) -> str | tuple[str, ...] | None:
+    return tuple(names) if len(names) > 1 else next(iter(names), None)
 
 
 def _build(name: str, arguments: dict[str, Any]) -> VisionModel:
@@ -70,6 +88,7 @@ def _entrypoint(name: str) -> Callable[..., Any]:
             **arguments,
         )
         built = model if isinstance(model, VisionModel) else model.model
+        model.pretrained_cfg |= _layer_names(built)
         model.pretrained_cfg["input_size"] = built.config.input_shape  # for timm's transforms
         return model
 

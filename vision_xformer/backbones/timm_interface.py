@@ -85,8 +85,10 @@ class TimmInterface(nn.Module):
                 None to keep the pooling. Only ViT supports others.
 
         Raises:
-            ValueError: for another ``global_pool``, or "" with classes.
+            ValueError: for another ``global_pool``, "" with classes, or a value of another type.
         """
+        given = {"num_classes": num_classes, "global_pool": global_pool}
+        check_types(given, TimmInterface.reset_classifier)
         if global_pool:
             name = type(self).__name__
             raise ValueError(

@@ -21,7 +21,7 @@ from ..converters.replace import attention_layers, convert, converted_layers
 from ..grid import TokenGrid
 from ..kernels import Kernel, ValuePath
 from ..mixers import Mixer
-from ..modes import evaluating
+from ..modes import check_values, evaluating
 
 Queries = Literal["cls", "mean", "all"] | Sequence[int]
 
@@ -116,8 +116,9 @@ def with_kernels(model: nn.Module, images: Tensor) -> tuple[nn.Module, list[str]
     Softmax attention of another library is replaced by ours in a copy that shares all weights.
 
     Raises:
-        ValueError: for a model without attention layers.
+        ValueError: for a model without attention layers, or one on the meta device.
     """
+    check_values(model, type(model).__name__)
     if not isinstance(model, VisionModel):  # whose attention layers are all ours
         done = converted_layers(model)
         rest = (m for n, m in attention_layers(model) if n not in done)

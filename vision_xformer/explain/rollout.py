@@ -61,8 +61,8 @@ def rollout(
         Heat (B, *grid) on the grid of the first layer, (B, h, w) for images.
 
     Raises:
-        ValueError: for an unknown fusion, a class out of range, CrossViT, or a model with a layer
-            that has no map between tokens.
+        ValueError: for an unknown fusion, a class out of range, a target of a model that does not
+            return logits, CrossViT, or a model with a layer that has no map between tokens.
     """
     if head_fusion not in _FUSIONS:
         raise ValueError(f"head_fusion {head_fusion!r} must be 'mean', 'max' or 'min'")
@@ -152,6 +152,11 @@ def _run(
         logits = tokens_of(model(images.requires_grad_(target is not None)))
     if target is None:
         return calls, [None] * len(names)
+    if logits.ndim != 2:
+        raise ValueError(
+            f"target {target} needs a model that returns logits (B, classes), and "
+            f"{type(model).__name__} returns {tuple(logits.shape)}: leave out target"
+        )
     classes = _classes(target, len(images), logits.shape[-1]).to(logits.device)
     with torch.enable_grad():
         chosen = logits.gather(1, classes[:, None]).sum()
