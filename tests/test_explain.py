@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -569,6 +570,7 @@ def test_the_page_shows_maps_and_predictions(
     assert [p.name for p in out.iterdir()] == ["explain.html"]
     page = (out / "explain.html").read_text(encoding="utf-8")
     assert page.count("<img ") == page.count('src="data:image/jpeg') == 2 * 2 * 4
+    assert re.findall(r"<td>(softmax|nystrom|performer)</td>", page) == ["softmax", "nystrom"]
     assert page.count("<h2>") == 3  # the runs and two images
     assert "&lt;b&gt;.png" in page
     assert "<b>.png" not in page

@@ -55,9 +55,14 @@ def explain(folders: list[Path], paths: list[Path], out: Path, device: str) -> s
     runs, rows = {}, []
     for folder in folders:
         config = parse([], folder_of(folder) / "config.yaml")
-        runs[str(folder)] = Classifier(folder_of(folder), config.data, device)
-        model = config.model
-        rows.append([str(folder), model.name, model.convert.mixer or model.mixer or "its own"])
+        run = runs[str(folder)] = Classifier(folder_of(folder), config.data, device)
+        # models of other libraries have softmax, or no maps
+        own = (
+            getattr(run.model.config, "mixer", "")
+            if isinstance(run.model, vx.VisionModel)
+            else "softmax"
+        )
+        rows.append([str(folder), config.model.name, config.model.convert.mixer or own])
     sections = [Section("Runs", tables=[Table(["run", "model", "mixer"], rows)], notes=_NOTES)]
     unread = 0
     with tqdm(total=len(files), unit="image", disable=None) as progress:
