@@ -204,10 +204,9 @@ class LeViTBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.mixer, self.downsamples = mixer, downsamples
-        hidden = mlp_width(dim, mlp_ratio)
+        hidden, self.drop_path = mlp_width(dim, mlp_ratio), make_drop_path(drop_path)
         layers = LinearNorm(dim, hidden), nn.Hardswish(), LinearNorm(hidden, dim, 0.0)
         self.mlp = nn.Sequential(*layers)
-        self.drop_path = make_drop_path(drop_path)
 
     def forward(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> Tensor:
         """Apply the block to tokens (B, N, D) on ``grid``, with angles ``rope`` (N, A)."""
@@ -240,8 +239,7 @@ class Downsample(Downsampling):
 
 def _stage(config: LeViTConfig, index: int, grid: TokenGrid) -> Stage:
     """The stage of that index; ``grid`` is that of the previous stage, or of the stem."""
-    c = config
-    options = dict(c.mixer_options)
+    c, options = config, dict(config.mixer_options)
     if c.key_dim is not None and "head_dim" in mixer_options(c.mixer):
         options["head_dim"] = c.key_dim
     downsample, before = None, grid
@@ -293,8 +291,7 @@ class LeViT(VisionModel):
     def __init__(self, config: LeViTConfig) -> None:
         super().__init__(config)
         c = config
-        self.num_features = c.dims[-1]
-        stem = {"layers": c.stem_layers}
+        self.num_features, stem = c.dims[-1], {"layers": c.stem_layers}
         self.stem = STEMS.create("levit", c.input_shape, c.patch_size, c.dims[0], options=stem)
         stages: list[Stage] = []
         for index in range(len(c.dims)):
