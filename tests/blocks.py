@@ -1,4 +1,4 @@
-"""Blocks of README.md and docs/ that are made from results: the tests compare them.
+"""Blocks of README.md and docs/ that are made from results, and a picture: the tests compare them.
 
 Run it to write them anew: ``PYTHONPATH=. python tests/blocks.py``. A block stands between
 ``<!-- name -->`` and ``<!-- /name -->``.
@@ -6,6 +6,7 @@ Run it to write them anew: ``PYTHONPATH=. python tests/blocks.py``. A block stan
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 from matrix import markdown
 
+from train import convert_page
 from train.benchmark.pictures import savings, series, wins
 from train.benchmark.rows import (
     Row,
@@ -24,6 +26,8 @@ from train.benchmark.rows import (
 )
 from train.commands import read_runs
 from train.html import Table
+from train.plots import save
+from train.provenance import fingerprint
 from train.report import table
 
 ROOT = Path(__file__).parents[1]
@@ -49,6 +53,7 @@ WINS = (
     "faster than fused softmax from", "less memory than fused softmax from",
     "less memory than materialized softmax from",
 )  # fmt: skip
+CONVERSIONS = ROOT / "results" / "convert" / "conversion.json"
 LEARNED = "cct_1024"  # of errors.csv: queries and keys of a trained model
 
 
@@ -122,6 +127,11 @@ def exports() -> dict[str, dict[str, str]]:
     return {"docs/export.md": {"onnx": Table(head, cells).markdown()}}
 
 
+def conversions() -> dict[str, Any]:
+    """The results of ``python -m train convert`` that the documentation is about."""
+    return json.loads(CONVERSIONS.read_text(encoding="utf-8"))
+
+
 def blocks() -> dict[str, dict[str, str]]:
     """The text of each block, by the file that it stands in and its name."""
     mixers, models = measured("mixers"), measured("models")
@@ -129,6 +139,7 @@ def blocks() -> dict[str, dict[str, str]]:
     [plan] = RESULTS.rglob("plan-*.txt")
     return {
         "docs/mixers.md": {"support matrix": markdown().strip()},
+        "docs/converting.md": {"conversions": convert_page.table(conversions()).markdown()},
         "docs/training.md": {"training": table(classifiers()).markdown()},
         "docs/benchmark.md": {
             "wins": Table(WINS, wins(layers()).rows).markdown(),
@@ -166,6 +177,8 @@ def write() -> None:
             start, end = (text.index(mark) for mark in marks)
             text = f"{text[: start + len(marks[0])]}\n\n{block}\n\n{text[end:]}"
         path.write_text(text, encoding="utf-8")
+    figure = convert_page.accuracy_figure(conversions())
+    save(figure, ROOT / "docs" / "conversions.png", fingerprint(CONVERSIONS))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -9,12 +10,14 @@ from typing import Any
 
 import pytest
 from blocks import (
+    CONVERSIONS,
     DEVICE,
     RESULTS,
     ROOT,
     between,
     blocks,
     classifiers,
+    conversions,
     layers,
     learned_errors,
     measured,
@@ -28,6 +31,7 @@ from train.benchmark.__main__ import command_line as benchmark_line
 from train.benchmark.cases import Case, facts
 from train.benchmark.pictures import crossing, series
 from train.benchmark.rows import label
+from train.commands import read_run
 from train.provenance import fingerprint
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -304,6 +308,29 @@ def test_what_is_said_of_accuracy_is_in_the_results() -> None:
         assert (run["folder"] / "config.yaml").is_file()
         assert run["result"]["test_top1"] > 0
     assert all(len(runs[f"cc{x}_2_3x2"]["rows"]) == 30 for x in "tlpn")
+
+
+def test_what_is_said_of_conversions_is_in_the_results() -> None:
+    found = conversions()
+
+    def lost(name: str, stage: str) -> float:
+        return round(100 * (found["teacher"] - found["rows"][name][stage]["test_top1"]), 1)
+
+    relu, hedgehog = "linear:feature_map=relu", "linear:feature_map=hedgehog"
+    said = words_of("docs/converting.md")
+    for words in (
+        f"loses {lost(relu, 'swap')} points with ReLU and {lost(hedgehog, 'swap')} points with",
+        f"within {max(lost(n, 'features') for n in (relu, hedgehog))} points of the teacher",
+        f"the difference is {lost(f'{relu}:layers=0-3', 'features')} points",
+    ):
+        assert words in said
+    assert lost("nystrom:landmarks=64", "swap") <= 0
+    for name in found["rows"]:
+        for stage in ("attention", "features"):
+            folder = CONVERSIONS.parent / name.replace(":", "-") / stage
+            result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+            assert result["test_top1"] == found["rows"][name][stage]["test_top1"]
+            assert len(read_run(folder)["rows"]) == {"attention": 2, "features": 3}[stage]
 
 
 def commands(start: str) -> list[list[str]]:
