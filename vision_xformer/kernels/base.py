@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
+from einops import rearrange
 from torch import Tensor, nn
 
 from ..grid import TokenGrid, pool_grid
@@ -134,12 +135,12 @@ class Kernel(nn.Module):
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """(B, N, H K) -> (B, H, N, K)."""
-    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+    return rearrange(x, "b n (h k) -> b h n k", h=heads)
 
 
 def merge_heads(x: Tensor) -> Tensor:
     """(B, H, N, V) -> (B, N, H V)."""
-    return x.transpose(1, 2).flatten(2)
+    return rearrange(x, "b h n v -> b n (h v)")
 
 
 def pool_heads(x: Tensor, grid: TokenGrid, parts: tuple[int, ...]) -> Tensor:
