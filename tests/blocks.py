@@ -1,4 +1,4 @@
-"""Blocks of README.md and docs/ that are made from results, and a picture: the tests compare them.
+"""Blocks of README.md and docs/ that are made from results, and pictures: the tests compare them.
 
 Run it to write them anew: ``PYTHONPATH=. python tests/blocks.py``. A block stands between
 ``<!-- name -->`` and ``<!-- /name -->``.
@@ -139,7 +139,10 @@ def blocks() -> dict[str, dict[str, str]]:
     [plan] = RESULTS.rglob("plan-*.txt")
     return {
         "docs/mixers.md": {"support matrix": markdown().strip()},
-        "docs/converting.md": {"conversions": convert_page.table(conversions()).markdown()},
+        "docs/converting.md": {
+            "conversions": convert_page.table(conversions()).markdown(),
+            "conversion cost": convert_page.cost_table(conversions()["cost"]).markdown(),
+        },
         "docs/training.md": {"training": table(classifiers()).markdown()},
         "docs/benchmark.md": {
             "wins": Table(WINS, wins(layers()).rows).markdown(),
@@ -177,8 +180,10 @@ def write() -> None:
             start, end = (text.index(mark) for mark in marks)
             text = f"{text[: start + len(marks[0])]}\n\n{block}\n\n{text[end:]}"
         path.write_text(text, encoding="utf-8")
-    figure = convert_page.accuracy_figure(conversions())
-    save(figure, ROOT / "docs" / "conversions.png", fingerprint(CONVERSIONS))
+    source = fingerprint(CONVERSIONS)
+    save(convert_page.accuracy_figure(conversions()), ROOT / "docs" / "conversions.png", source)
+    cost = convert_page.cost_figure(conversions()["cost"])
+    save(cost, ROOT / "docs" / "conversion-cost.png", source)
 
 
 if __name__ == "__main__":
