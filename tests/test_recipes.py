@@ -112,6 +112,7 @@ RUNS = {
     "cifar10/ccn_2_3x2_sequence": [
         "cifar10/ccn_2_3x2.yaml", "--model.mixer_options.segments", "sequence",
     ],
+    "convert/teacher": ["cifar10/timm_vit.yaml"],
     "tiny_imagenet/cvn": ["tiny_imagenet/base_cvx.yaml", "--train.epochs", "3"],
 }  # fmt: skip
 RESULTS = ROOT / "results"
