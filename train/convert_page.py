@@ -76,7 +76,10 @@ def accuracy_figure(found: dict[str, Any]) -> Figure:
         axis.set_ylim(len(names) - 0.5, -0.5)
         axis.set_xlabel("test top-1, %")
         axis.grid(axis="x", color="#eaeef2")
-        figure.legend(*axis.get_legend_handles_labels(), ncols=5, frameon=False, loc="upper left")
+        figure.legend(
+            *axis.get_legend_handles_labels(), ncols=5, columnspacing=1.2, frameon=False,
+            loc="upper left",
+        )  # fmt: skip
         figure.tight_layout(rect=(0, 0, 1, 1 - 0.4 / figure.get_figheight()))
     return figure
 
