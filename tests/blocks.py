@@ -149,7 +149,7 @@ def blocks() -> dict[str, dict[str, str]]:
             "gains": by_tokens("step_ms_p50", MIXERS, faster=True).markdown(),
             "memory": by_tokens("peak_mib", MIXERS, faster=False).markdown(),
             "ratios": package_table(mixers).markdown(),
-            "ratios amd": package_table(measured("mixers", AMD)).markdown(),
+            "ratios amd": package_table([r for r in layers(AMD) if r["size"] <= 4096]).markdown(),
             "gains newer": by_tokens("step_ms_p50", NEWER, faster=True, device=AMD).markdown(),
             "memory newer": by_tokens("peak_mib", NEWER, faster=False, device=AMD).markdown(),
             "savings": savings(layers(), "softmax", "softmax_eager", 1024).markdown(),
