@@ -561,6 +561,10 @@ def test_ours_are_as_fast_beside_the_packages_as_they_were(tmp_path: Path) -> No
         name for pair in PAIRS.items() if pair[0] != "fourier" for name in (pair[0], pair[1][0])
     ]
     program.main(["mixers", "--only", *names, "--lengths", "1024", "--out", str(out)])
+    text = out.read_text(encoding="utf-8")  # times of this machine, which tests share, do not count
+    out.write_text(
+        text.replace("# device: ", "# device: beside other tests on ", 1), encoding="utf-8"
+    )
     committed = (Path(__file__).parents[1] / "results" / "benchmark").rglob("mixers.csv")
     measured = {key(row) for row in read_rows(out)[1]}
     with_them = [path for path in committed if measured <= {key(row) for row in read_rows(path)[1]}]
