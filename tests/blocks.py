@@ -36,18 +36,9 @@ DEVICE = "intel-xeon-2-threads-torch-2.15.0"  # the one that the documentation i
 AMD = "amd-epyc-2-threads-torch-2.15.0"
 MIXERS = ("fourier", "linformer", "nystrom", "performer")  # those of the papers
 NEWER = (
-    "agent",
-    "circulant",
-    "gfnet",
-    "inline",
-    "linear",
-    "lite_mla",
-    "mala",
-    "mhla",
-    "rala",
-    "ttt",
+    "agent", "circulant", "gfnet", "inline", "linear", "lite_mla", "mala", "mhla", "rala", "ttt",
     "xca",
-)
+)  # fmt: skip
 WINS = (
     "mixer", "time grows as N to the power", "memory grows as N to the power",
     "faster than fused softmax from", "less memory than fused softmax from",

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 from blocks import (
+    AMD,
     CONVERSIONS,
     DEVICE,
+    NEWER,
     RESULTS,
     ROOT,
     between,
@@ -30,7 +32,7 @@ from train.__main__ import command_line, parse, with_command
 from train.benchmark.__main__ import command_line as benchmark_line
 from train.benchmark.cases import Case, facts
 from train.benchmark.pictures import crossing, series
-from train.benchmark.rows import label
+from train.benchmark.rows import label, read_csv
 from train.commands import read_run
 from train.provenance import fingerprint
 
@@ -310,6 +312,34 @@ def test_what_is_said_of_accuracy_is_in_the_results() -> None:
     assert all(len(runs[f"cc{x}_2_3x2"]["rows"]) == 30 for x in "tlpn")
 
 
+def test_what_is_said_of_newer_mixers_is_in_the_results() -> None:
+    """docs/benchmark.md, of the tables by number of tokens."""
+    time, memory = (
+        {name: dict(points) for name, points in series(layers(AMD), column).items()}
+        for column in ("step_ms_p50", "peak_mib")
+    )
+    slower = {
+        n: {name for name in NEWER if time[name][n] > time["softmax"][n]} for n in (1024, 4096)
+    }
+    assert slower == {1024: {"lite_mla"}, 4096: set()}
+    smaller = [
+        {name for name in NEWER if memory[name][n] < 0.995 * memory["softmax"][n]}
+        for n in (1024, 4096)
+    ]
+    assert smaller == [{"agent", "gfnet", "inline"}] * 2
+
+
+def test_what_is_said_of_exports_is_in_the_results() -> None:
+    """docs/export.md, of times in onnxruntime."""
+    rows = {row["name"]: row for row in read_csv(RESULTS / AMD / "onnx.csv")[1]}
+    over = {n: float(row["onnx_ms"]) / float(row["compiled_ms"]) for n, row in rows.items()}
+    assert {name for name, ratio in over.items() if ratio > 1} == {
+        "vif_tiny", "crossvit_tiny", "pvt_v2_b0",
+    }  # fmt: skip
+    assert float(rows["vif_tiny"]["onnx_ms"]) > 5 * float(rows["vif_tiny"]["eager_ms"])
+    assert 1.8 < over["crossvit_tiny"] < 2
+
+
 def test_what_is_said_of_conversions_is_in_the_results() -> None:
     found = conversions()
 
@@ -325,6 +355,12 @@ def test_what_is_said_of_conversions_is_in_the_results() -> None:
     ):
         assert words in said
     assert lost("nystrom:landmarks=64", "swap") <= 0
+    cost = {row["name"]: row for row in found["cost"] if row["tokens"] == 4096}
+    teacher = cost.pop("softmax")
+    gains = {name: teacher["ms"] / row["ms"] for name, row in cost.items()}
+    assert f"by a factor of {gains.pop(f'{relu}:layers=0-3'):.1f} with softmax in two" in said
+    assert f"of {min(gains.values()):.0f} to {max(gains.values()):.0f} without" in said
+    assert all(row["mib"] > teacher["mib"] for row in cost.values())
     for name in found["rows"]:
         for stage in ("attention", "features"):
             folder = CONVERSIONS.parent / name.replace(":", "-") / stage

@@ -172,9 +172,7 @@ def levit_attention(
             raise ValueError(f"mixer {name!r} has no attention map: position_bias must be False")
         mixer = create_mixer(name, dim=dim, heads=heads, grid=grid, **options)
         return Adapter(mixer, stride=stride, proj=output(dim))
-    kernel, own = create_kernel(
-        name, dim, heads, grid.strided(stride), grid, options, value_ratio=value_ratio
-    )
+    kernel, own = create_kernel(name, dim, heads, grid.strided(stride), grid, options, value_ratio)
     if own.qkv_bias:
         raise ValueError("qkv_bias=True has no effect before a batch norm: leave it out")
     return Attention(
@@ -204,9 +202,10 @@ class LeViTBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.mixer, self.downsamples = mixer, downsamples
-        hidden, self.drop_path = mlp_width(dim, mlp_ratio), make_drop_path(drop_path)
+        hidden = mlp_width(dim, mlp_ratio)
         layers = LinearNorm(dim, hidden), nn.Hardswish(), LinearNorm(hidden, dim, 0.0)
         self.mlp = nn.Sequential(*layers)
+        self.drop_path = make_drop_path(drop_path)
 
     def forward(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> Tensor:
         """Apply the block to tokens (B, N, D) on ``grid``, with angles ``rope`` (N, A)."""
@@ -291,7 +290,8 @@ class LeViT(VisionModel):
     def __init__(self, config: LeViTConfig) -> None:
         super().__init__(config)
         c = config
-        self.num_features, stem = c.dims[-1], {"layers": c.stem_layers}
+        self.num_features = c.dims[-1]
+        stem = {"layers": c.stem_layers}
         self.stem = STEMS.create("levit", c.input_shape, c.patch_size, c.dims[0], options=stem)
         stages: list[Stage] = []
         for index in range(len(c.dims)):
