@@ -6,6 +6,7 @@ Run it to write them anew: ``PYTHONPATH=. python tests/blocks.py``. A block stan
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from typing import Any
 
 from matrix import markdown
 
-from train import convert_page
+from train import convert_page, league
 from train.benchmark.pictures import savings, series, wins
 from train.benchmark.rows import (
     Row,
@@ -102,6 +103,23 @@ def classifiers() -> list[dict[str, Any]]:
     return read_runs([ROOT / "results" / data for data in ("cifar10", "tiny_imagenet")])
 
 
+def league_runs() -> list[dict[str, Any]]:
+    """The runs that the league is made of: the first ones have folders of their own."""
+    first = [run for run in classifiers() if run["config"]["model"]["name"].endswith("_2_3x2")]
+    first = [run for run in first if "sequence" not in run["folder"].name]
+    return first + read_runs([ROOT / "results" / "league"])
+
+
+def league_table() -> str:
+    """The table of the league; its figure has a hash of it."""
+    return league.table(league_runs(), layers(AMD)).markdown()
+
+
+def text_hash(text: str) -> str:
+    """A hash of a text, as the metadata of figures have it."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def exports() -> dict[str, dict[str, str]]:
     """The table of times in onnxruntime."""
     [file] = RESULTS.rglob("onnx.csv")
@@ -134,6 +152,7 @@ def blocks() -> dict[str, dict[str, str]]:
             "conversions": convert_page.table(conversions()).markdown(),
             "conversion cost": convert_page.cost_table(conversions()["cost"]).markdown(),
         },
+        "docs/league.md": {"league": league_table()},
         "docs/training.md": {"training": table(classifiers()).markdown()},
         "docs/benchmark.md": {
             "wins": Table(WINS, wins(layers()).rows).markdown(),
@@ -175,6 +194,8 @@ def write() -> None:
     save(convert_page.accuracy_figure(conversions()), ROOT / "docs" / "conversions.png", source)
     cost = convert_page.cost_figure(conversions()["cost"])
     save(cost, ROOT / "docs" / "conversion-cost.png", source)
+    front = league.figure(league_runs(), layers(AMD), 1024)
+    save(front, ROOT / "docs" / "league.png", text_hash(league_table()))
 
 
 if __name__ == "__main__":

@@ -21,13 +21,15 @@ from blocks import (
     classifiers,
     conversions,
     layers,
+    league_table,
     learned_errors,
     measured,
+    text_hash,
 )
 from PIL import Image
 
 import vision_xformer as vx
-from train import convert
+from train import convert, league
 from train.__main__ import command_line, parse, with_command
 from train.benchmark.__main__ import command_line as benchmark_line
 from train.benchmark.cases import Case, facts
@@ -152,7 +154,7 @@ def test_tables_are_those_of_the_results() -> None:
 
 def test_pictures_are_drawn_from_the_results() -> None:
     sources = [f for f in (ROOT / "results").rglob("*") if f.suffix in (".csv", ".json")]
-    drawn = {fingerprint(file) for file in sources}
+    drawn = {fingerprint(file) for file in sources} | {text_hash(league_table())}
     pictures = sorted((ROOT / "docs").rglob("*.png"))
     assert len(pictures) >= 9
     for path in pictures:
@@ -420,6 +422,13 @@ def test_training_commands_are_there() -> None:
         "export",
         "convert",
     }
+
+
+def test_commands_of_the_league_are_there() -> None:
+    found = [
+        league.command_line().parse_args(words) for words in commands("python -m train.league")
+    ]
+    assert {tokens.tokens for tokens in found} == {64, 256}
 
 
 def test_benchmark_commands_are_there() -> None:
