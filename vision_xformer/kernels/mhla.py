@@ -87,7 +87,8 @@ class Mhla(Kernel):
     Args:
         site: heads, widths and grids of the kernel.
         blocks: maximum number of blocks of the grid; by default sqrt(M), for which the cost is
-            linear. The paper's DeiT models have 4 blocks of 7 x 7 tokens.
+            linear. C depends on it, so give it to load weights on a grid of another size. The
+            paper's DeiT models have 4 blocks of 7 x 7 tokens.
 
     Raises:
         ValueError: for less than 1 block, keys on another grid, or queries on a grid with another
