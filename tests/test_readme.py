@@ -349,11 +349,14 @@ def test_what_is_said_of_conversions_is_in_the_results() -> None:
         return round(100 * (found["teacher"] - found["rows"][name][stage]["test_top1"]), 1)
 
     relu, hedgehog = "linear:feature_map=relu", "linear:feature_map=hedgehog"
+    scratch = [row["scratch"]["test_top1"] for row in found["rows"].values() if "scratch" in row]
     said = words_of("docs/converting.md")
     for words in (
         f"loses {lost(relu, 'swap')} points with ReLU and {lost(hedgehog, 'swap')} points with",
         f"within {max(lost(n, 'features') for n in (relu, hedgehog))} points of the teacher",
         f"the difference is {lost(f'{relu}:layers=0-3', 'features')} points",
+        f"loses {lost('performer', 'swap')} points and then {lost('performer', 'features')}.",
+        f"enough for {100 * min(scratch):.1f} to {100 * max(scratch):.1f}% only",
     ):
         assert words in said
     assert lost("nystrom:landmarks=64", "swap") <= 0
