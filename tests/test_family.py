@@ -211,9 +211,7 @@ def test_global_filters_are_circular_convolutions(grid: TokenGrid) -> None:
     x = randn(2, grid.length, DIM).requires_grad_()
 
     def slow() -> Tensor:
-        taps = torch.fft.irfftn(
-            mixer.filter()[0, ..., 0], s=grid.shape, dim=tuple(range(len(grid.shape)))
-        )
+        taps = torch.fft.irfftn(mixer.filter()[0], s=grid.shape, dim=tuple(range(len(grid.shape))))
         taps = taps.flatten(0, -2)
         samples = [
             torch.cat((t[: grid.prefix], circular(grid.shape, taps, t[grid.prefix :], -1)))
@@ -266,10 +264,12 @@ def test_multi_scale_attention_is_its_equation(grid: TokenGrid, scales: tuple[in
     def slow() -> Tensor:
         qkv = x @ mixer.qkv.weight.T
         heads = [*qkv.split(width, -1)]
-        for spatial, pointwise in zip(mixer.spatial, mixer.pointwise, strict=True):
+        for spatial, pointwise in mixer.scales:
             y = depthwise_on_grid(qkv, grid.shape, grid.prefix, spatial.weight, 1)
             parts = zip(y.split(width, -1), pointwise.weight.split(width), strict=True)
-            heads += [part @ weight[:, :, 0].T for part, weight in parts]
+            mixed = torch.cat([part @ weight.flatten(1).T for part, weight in parts], -1)
+            mixed = torch.cat((qkv[:, : grid.prefix], mixed[:, grid.prefix :]), 1)
+            heads += mixed.split(width, -1)
         q, k, v = (torch.stack(heads[i::3], 1) for i in range(3))
         return out_of_heads(per_head(head, q, k, v)) @ mixer.proj.weight.T + mixer.proj.bias
 
@@ -285,8 +285,7 @@ def test_multi_scale_attention_is_that_of_timm() -> None:
     ).double()  # fmt: skip
     state = {"qkv.conv.weight": mixer.qkv.weight, "proj.conv.weight": mixer.proj.weight}
     state["proj.conv.bias"] = mixer.proj.bias
-    for i, pair in enumerate(zip(mixer.spatial, mixer.pointwise, strict=True)):
-        state |= {f"aggreg.{i}.{j}.weight": conv.weight for j, conv in enumerate(pair)}
+    state |= {f"aggreg.{key}": weight for key, weight in mixer.scales.state_dict().items()}
     shapes = {key: value.shape for key, value in timm.state_dict().items()}
     timm.load_state_dict({key: value.reshape(shapes[key]) for key, value in state.items()})
     x = randn(2, DIM, 5, 4)

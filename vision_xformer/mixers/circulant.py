@@ -56,16 +56,16 @@ class Circulant(Mixer):
     def _attend(self, x: Tensor) -> Tensor:
         """(B, *grid, D) -> same."""
         spectrum, v = self._operands(x)
-        return self.proj(filtered(v[..., None], spectrum)[..., 0].to(x.dtype))
+        return self.proj(filtered(v, spectrum).to(x.dtype))
 
     def _operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The transform of the maps (B, *half, D, 1), and the values (B, *grid, D)."""
+        """The transform of the maps (B, *half, D), and the values (B, *grid, D)."""
         (qkv,) = to_accumulate(self.qkv(x))
         q, k, v = qkv.chunk(3, -1)
         shape, axes = x.shape[1:-1], tuple(range(1, x.ndim - 1))
         q = q * math.prod(shape) ** -0.5
-        logits = filtered(k[..., None], conjugate(torch.fft.rfftn(q[..., None], dim=axes)))
-        a = logits.flatten(1, -3).softmax(1).view_as(logits)
+        logits = filtered(k, conjugate(torch.fft.rfftn(q, dim=axes)))
+        a = logits.flatten(1, -2).softmax(1).view_as(logits)
         return conjugate(torch.fft.rfftn(a, dim=axes)), v
 
     def value_path(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> ValuePath:

@@ -21,10 +21,13 @@ from .base import MIXERS, Mixer
 def filtered(x: Tensor, spectrum: Tensor) -> Tensor:
     """Convolve circularly over the grid, given the Fourier transform of each channel's filter.
 
-    Shape: (B, *grid, D, V), (B or 1, *half, D, 1) -> (B, *grid, D, V)
+    Shape: (B, *grid, D) or (B, *grid, D, V), with (B or 1, *half, D) -> that of x
     """
-    axes = tuple(range(1, x.ndim - 2))
-    return torch.fft.irfftn(torch.fft.rfftn(x, dim=axes) * spectrum, x.shape[1:-2], axes)
+    axes = tuple(range(1, spectrum.ndim - 1))
+    shape = x.shape[1 : len(axes) + 1]
+    if x.ndim > spectrum.ndim:
+        spectrum = spectrum[..., None]
+    return torch.fft.irfftn(torch.fft.rfftn(x, dim=axes) * spectrum, shape, axes)
 
 
 def filter_path(
@@ -45,7 +48,7 @@ def filter_path(
 class TransferFunction(nn.Module):
     """The learned K of a real filter: half of its frequencies.
 
-    Shape: () -> (1, *half, D, 1), complex
+    Shape: () -> (1, *half, D), complex
 
     It is stored as a table (*half, 2 D), real parts next to imaginary parts, which
     ``load_weights(..., resize=True)`` interpolates.
@@ -61,9 +64,9 @@ class TransferFunction(nn.Module):
         self.grid = nn.Parameter(0.02 * torch.randn(*half, 2 * dim))
 
     def forward(self) -> Tensor:
-        """The transfer function (1, *half, D, 1)."""
+        """The transfer function (1, *half, D)."""
         (table,) = to_accumulate(self.grid)
-        return torch.complex(*table[None, ..., None].chunk(2, -2))
+        return torch.complex(*table[None].chunk(2, -1))
 
 
 @MIXERS.register("gfnet")
@@ -99,7 +102,7 @@ class GlobalFilter(Mixer):
     def _convolve(self, x: Tensor) -> Tensor:
         """(B, *grid, D) -> same."""
         (wide,) = to_accumulate(x)
-        return filtered(wide[..., None], self.filter())[..., 0].to(x.dtype)
+        return filtered(wide, self.filter()).to(x.dtype)
 
     def value_path(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> ValuePath:
         """Return the mixer as a function of its tokens, see :class:`Mixer`; a head is a channel."""

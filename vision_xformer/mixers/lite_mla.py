@@ -1,7 +1,7 @@
 """Multi-scale linear attention (Cai et al. 2022, EfficientViT, arXiv 2205.14756).
 
 The queries, keys and values of the tokens have heads, and so do those of each scale: depth-wise
-convolutions of the former, followed by a linear layer per head. Every head computes
+convolutions of the former, followed by a 1 x 1 convolution per head. Every head computes
 
     relu(q) (relu(k)^T v) / (relu(q) sum relu(k))
 
@@ -60,13 +60,12 @@ class LiteMla(Mixer):
             check_odd("scales", scale)
         inner = self.heads * self.head_dim
         self.qkv = nn.Linear(dim, 3 * inner, bias=False)
-        conv = CONV[len(grid.shape)]
-        self.spatial = nn.ModuleList(
-            conv(3 * inner, 3 * inner, scale, padding=scale // 2, groups=3 * inner, bias=False)
+        conv = partial(CONV[len(grid.shape)], 3 * inner, 3 * inner, bias=False)
+        self.scales = nn.ModuleList(
+            nn.Sequential(
+                conv(scale, padding=scale // 2, groups=3 * inner), conv(1, groups=3 * self.heads)
+            )
             for scale in scales
-        )
-        self.pointwise = nn.ModuleList(
-            nn.Conv1d(3 * inner, 3 * inner, 1, groups=3 * self.heads, bias=False) for _ in scales
         )
         self.proj = nn.Linear(inner * (1 + len(scales)), dim)
 
@@ -84,9 +83,7 @@ class LiteMla(Mixer):
         self.check(x, grid, rope)
         self.check_axes(grid)
         qkv = self.qkv(x)
-        scales = [qkv]
-        for spatial, pointwise in zip(self.spatial, self.pointwise, strict=True):
-            scales.append(pointwise(on_grid(spatial, qkv, grid).mT).mT)
+        scales = [qkv, *(on_grid(scale, qkv, grid) for scale in self.scales)]
         heads = torch.cat(scales, -1).unflatten(-1, (-1, 3 * self.head_dim)).transpose(1, 2)
         return to_accumulate(*heads.chunk(3, -1))
 
