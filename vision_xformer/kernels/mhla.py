@@ -126,7 +126,8 @@ class Mhla(Kernel):
             fq, fk = self.features(wide_q, queries), self.features(wide_k, keys)
             sums = self._summaries(fk, F.pad(values, (0, 1), value=1.0), keys)
             if self.mixing is not None:
-                sums = (self.mixing.to(sums).abs() @ sums.flatten(3)).view_as(sums)
+                # einsum multiplies in place; matmul would transpose and copy the sums
+                sums = torch.einsum("ab,nhbkv->nhakv", self.mixing.to(sums).abs(), sums)
             y, total = self._read(fq, sums, queries).split((values.shape[-1], 1), -1)
             return (y / total).to(v.dtype)
 

@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..forms import needs_plain
 from ..grid import TokenGrid, on_cells
 from ..kernels import ValuePath
 from ..precision import to_accumulate
@@ -24,7 +25,7 @@ from .gfnet import filter_path, filtered
 
 def conjugate(x: Tensor) -> Tensor:
     """The complex conjugate of a tensor of any shape; ``conj`` cannot be exported to ONNX."""
-    return torch.complex(x.real, -x.imag)
+    return torch.complex(x.real, -x.imag) if needs_plain(x) else x.conj()
 
 
 @MIXERS.register("circulant")

@@ -108,8 +108,8 @@ def check_mixer(
 ) -> None:
     """Raise a ValueError for an unknown name or option, or heads that do not fit the mixer."""
     check_options(f"mixer {name!r}", options, mixer_options(name))
-    if not isinstance(grid, TokenGrid):
-        raise ValueError(f"grid {grid!r} must be a TokenGrid, such as TokenGrid((32, 32))")
+    if not isinstance(grid, TokenGrid) or not isinstance(grid.shape, tuple | list):
+        raise ValueError(f"grid {grid!r} must be a TokenGrid of sizes, such as TokenGrid((32, 32))")
     check_types({"dim": dim, "heads": heads}, create_mixer)
     check_at_least("dim", dim, 1)
     if takes_heads(name):
