@@ -369,7 +369,7 @@ def test_heads_where_there_are_none(name: str) -> None:
 
 @pytest.mark.parametrize("grid", [TokenGrid(16), (7, 5), 35], ids=str)
 def test_what_is_not_a_grid(grid: Any) -> None:
-    words = f"grid {grid!r} must be a TokenGrid of sizes, such as TokenGrid((32, 32))"
+    words = [f"grid {grid!r} must be a TokenGrid of sizes, such as TokenGrid((32, 32))"]
     assert_refused(words, vx.create_mixer, "softmax", dim=14, heads=2, grid=grid)
     assert_refused(words, vx.create_mixer, "fourier", dim=14, grid=grid)
 
