@@ -320,10 +320,8 @@ def test_what_is_said_of_newer_mixers_is_in_the_results() -> None:
         {name: dict(points) for name, points in series(layers(AMD), column).items()}
         for column in ("step_ms_p50", "peak_mib")
     )
-    slower = {
-        n: {name for name in NEWER if time[name][n] > time["softmax"][n]} for n in (1024, 4096)
-    }
-    assert slower == {1024: {"lite_mla"}, 4096: set()}
+    for name in NEWER:
+        assert all(time[name][n] < time["softmax"][n] for n in (1024, 4096))
     smaller = [
         {name for name in NEWER if memory[name][n] < 0.995 * memory["softmax"][n]}
         for n in (1024, 4096)
