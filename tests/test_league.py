@@ -76,6 +76,8 @@ def test_the_recipe_is_that_of_the_first_runs(tmp_path: Path) -> None:
     then = read_run(folder)["config"]
     now = parse(league.command("softmax", 0, 64, DATA, tmp_path)[1:])
     assert now.seed == then["seed"]
+    assert now.model.options == {"mlp_ratio": 1.0, **then["model"]["options"]}
+    assert now.model.mixer_options == then["model"]["mixer_options"]
     assert now.data.batch_size == then["data"]["batch_size"]
     for name, value in then["train"].items():
         assert getattr(now.train, name) == value

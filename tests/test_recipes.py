@@ -19,6 +19,7 @@ from test_train import ROOT
 from torch import nn
 
 import vision_xformer as vx
+from train import league
 from train.__main__ import parse
 from train.config import AugmentConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
 from train.data import dataset_names
@@ -118,20 +119,32 @@ RUNS = {
 RESULTS = ROOT / "results"
 
 
+def assert_same_recipe(config: RunConfig, ran: dict[str, Any]) -> None:
+    for part in ("model", "train"):
+        then = ran[part]  # fields may have been added since
+        now = {k: v for k, v in dataclasses.asdict(getattr(config, part)).items() if k in then}
+        assert len(now) > 3
+        assert now == {key: then[key] for key in now}
+    assert config.seed == ran["seed"]
+    for name in ("batch_size", "val_fraction"):
+        assert getattr(config.data, name) == ran["data"][name]
+
+
+def test_every_run_of_the_league_has_its_recipe() -> None:
+    for result in (RESULTS / "league").glob("*/result.json"):
+        mixer, _, seed = result.parent.name.rpartition("-")
+        config = parse(league.command(mixer, int(seed), 64, [], result.parent)[1:])
+        ran = yaml.safe_load((result.parent / "config.yaml").read_text())
+        assert_same_recipe(config, ran)
+
+
 def test_every_result_has_its_recipe() -> None:
     folders = {str(p.parent.relative_to(RESULTS)) for p in RESULTS.glob("*/*/result.json")}
-    assert folders == set(RUNS)
+    assert {folder for folder in folders if not folder.startswith("league/")} == set(RUNS)
     for folder, (recipe, *changes) in RUNS.items():
         config = parse(["--config", str(ROOT / "configs" / recipe), *changes])
         ran = yaml.safe_load((RESULTS / folder / "config.yaml").read_text())
-        for part in ("model", "train"):
-            then = ran[part]  # fields may have been added since
-            now = {k: v for k, v in dataclasses.asdict(getattr(config, part)).items() if k in then}
-            assert len(now) > 3
-            assert now == {key: then[key] for key in now}
-        assert config.seed == ran["seed"]
-        for name in ("batch_size", "val_fraction"):
-            assert getattr(config.data, name) == ran["data"][name]
+        assert_same_recipe(config, ran)
 
 
 # results/published.csv

@@ -91,7 +91,7 @@ def command(mixer: str, seed: int, tokens: int, data: Sequence[str], folder: Pat
     entry, (options, epochs) = ENTRIES[mixer], TOKENS[tokens]
     if (folder / "state.pt").is_file():
         return ["resume", str(folder)]
-    options = {"mlp_ratio": entry.mlp_ratio, **options}
+    options = {"drop_path": 0.0, "mlp_ratio": entry.mlp_ratio, **options}
     return [
         "fit", "--config", str(RECIPE), *data, "--seed", str(seed), "--run_dir", str(folder),
         "--model.mixer", mixer, "--model.mixer_options", json.dumps(entry.options),
