@@ -6,7 +6,6 @@ Run it to write them anew: ``PYTHONPATH=. python tests/blocks.py``. A block stan
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ from train.benchmark.rows import (
 from train.commands import read_runs
 from train.html import Table
 from train.plots import save
-from train.provenance import fingerprint
+from train.provenance import digest, fingerprint
 from train.report import table
 
 ROOT = Path(__file__).parents[1]
@@ -115,11 +114,6 @@ def league_table() -> str:
     return league.table(league_runs(), layers(AMD)).markdown()
 
 
-def text_hash(text: str) -> str:
-    """A hash of a text, as the metadata of figures have it."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 def exports() -> dict[str, dict[str, str]]:
     """The table of times in onnxruntime."""
     [file] = RESULTS.rglob("onnx.csv")
@@ -194,8 +188,8 @@ def write() -> None:
     save(convert_page.accuracy_figure(conversions()), ROOT / "docs" / "conversions.png", source)
     cost = convert_page.cost_figure(conversions()["cost"])
     save(cost, ROOT / "docs" / "conversion-cost.png", source)
-    front = league.figure(league_runs(), layers(AMD), 1024)
-    save(front, ROOT / "docs" / "league.png", text_hash(league_table()))
+    front = league.figure(league_runs(), layers(AMD))
+    save(front, ROOT / "docs" / "league.png", digest(league_table().encode()))
 
 
 if __name__ == "__main__":

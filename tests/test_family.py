@@ -264,7 +264,7 @@ def test_multi_scale_attention_is_its_equation(grid: TokenGrid, scales: tuple[in
     def slow() -> Tensor:
         qkv = x @ mixer.qkv.weight.T
         heads = [*qkv.split(width, -1)]
-        for spatial, pointwise in mixer.scales:
+        for spatial, pointwise in mixer.aggregations:
             y = depthwise_on_grid(qkv, grid.shape, grid.prefix, spatial.weight, 1)
             parts = zip(y.split(width, -1), pointwise.weight.split(width), strict=True)
             mixed = torch.cat([part @ weight.flatten(1).T for part, weight in parts], -1)
@@ -285,7 +285,7 @@ def test_multi_scale_attention_is_that_of_timm() -> None:
     ).double()  # fmt: skip
     state = {"qkv.conv.weight": mixer.qkv.weight, "proj.conv.weight": mixer.proj.weight}
     state["proj.conv.bias"] = mixer.proj.bias
-    state |= {f"aggreg.{key}": weight for key, weight in mixer.scales.state_dict().items()}
+    state |= {f"aggreg.{key}": weight for key, weight in mixer.aggregations.state_dict().items()}
     shapes = {key: value.shape for key, value in timm.state_dict().items()}
     timm.load_state_dict({key: value.reshape(shapes[key]) for key, value in state.items()})
     x = randn(2, DIM, 5, 4)

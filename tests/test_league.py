@@ -13,13 +13,13 @@ from train.commands import read_run
 from train.model import Sizes, build_model
 from train.recipes import parse
 
-DATA = ["--data.name", "cifar10"]
+RESULTS = Path(__file__).parents[1] / "results"
 LARGER = {"gmlp", "lite_mla", "ttt"}  # their own parameters alone exceed those of attention
 SHORT = ("softmax", "linformer", "performer", "nystrom", "linear", "agent", "mhla", "xca")
 
 
 def parameters(mixer: str, tokens: int, tmp_path: Path) -> int:
-    config = parse(league.command(mixer, 0, tokens, DATA, tmp_path)[1:])
+    config = parse(league.command(tmp_path, mixer, tokens, 0, "images")[1:])
     assert config.train.epochs == {64: 30, 256: 10}[tokens]
     model = build_model(config.model, Sizes(32, 3, 10))
     assert model.config.mixer == mixer
@@ -52,50 +52,94 @@ def test_mixers_at_256_tokens(mixer: str, tmp_path: Path) -> None:
     assert parameters(mixer, 256, tmp_path) / parameters("softmax", 256, tmp_path) < 1.08
 
 
-def test_runs_are_skipped_or_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done, stopped = tmp_path / "softmax-1", tmp_path / "linear-1"
-    for folder, file in ((done, "result.json"), (stopped, "state.pt")):
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The commands of the runs, which fail for agent and write a result for others."""
+    commands: list[list[str]] = []
+
+    def train(words: list[str]) -> None:
+        commands.append(words)
+        if "agent" in words:
+            raise SystemExit(2)
+
+    monkeypatch.setattr(league, "train", train)
+    monkeypatch.setattr(league, "read_run", lambda folder: run(folder.name.split("-")[0], 0.5))
+    return commands
+
+
+def test_runs_are_skipped_or_resumed(
+    tmp_path: Path, started: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    done, stopped = tmp_path / "softmax-64-1", tmp_path / "linear-64-1"
+    for folder, file in ((done, "result.json"), (stopped, "config.yaml")):
         folder.mkdir()
         (folder / file).write_text("{}")
-    started: list[list[str]] = []
-    monkeypatch.setattr(league, "train", started.append)
     words = ["--root", "images", "--out", str(tmp_path), "--seeds", "1"]
-    league.main([*words, "--only", "softmax", "linear", "agent"])
+    league.main([*words, "--only", "softmax", "linear", "mala"])
     resumed, new = started
-    assert resumed == ["resume", str(stopped)]
+    assert resumed == ["resume", str(stopped), "--data.root", "images"]
     config = parse(new[1:])
     assert (config.seed, config.data.root) == (1, "images")
-    assert config.run_dir == str(tmp_path / "agent-1")
-    assert config.model.mixer_options == {"agents": 16}
+    assert config.run_dir == str(tmp_path / "mala-64-1")
+    assert len(capsys.readouterr().out.splitlines()) == 4  # a heading and three mixers
+    started.clear()
+    league.main([*words, "--only", "softmax", "--tokens", "256"])  # another run
+    assert parse(started[0][1:]).model.options["patch_size"] == 2
     with pytest.raises(SystemExit):
         league.main([*words, "--only", "attention"])
 
 
-def test_the_recipe_is_that_of_the_first_runs(tmp_path: Path) -> None:
-    folder = Path(__file__).parents[1] / "results" / "cifar10" / "cct_2_3x2"
-    then = read_run(folder)["config"]
-    now = parse(league.command("softmax", 0, 64, DATA, tmp_path)[1:])
+def test_a_run_that_fails_does_not_end_the_others(tmp_path: Path, started: list[list[str]]) -> None:
+    words = ["--root", "images", "--out", str(tmp_path), "--only", "agent", "mala"]
+    with pytest.raises(SystemExit, match="failed: agent-64-0"):
+        league.main(words)
+    assert len(started) == 2
+
+
+def test_a_signal_ends_the_league(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(words: list[str]) -> None:
+        raise SystemExit(130)
+
+    monkeypatch.setattr(league, "train", train)
+    with pytest.raises(SystemExit) as stop:
+        league.main(["--root", "images", "--out", str(tmp_path)])
+    assert stop.value.code == 130
+
+
+@pytest.mark.parametrize(
+    ("mixer", "folder"),
+    [("softmax", "cct"), ("linformer", "ccl"), ("performer", "ccp"), ("nystrom", "ccn")],
+)
+def test_the_recipe_is_that_of_the_first_runs(mixer: str, folder: str, tmp_path: Path) -> None:
+    then = read_run(RESULTS / "cifar10" / f"{folder}_2_3x2")["config"]
+    now = parse(league.command(tmp_path, mixer, 64, 0, "images")[1:])
     assert now.seed == then["seed"]
-    assert now.model.options == {"mlp_ratio": 1.0, **then["model"]["options"]}
-    assert now.model.mixer_options == then["model"]["mixer_options"]
-    assert now.data.batch_size == then["data"]["batch_size"]
     for name, value in then["train"].items():
         assert getattr(now.train, name) == value
+    for name in ("batch_size", "val_fraction", "image_size"):
+        assert getattr(now.data, name) == then["data"][name]
+    model = then["model"]
+    old = vx.create_model(model["name"], mixer_options=model["mixer_options"], **model["options"])
+    assert build_model(now.model, Sizes(32, 3, 10)).config == old.config
 
 
 def test_table_and_figure() -> None:
     runs = [run("linear", 0.8), run("linear", 0.9, 1), run("softmax", 0.84)]
+    runs.append({**run("agent", 0.9), "result": {}})  # not complete
     layers = [layer("linear", 64, 2.0, 30.0), layer("linear", 1024, 5.0, 70.0)]
-    layers.append(layer("softmax", 1024, 9.0, 60.0))
+    layers += [layer("softmax", 1024, 9.0, 60.0), layer("softmax", 64, 1.0, 9.0)]
+    layers.append({**layer("linear", 256, 0.0, 0.0), "step_ms_p50": None})
     table = league.table(runs, layers)
-    assert [dict(zip(table.headings, row, strict=True))["test top-1"] for row in table.rows] == [
-        "85.00%",
-        "84.00%",
-    ]
-    assert table.rows[0][2:5] == ["2", "80.00% to 90.00%", "1,234"]
-    assert table.rows[1][2:] == ["1", "", "1,234", "", "", "9", "", "", "60"]
-    figure = league.figure(runs, layers, 1024)
-    names = [text.get_text() for text in figure.axes[0].texts]
-    assert names == ["linear", "softmax"]
-    (front,) = (line for line in figure.axes[0].lines if len(line.get_xdata()) == 1)
-    assert list(front.get_xdata()) == [5.0]  # linear is faster and better
+    assert list(table.headings) == [
+        "mixer", "test top-1", "seeds", "range", "parameters", "ms at 64", "ms at 1,024",
+        "MiB at 64", "MiB at 1,024",
+    ]  # fmt: skip
+    linear, softmax = table.rows
+    assert linear[:6] == ["linear", "85.00%", "2", "80.00% to 90.00%", "1,234", "2"]
+    assert softmax == ["softmax", "84.00%", "1", "", "1,234", "1", "9", "9", "60"]
+    plain = league.table(runs[2:], [])
+    assert list(plain.headings) == ["mixer", "test top-1", "seeds", "parameters"]
+    few, many = league.figure(runs, layers).axes
+    for axis, front in ((few, [1.0, 2.0]), (many, [5.0])):
+        assert [text.get_text() for text in axis.texts] == ["linear", "softmax"]
+        assert list(axis.lines[0].get_xdata()) == front

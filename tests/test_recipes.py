@@ -131,11 +131,12 @@ def assert_same_recipe(config: RunConfig, ran: dict[str, Any]) -> None:
 
 
 def test_every_run_of_the_league_has_its_recipe() -> None:
-    for result in (RESULTS / "league").glob("*/result.json"):
-        mixer, _, seed = result.parent.name.rpartition("-")
-        config = parse(league.command(mixer, int(seed), 64, [], result.parent)[1:])
-        ran = yaml.safe_load((result.parent / "config.yaml").read_text())
-        assert_same_recipe(config, ran)
+    runs = sorted(p.parent for p in (RESULTS / "league").glob("*/result.json"))
+    assert runs
+    for run in runs:
+        mixer, tokens, seed = run.name.rsplit("-", 2)
+        config = parse(league.command(Path("new"), mixer, int(tokens), int(seed), "images")[1:])
+        assert_same_recipe(config, yaml.safe_load((run / "config.yaml").read_text()))
 
 
 def test_every_result_has_its_recipe() -> None:

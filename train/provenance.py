@@ -22,9 +22,14 @@ from .atomic import read_json, write_whole
 _PACKAGES = ("torch", "torchvision", "accelerate", "einops")
 
 
+def digest(data: bytes) -> str:
+    """Return a hash of what a figure is drawn from, for its metadata."""
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
 def fingerprint(file: Path) -> str:
-    """Return a hash of a CSV file, stored in the metadata of the figures drawn from it."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    """Return the hash of a file that a figure is drawn from."""
+    return digest(file.read_bytes())
 
 
 def git_revision() -> dict[str, Any]:

@@ -56,7 +56,7 @@ def run_config(name: str, mixer: str, epochs: int, folder: Path) -> RunConfig:
         train=TrainConfig(
             epochs=epochs,
             lr=2e-3,
-            label_smoothing=0.1,  # 1,293 images are soon known by heart
+            label_smoothing=0.1,  # 1,293 images are quickly memorized
             precision="fp32",  # the same on any machine
         ),
         run_dir=str(folder / name.lower()),

@@ -87,8 +87,8 @@ class Mhla(Kernel):
     Args:
         site: heads, widths and grids of the kernel.
         blocks: maximum number of blocks of the grid; by default sqrt(M), for which the cost is
-            linear. C depends on it, so give it to load weights on a grid of another size. The
-            paper's DeiT models have 4 blocks of 7 x 7 tokens.
+            linear. The shape of C depends on it: set it to load weights on a grid of another size.
+            The paper's DeiT models have 4 blocks of 7 x 7 tokens.
 
     Raises:
         ValueError: for less than 1 block, keys on another grid, or queries on a grid with another
@@ -126,8 +126,9 @@ class Mhla(Kernel):
             fq, fk = self.features(wide_q, queries), self.features(wide_k, keys)
             sums = self._summaries(fk, F.pad(values, (0, 1), value=1.0), keys)
             if self.mixing is not None:
-                # einsum multiplies in place; matmul would transpose and copy the sums
-                sums = torch.einsum("ab,nhbkv->nhakv", self.mixing.to(sums).abs(), sums)
+                # expanded, because matmul would transpose and copy the sums for a single matrix
+                mixing = self.mixing.to(sums).abs().expand(*sums.shape[:2], -1, -1)
+                sums = (mixing @ sums.flatten(3)).view_as(sums)
             y, total = self._read(fq, sums, queries).split((values.shape[-1], 1), -1)
             return (y / total).to(v.dtype)
 

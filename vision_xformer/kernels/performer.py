@@ -2,8 +2,7 @@
 
 FAVOR+ (eq. 5 and lemma 1): exp(q.k / sqrt(K)) = E[phi(q) phi(k)] with
 phi(x) = exp(w.x' - |x'|^2/2), x' = x / K^(1/4), w normal. With m features,
-out = phi(q) (phi(k)^T v) / phi(q) (phi(k)^T 1): linear in N. A column of ones next to v gives
-numerator and normalizer from the same product, in which common factors of phi cancel.
+out = phi(q) (phi(k)^T v) / phi(q) (phi(k)^T 1): linear in N. Common factors of phi cancel.
 
 The (N, m) features need not be materialized: heads are processed in cache-sized blocks, and their
 features are recomputed in the backward pass, so memory matches fused softmax.
@@ -148,7 +147,8 @@ def _blocked(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute :func:`_attend` with one leading dimension A.
 
-    The normalizer (A, N, 1) and the context (A, m, V + 1) are returned for the backward pass.
+    A column of ones next to v gives numerator and normalizer from the same product. The normalizer
+    (A, N, 1) and the context (A, m, V + 1) are returned for the backward pass.
     """
     phi_q, phi_k = _maps(form, q.shape[-1])
     out, normalizer, context = _like_blocked(q, k, v, w, form, eps)

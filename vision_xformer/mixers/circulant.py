@@ -24,7 +24,7 @@ from .gfnet import filter_path, filtered
 
 
 def conjugate(x: Tensor) -> Tensor:
-    """The complex conjugate of a tensor of any shape; ``conj`` cannot be exported to ONNX."""
+    """The complex conjugate of a tensor of any shape, without ``conj`` where it is exported."""
     return torch.complex(x.real, -x.imag) if needs_plain(x) else x.conj()
 
 

@@ -21,7 +21,9 @@ from .base import MIXERS, Mixer
 def filtered(x: Tensor, spectrum: Tensor) -> Tensor:
     """Convolve circularly over the grid, given the Fourier transform of each channel's filter.
 
-    Shape: (B, *grid, D) or (B, *grid, D, V), with (B or 1, *half, D) -> that of x
+    *half* is the grid with its last axis n cut to n // 2 + 1, the frequencies of a real signal.
+
+    Shape: (B, *grid, D[, V]), (B or 1, *half, D) -> same as x
     """
     axes = tuple(range(1, spectrum.ndim - 1))
     shape = x.shape[1 : len(axes) + 1]

@@ -61,7 +61,7 @@ class LiteMla(Mixer):
         inner = self.heads * self.head_dim
         self.qkv = nn.Linear(dim, 3 * inner, bias=False)
         conv = partial(CONV[len(grid.shape)], 3 * inner, 3 * inner, bias=False)
-        self.scales = nn.ModuleList(
+        self.aggregations = nn.ModuleList(
             nn.Sequential(
                 conv(scale, padding=scale // 2, groups=3 * inner), conv(1, groups=3 * self.heads)
             )
@@ -83,8 +83,8 @@ class LiteMla(Mixer):
         self.check(x, grid, rope)
         self.check_axes(grid)
         qkv = self.qkv(x)
-        scales = [qkv, *(on_grid(scale, qkv, grid) for scale in self.scales)]
-        heads = torch.cat(scales, -1).unflatten(-1, (-1, 3 * self.head_dim)).transpose(1, 2)
+        all_scales = [qkv, *(on_grid(convs, qkv, grid) for convs in self.aggregations)]
+        heads = torch.cat(all_scales, -1).unflatten(-1, (-1, 3 * self.head_dim)).transpose(1, 2)
         return to_accumulate(*heads.chunk(3, -1))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
