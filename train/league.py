@@ -164,7 +164,7 @@ def figure(runs: Sequence[Mapping[str, Any]], layers: Sequence[Row]) -> Figure:
     """
     tops = {name: [100 * top for top in seeds] for name, seeds in accuracies(runs).items()}
     with mpl.rc_context(STYLE):
-        drawn = Figure(figsize=(14, 6.5))
+        drawn = Figure(figsize=(12, 5.8))
         axes = drawn.subplots(1, len(SHOWN), sharey=True)
         for axis, tokens in zip(axes, SHOWN, strict=True):
             cost = {
@@ -195,7 +195,7 @@ def _panel(
         axis.scatter(ms, means[name], s=_area(mib), color=color, alpha=0.6, zorder=2)
         axis.annotate(
             name, (ms, means[name]), xytext=(0, 4 + _area(mib) ** 0.5 / 2),
-            textcoords="offset points", fontsize=9, ha="center",
+            textcoords="offset points", fontsize=10, ha="center",
         )  # fmt: skip
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
