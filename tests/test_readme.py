@@ -426,10 +426,9 @@ def test_training_commands_are_there() -> None:
 
 
 def test_commands_of_the_league_are_there() -> None:
-    found = [
-        league.command_line().parse_args(words) for words in commands("python -m train.league")
-    ]
-    assert {tokens.tokens for tokens in found} == {64, 256}
+    parser = league.command_line()
+    found = [parser.parse_args(words) for words in commands("python -m train.league")]
+    assert {args.tokens for args in found} == {64, 256}
 
 
 def test_benchmark_commands_are_there() -> None:

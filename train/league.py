@@ -26,6 +26,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from vision_xformer.names import name_to_config
 
 from .__main__ import main as train
+from .benchmark.cases import BASE
+from .benchmark.pictures import colors
 from .benchmark.rows import Row, number
 from .commands import read_run
 from .html import Table
@@ -33,7 +35,6 @@ from .plots import BLUE, GREY, STYLE
 from .report import front
 
 RECIPE = Path(__file__).parents[1] / "configs" / "cifar10" / "cct_2_3x2.yaml"
-INK = "#1f2328"
 LENGTHS = (64, 256, 1024)  # tokens of the layers whose time and memory are tabulated
 SHOWN = (64, 1024)  # and plotted
 FAILED = 2  # exit code of a run that cannot work
@@ -86,11 +87,6 @@ ENTRIES = {
 }
 
 
-def folder_of(out: Path, mixer: str, tokens: int, seed: int) -> Path:
-    """The folder of a run of the league."""
-    return out / f"{mixer}-{tokens}-{seed}"
-
-
 def command(
     folder: Path, mixer: str, tokens: int, seed: int, root: str, data: str = "cifar10"
 ) -> list[str]:
@@ -116,7 +112,7 @@ def command(
     ]  # fmt: skip
 
 
-def mixer_of(run: Mapping[str, Any]) -> str:
+def mixer_trained(run: Mapping[str, Any]) -> str:
     """The mixer of a run."""
     model = run["config"]["model"]
     return str(name_to_config(model["name"], model["mixer"]).to_dict()["mixer"])
@@ -127,7 +123,7 @@ def accuracies(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
     tops: dict[str, list[float]] = {}
     for run in runs:
         if "test_top1" in run["result"]:
-            tops.setdefault(mixer_of(run), []).append(run["result"]["test_top1"])
+            tops.setdefault(mixer_trained(run), []).append(run["result"]["test_top1"])
     return dict(sorted(tops.items(), key=lambda item: -statistics.mean(item[1])))
 
 
@@ -138,7 +134,7 @@ def table(runs: Sequence[Mapping[str, Any]], layers: Sequence[Row]) -> Table:
         runs: as :func:`train.commands.read_run` returns them.
         layers: rows of ``python -m train.benchmark mixers``.
     """
-    parameters = {mixer_of(run): run["result"].get("parameters") for run in runs}
+    parameters = {mixer_trained(run): run["result"].get("parameters") for run in runs}
     cost = {(row["name"], row["size"]): row for row in layers if row["mode"] == "eager"}
     heads = ["mixer", "test top-1", "seeds", "range", "parameters"]
     heads += [f"ms at {n:,}" for n in LENGTHS] + [f"MiB at {n:,}" for n in LENGTHS]
@@ -191,7 +187,7 @@ def _panel(
     for name, seeds in tops.items():
         ms, mib = cost[name]
         axis.plot([ms, ms], [min(seeds), max(seeds)], color=GREY, zorder=1)
-        color = INK if name == "softmax" else BLUE
+        color = colors([name])[name] if name == BASE else BLUE
         axis.scatter(ms, means[name], s=_area(mib), color=color, alpha=0.6, zorder=2)
         axis.annotate(
             name, (ms, means[name]), xytext=(0, 4 + _area(mib) ** 0.5 / 2),
@@ -237,7 +233,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = command_line().parse_args(arguments)
     folders, failed = [], []
     for seed, mixer in itertools.product(args.seeds, args.only):
-        folder = folder_of(args.out.expanduser(), mixer, args.tokens, seed)
+        folder = args.out.expanduser() / f"{mixer}-{args.tokens}-{seed}"
         if not (folder / "result.json").is_file():
             try:
                 train(command(folder, mixer, args.tokens, seed, args.root, args.data))
