@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from .benchmark.pictures import crossing
 from .convert_cost import TEACHER, Cost
 from .html import Section, Table, write_page
-from .plots import STYLE, save
+from .plots import STYLE, log_scale, save
 from .provenance import fingerprint
 
 COLUMNS = {
@@ -96,10 +96,10 @@ def cost_figure(rows: Sequence[Cost]) -> Figure:
             for name, points in _curves(rows, column).items():
                 style = {"color": "#57606a", "linestyle": "--"} if name == TEACHER else {}
                 axis.plot(*zip(*points, strict=True), marker="o", label=_text(name), **style)
-            axis.set(xscale="log", yscale="log", xlabel="tokens", title=title)
-            ticks = sorted({row["tokens"] for row in rows})
-            axis.set_xticks(ticks, [f"{n:,}" for n in ticks])
-            axis.minorticks_off()
+            axis.set(yscale="log", xlabel="tokens", title=title)
+            axis.set_xscale("log", base=2)
+            log_scale(axis.xaxis, sorted({row["tokens"] for row in rows}))
+            log_scale(axis.yaxis)
             axis.grid(color="#eaeef2")
         handles = figure.axes[0].get_legend_handles_labels()
         figure.legend(*handles, ncols=3, frameon=False, loc="lower center")

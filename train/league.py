@@ -21,7 +21,6 @@ if __name__ == "__main__":  # the other imports take seconds
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from vision_xformer.names import name_to_config
 
@@ -31,7 +30,7 @@ from .benchmark.pictures import colors
 from .benchmark.rows import Row, number
 from .commands import read_run
 from .html import Table
-from .plots import BLUE, GREY, STYLE
+from .plots import BLUE, GREY, STYLE, log_scale
 from .report import front
 
 RECIPE = Path(__file__).parents[1] / "configs" / "cifar10" / "cct_2_3x2.yaml"
@@ -194,10 +193,8 @@ def _panel(
             textcoords="offset points", fontsize=10, ha="center",
         )  # fmt: skip
     axis.set_xscale("log")
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    axis.xaxis.set_minor_formatter(NullFormatter())
     axis.margins(0.1)
+    log_scale(axis.xaxis)
     axis.grid(color="#eaeef2")
 
 

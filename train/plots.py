@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import matplotlib as mpl
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 from torch import Tensor
 
 from .atomic import replace
@@ -30,6 +31,23 @@ def save(figure: Figure, path: Path, source: str = "") -> None:
     """Write a figure as PNG, atomically; its metadata say what it was drawn from."""
     metadata = {"Source": source} if source else {}
     replace(path, lambda part: figure.savefig(part, dpi=130, format="png", metadata=metadata))
+
+
+def log_scale(axis: Axis, ticks: Sequence[float] | None = None) -> None:
+    """Label a logarithmic axis with plain numbers.
+
+    Args:
+        axis: of a figure, with its data.
+        ticks: values to label. By default powers of ten, and on axes of less than two decades also
+            2 and 5 times them.
+    """
+    low, high = axis.get_view_interval()
+    if ticks is not None:
+        axis.set_ticks(ticks)
+    elif high < 100 * low:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:,.12g}")
+    axis.set_minor_formatter("")
 
 
 def draw_run(run: Run, logits: Tensor, labels: Tensor) -> None:

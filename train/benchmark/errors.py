@@ -13,7 +13,6 @@ from typing import Any
 import matplotlib as mpl
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 from torch import Tensor
 
 import vision_xformer as vx
@@ -25,7 +24,7 @@ from ..config import RunConfig
 from ..data import load_data
 from ..html import Section, Table
 from ..pixels import pixels_of
-from ..plots import STYLE
+from ..plots import STYLE, log_scale
 from .rows import Row
 
 COLUMNS = ("input", "kernel", "size", "error", "largest")
@@ -179,8 +178,8 @@ def picture(rows: Sequence[Row]) -> Figure:
                               marker="o", markersize=5, label=kernel)  # fmt: skip
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
-            axis.set_xticks(SIZES, [str(size) for size in SIZES])
-            axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+            log_scale(axis.xaxis, SIZES)
+            log_scale(axis.yaxis)
             axis.set_title(name, loc="left", fontsize=12)
             axis.grid(axis="y", color="#eaeef2")
         for row in axes:

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from ..html import Section, Table
-from ..plots import STYLE
+from ..plots import STYLE, log_scale
 from .cases import EAGER, mixer_of
 from .pictures import HEADLINE, colors
 from .rows import Row
@@ -91,10 +90,8 @@ def fits_figure(
                         markersize=4 if name in named else 2.5,
                     )  # fmt: skip
             axis.set_title(memory.removeprefix(PREFIX), loc="left", fontsize=13)
-            axis.set_xticks(sizes, [f"{n:,}" for n in sizes])
-            axis.xaxis.set_minor_formatter(NullFormatter())
-            axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
-            axis.yaxis.set_minor_formatter(NullFormatter())
+            log_scale(axis.xaxis, sizes)
+            log_scale(axis.yaxis)
             axis.tick_params(labelbottom=True)
             axis.grid(axis="y", color="#eaeef2")
         for axis in axes[-1]:

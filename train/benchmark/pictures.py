@@ -10,10 +10,9 @@ from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from ..html import Table
-from ..plots import BLUE, STYLE, save
+from ..plots import BLUE, STYLE, log_scale, save
 from ..provenance import fingerprint
 from .cases import BASE, EAGER, PAIRS
 from .controls import CONTROLS
@@ -140,13 +139,8 @@ def lengths(rows: Sequence[Row], panels: Sequence[tuple[str, str]], title: str) 
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
             sizes = sorted({row["size"] for row in rows})
-            axis.set_xticks(sizes, [f"{n:,}" for n in sizes])
-            axis.xaxis.set_minor_formatter(NullFormatter())
-            low, high = axis.get_ylim()
-            if high < 100 * low:  # powers of ten alone would leave few labels
-                axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
-            axis.yaxis.set_minor_formatter(NullFormatter())
+            log_scale(axis.xaxis, sizes)
+            log_scale(axis.yaxis)
             axis.set_xlabel("tokens N" if rows[0]["kind"] == "mixer" else "image size (pixels)")
             axis.set_title(heading, loc="left", fontsize=13)
             axis.grid(axis="y", color="#eaeef2")
@@ -191,10 +185,8 @@ def headline(rows: Sequence[Row], device: str) -> Figure:
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
             sizes = sorted({row["size"] for row in rows})
-            axis.set_xticks(sizes, [f"{n:,}" for n in sizes])
-            axis.xaxis.set_minor_formatter(NullFormatter())
-            axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
-            axis.yaxis.set_minor_formatter(NullFormatter())
+            log_scale(axis.xaxis, sizes)
+            log_scale(axis.yaxis)
             axis.set_xlabel("tokens N")
             axis.set_title(heading, loc="left", fontsize=13)
             axis.grid(axis="y", color="#eaeef2")
@@ -250,7 +242,7 @@ def bars(rows: Sequence[Row], panels: Sequence[tuple[str, str]], title: str) -> 
             drawn = axis.barh([label(r) for r in known], [r[column] for r in known], color=BLUE)
             axis.bar_label(drawn, fmt=number, padding=3, fontsize=9)
             axis.margins(x=0.14)
-            axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
+            axis.xaxis.set_major_formatter("{x:,g}")
             axis.set_title(heading, loc="left", fontsize=13)
         axes[0].invert_yaxis()
         figure.suptitle(title, x=0.01, ha="left", weight="bold")
