@@ -70,6 +70,10 @@ def test_recipes_are_merged_key_by_key(tmp_path: Path) -> None:
     assert parse([*first, "--model.options", '{"heads": 2}']).model.options == {"heads": 2}
     unrelated = recipe(tmp_path / "c.yaml", name="vit")
     assert parse([*first, *unrelated]).model.options == {"depth": 2, "dim": 24}
+    first = recipe(tmp_path / "d.yaml", convert={"mixer": "nystrom", "options": {"landmarks": 9}})
+    second = recipe(tmp_path / "e.yaml", convert={"options": {"iterations": 3}})
+    options = parse([*first, *second]).model.convert.options
+    assert options == {"landmarks": 9, "iterations": 3}
 
 
 @pytest.mark.parametrize(
@@ -192,6 +196,7 @@ def test_patience_ends_a_run_early(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "the run is complete" in fails(["resume", str(tmp_path / "run")], capsys)
     sentence = fails(["resume", str(tmp_path / "run"), "--train.epochs", "20"], capsys)
     assert "the run is complete" in sentence
+    assert sentence.endswith("--train.patience with a number above 2, or 0 to train all epochs")
     main(["resume", str(tmp_path / "run"), "--train.patience", "4"])
     rows = (tmp_path / "run" / "metrics.csv").read_text(encoding="utf-8").splitlines()
     assert len(rows) == 1 + 5
@@ -325,6 +330,37 @@ def test_other_images_and_sizes_are_evaluated(
     )
     sentence = fails(["evaluate", run, "--data.image_size", "0"], capsys)
     assert sentence == "data.image_size 0 must be above 0"
+
+
+def test_images_that_changed_after_training_are_mentioned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = image_folder(tmp_path / "images", ("train", "test"))
+    folder = tmp_path / "run"
+    Run(config_for(folder, name="imagefolder", root=str(root), batch_size=8)).fit()
+
+    def warned(*options: str) -> bool:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        capsys.readouterr()
+        main(["evaluate", str(folder), *options])
+        return "they now include images that it was trained on" in capsys.readouterr().err
+
+    assert not warned()
+    shutil.copytree(root, tmp_path / "other")
+    (root / "train" / "cat" / "1.png").unlink()
+    assert warned()
+    assert not warned("--data.root", str(tmp_path / "other"))  # chosen by the user
+    (folder / "state.pt").unlink()
+    assert not warned()
+
+
+def test_validation_needs_no_more_memory_than_training(tmp_path: Path) -> None:
+    config = config_for(tmp_path / "run", batch_size=400)
+    config.train.accumulate = 4
+    run, counts = Run(config), set()
+    run.model.register_forward_pre_hook(lambda module, inputs: counts.add(len(inputs[0])))
+    run.fit()
+    assert max(counts) == 100
 
 
 def test_reports_skip_folders_that_are_not_runs(

@@ -7,22 +7,26 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import vision_xformer as vx
-from train import convert
+from train import align, convert
 from train.__main__ import main
 from train.config import ConvertConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
-from train.convert import conversion_of
 from train.convert_cost import image_sizes
+from train.convert_plan import conversion_of
+from train.data import Splits
 from train.loop import Run
-from train.model import load_model
+from train.model import Sizes, build_base, build_model, load_model, resized, save_weights
+from train.pixels import NAMED, pixels_of, set_pixels
 from train.signals import Interrupted
 from vision_xformer.converters.replace import converted_layers
 
@@ -105,6 +109,80 @@ def test_kernels_are_converted_trained_and_compared(
     assert json.loads((tmp_path / "conversion.json").read_text(encoding="utf-8")) == found
 
 
+def test_results_of_other_settings_are_refused(
+    teachers: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(convert, "break_even", lambda plan, conversion: "")
+    main(arguments(teachers["own"], tmp_path))
+    found = (tmp_path / "conversion.json").read_text(encoding="utf-8")
+    for model, words, sentence in (
+        (
+            "own",
+            ["--lr", "1e-3", "1e-4"],
+            "has results for lr [0.001, 0.0003], not [0.001, 0.0001]",
+        ),
+        ("own", ["--epochs", "2", "1"], "has results for epochs [1, 1], not [2, 1]"),
+        ("own", ["--data.batch_size", "150"], "has results for data.batch_size 200, not 150"),
+        ("timm", [], "has results for source "),
+    ):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        with pytest.raises(SystemExit, match="2"):
+            main(arguments(teachers[model], tmp_path, *words))
+        assert sentence in capsys.readouterr().err
+        assert (tmp_path / "conversion.json").read_text(encoding="utf-8") == found
+    AcceleratorState._reset_state(reset_partial_state=True)
+    main(arguments(teachers["own"], tmp_path, "--scratch", "--train.lr", "3e-3"))  # is added
+    rows = json.loads((tmp_path / "conversion.json").read_text(encoding="utf-8"))["rows"]
+    assert all("scratch" in row for row in rows.values())
+
+
+@pytest.mark.parametrize("name", ["timm", "own"])
+def test_a_converted_model_keeps_its_kernel_at_another_size(
+    name: str, tmp_path: Path, teachers: dict[str, Path]
+) -> None:
+    """Of the same weights, resized and then converted by hand."""
+    teacher, sizes = load_model(teachers[name] / "best.safetensors")
+    config = ModelConfig(
+        "vit" if name == "own" else "timm:vit_tiny_patch16_224",
+        options=OWN if name == "own" else TIMM,
+        convert=ConvertConfig("linear", {"feature_map": "t2r"}),
+    )
+    start = build_model(config, sizes)
+    start.load_state_dict(teacher.state_dict(), strict=False)
+    set_pixels(start, NAMED["none"])
+    save_weights(start, tmp_path / "model.safetensors", config, sizes)
+    model, _ = load_model(tmp_path / "model.safetensors")
+    model = resized(model, tmp_path / "model.safetensors", 16, 1)
+    assert pixels_of(model) == NAMED["none"]
+    if name == "own":
+        want = vx.create_model(teacher.config, image_size=16)
+        vx.load_weights(want, teacher.state_dict(), resize=True)
+    else:
+        want = teacher
+        want.set_input_size(img_size=(16, 16))
+    softmax = want.eval()(x := torch.randn(2, 1, 16, 16))
+    vx.convert(want, "linear", feature_map="t2r", image_size=16)
+    own = start.state_dict()
+    want.load_state_dict({**want.state_dict(), **{k: v for k, v in own.items() if "kernel" in k}})
+    torch.testing.assert_close(model(x), want.eval()(x))
+    assert not torch.allclose(model(x), softmax, rtol=1e-2)
+
+
+def test_labels_of_the_teacher_stay_on_the_device_of_the_images(
+    teachers: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = [SimpleNamespace(labels=torch.zeros(3, dtype=torch.long, device="meta")) for _ in "ab"]
+    logits = torch.eye(3), torch.zeros(3)
+    monkeypatch.setattr(align, "predict", lambda *arguments: logits)
+    config = RunConfig(ModelConfig("vit", convert=ConvertConfig("linear")))
+    config.train.loss, config.train.teacher = "features", str(teachers["own"] / "best.safetensors")
+    data = Splits(train=parts[0], val=parts[0], test=parts[1], classes=["images"],
+                  channels=1, image_size=8, mirror=False, notes=[])  # fmt: skip
+    named = align.named_by_teacher(data, config, Accelerator(cpu=True))
+    assert {part.labels.device.type for part in (named.val, named.test)} == {"meta"}
+
+
 def test_tokens_that_no_image_size_has_are_refused_before_training(
     teachers: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -156,9 +234,7 @@ def test_weights_of_timm_are_the_teacher(
         path = root / f"{i}.png"
         path.parent.mkdir(exist_ok=True)
         Image.effect_noise((16, 16), 9 * i).convert("RGB").save(path)
-    model = convert.build_base(
-        ModelConfig("timm:vit_tiny_patch16_224", options=TIMM), convert.Sizes(16, 3, 5)
-    )
+    model = build_base(ModelConfig("timm:vit_tiny_patch16_224", options=TIMM), Sizes(16, 3, 5))
     weights = tmp_path / "weights.safetensors"
     save_file(model.state_dict(), weights)
     main(
@@ -193,6 +269,9 @@ def test_conversions_are_parsed() -> None:
         (["--model", "nowhere", "--mixer", "linear"], "is not a run with weights"),
         (["--model", "timm:vit_tiny_patch16_224", "--mixer", "linear"], "--weights is needed"),
         (["--model", "OWN", "--mixer", "linear", "--augment.mixup", "1"], "augment.mixup has no"),
+        (["--model", "OWN", "--mixer", "linear", "--train.epochs", "3"], "it is set by --epochs"),
+        (["--model", "OWN", "--mixer", "linear", "--model.convert.mixer=linear"], "set by --mixer"),
+        (["--model", "OWN", "--mixer", "linear", "--train.lr", "1"], "only with --scratch"),
     ],
 )
 def test_a_wrong_conversion_is_one_sentence(

@@ -507,6 +507,10 @@ def test_hugging_face_folders_that_are_not_clear_are_refused(tmp_path: Path) -> 
     refused("two", r"column 'label' holds ClassLabel.*, not images", "huggingface:image=label")
     hf.DatasetDict(test=two).save_to_disk(str(tmp_path / "test"))
     refused("test", r"has no split 'train', only test")
+    names = hf.Features(image=hf.Image(), label=hf.Value("string"))
+    table = {**rows(40), "label": ["cat", "dog", None, "cat"] * 10}
+    hf.Dataset.from_dict(table, features=names).save_to_disk(str(tmp_path / "none"))
+    refused("none", r"row 2 of the dataset has no label")
     config = DataConfig(name="huggingface:label=coarse", root=str(tmp_path / "two"))
     assert load_data(config).classes == ["cat", "dog"]
 

@@ -237,6 +237,14 @@ def test_weights_of_a_run_start_another(suffix: str, tmp_path: Path) -> None:
                  if suffix == "safetensors" else first.model.state_dict())  # fmt: skip
 
 
+def test_checkpointing_that_a_model_of_timm_lacks_is_refused(tmp_path: Path) -> None:
+    config = config_for(tmp_path / "run", None, grad_checkpointing=True)
+    config.model = ModelConfig("timm:pit_ti_224", options={"base_dims": [8, 8, 8]})
+    config.data.image_size = 64
+    with pytest.raises(ValueError, match="grad_checkpointing true: timm:pit_ti_224 does not"):
+        Run(config)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("classes", [10, 7])
 def test_models_of_timm_start_from_weights(channels: int, classes: int, tmp_path: Path) -> None:

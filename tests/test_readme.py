@@ -28,7 +28,7 @@ from blocks import (
 from PIL import Image
 
 import vision_xformer as vx
-from train import convert, league
+from train import convert_plan, league
 from train.__main__ import command_line, parse, with_command
 from train.benchmark.__main__ import command_line as benchmark_line
 from train.benchmark.cases import Case, facts
@@ -409,8 +409,8 @@ def test_training_commands_are_there() -> None:
         if name == "fit":
             parse([str(ROOT / w) if w.startswith("configs/") else w for w in rest])
         elif name == "convert":
-            own, others = convert.parser().parse_known_args(rest)
-            assert all(convert.conversion_of(text).mixer for text in own.mixer)
+            own, others = convert_plan.parser().parse_known_args(rest)
+            assert all(convert_plan.conversion_of(text).mixer for text in own.mixer)
             parse(others)
         else:
             command_line().parse_args([name, *rest])

@@ -17,16 +17,21 @@ from typing import IO
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from train import checkpoint, loop
 from train.__main__ import main, parse
 from train.atomic import read_state
 from train.checkpoint import save_state
 from train.config import AugmentConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
+from train.data import load_data
+from train.evaluation import accuracy, predict
 from train.lock import OWNER, hold
 from train.loop import Run
+from train.model import load_model
 from train.signals import Interrupted
 
 ROOT = Path(__file__).parents[1]
@@ -216,6 +221,48 @@ def test_what_cannot_be_resumed_is_refused(
     (folder / "config.yaml").write_bytes((whole / "config.yaml").read_bytes())
     (folder / "state.pt").write_bytes((whole / "state.pt").read_bytes()[:4000])
     assert "state.pt cannot be read as a run's state" in refused("--resume", str(folder))
+
+
+def test_a_state_has_the_loss_of_all_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(config_for(tmp_path))
+    monkeypatch.setattr(checkpoint, "gather_object", lambda values: [*values, 5.0])
+    run.loss_sum = 2.0
+    save_state(run)
+    assert read_state(tmp_path / "state.pt")["loss_sum"] == 3.5
+
+
+def test_a_scaler_starts_anew_where_the_state_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With train.precision auto, a run may continue in fp16 on another GPU."""
+    config = config_for(tmp_path, epochs=1)
+    Run(config).fit()
+    config.train.epochs = 2
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    monkeypatch.setattr(loop, "make_accelerator", lambda *arguments: accelerator)
+    run = Run(config, tmp_path)
+    assert run.step == 11
+    run.lock.close()
+
+
+@pytest.mark.slow
+def test_batch_norms_of_two_processes_are_validated_as_saved(tmp_path: Path) -> None:
+    config = config_for(tmp_path / "run", epochs=2, ema=0.0)
+    config.model = ModelConfig("convmixer_256_8", options={"dim": 8, "depth": 2, "patch_size": 2})
+    config.augment = AugmentConfig()
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m",
+         "train", *arguments_of(config)],
+        cwd=ROOT, check=True,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    model, _ = load_model(tmp_path / "run" / "last.safetensors")
+    val = accuracy(*predict(model, load_data(config.data).val, Accelerator(cpu=True), 58))
+    *_, last = (tmp_path / "run" / "metrics.csv").read_text(encoding="utf-8").splitlines()
+    assert float(last.split(",")[2]) == pytest.approx(val.loss, abs=1e-6)
 
 
 def test_a_run_has_one_process_at_a_time(

@@ -278,10 +278,12 @@ def test_precision_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     for known, precision in (({}, "no"), ({"avx512_bf16": True}, "bf16"), ({"avx2": True}, "no")):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known, raising=False)
         assert pick_precision("auto", "cpu") == precision
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
-    assert pick_precision("auto", "cuda") == "bf16"
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
-    assert pick_precision("auto", "cuda") == "fp16"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for major, precision in ((7, "fp16"), (8, "bf16"), (9, "bf16")):  # before 8, it is emulated
+        gpu = SimpleNamespace(major=major)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, gpu=gpu: gpu)
+        assert pick_precision("auto", "cuda") == precision
     assert pick_precision("auto", "mps") == "no"
 
 

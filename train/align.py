@@ -52,9 +52,10 @@ def named_by_teacher(data: Splits, config: RunConfig, accelerator: Accelerator) 
         )
     teacher, sizes = load_model(Path(path))
     teacher.to(accelerator.device)
+    parts = config.train.accumulate * accelerator.num_processes
     for images in (data.val, data.test):
-        logits, _ = predict(teacher, images, accelerator, config.data.batch_size)
-        images.labels = logits.argmax(1)
+        logits, _ = predict(teacher, images, accelerator, max(1, config.data.batch_size // parts))
+        images.labels = logits.argmax(1).to(images.labels.device)
     return data._replace(classes=[f"class {i}" for i in range(sizes.classes)])
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from accelerate.utils import gather_object
 
 from vision_xformer.weights import read_weights
 
@@ -39,6 +40,12 @@ def resolved(config: RunConfig) -> str:
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
+def mean_over_processes(value: float) -> float:
+    """The mean of a number of each process."""
+    values = gather_object([value])
+    return float(sum(values) / len(values))
+
+
 def data_fingerprint(run: Run) -> list[str]:
     """The classes and images that a state belongs to."""
     data = run.data
@@ -46,7 +53,8 @@ def data_fingerprint(run: Run) -> list[str]:
 
 
 def save_state(run: Run) -> None:
-    """Write the state of a run to its folder, atomically."""
+    """Write the state of a run to its folder, atomically; all processes call it."""
+    loss_sum = mean_over_processes(run.loss_sum)
     if not run.main:
         return
     scaler = run.accelerator.scaler
@@ -56,7 +64,7 @@ def save_state(run: Run) -> None:
         "step": run.step,
         "rows": run.rows,
         "best": run.best,
-        "loss_sum": run.loss_sum,
+        "loss_sum": loss_sum,
         "images_seen": run.images_seen,
         "seconds": run.seconds,
         "pixels": tuple(pixels_of(run.model)),
@@ -137,7 +145,7 @@ def _load_state(run: Run) -> None:
         if run.ema is not None:
             run.ema.load_state_dict(state["ema"])
         run.optimizer.load_state_dict(state["optimizer"])
-        if run.accelerator.scaler is not None:
+        if run.accelerator.scaler is not None and state["scaler"] is not None:
             run.accelerator.scaler.load_state_dict(state["scaler"])
     except (KeyError, TypeError, AttributeError, RuntimeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} is not a state of this run: {reason(error)}") from error
@@ -161,11 +169,20 @@ def _check_best(path: Path) -> None:
         ) from error
 
 
-def complete(folder: Path) -> ValueError:
-    """Return the error for a run with nothing left to train."""
+def complete(folder: Path, patience: int = 0) -> ValueError:
+    """Return the error for a run with nothing left to train.
+
+    Args:
+        folder: of the run.
+        patience: the value of ``train.patience`` that ended it; 0 if it trained all epochs.
+    """
+    more = (
+        f"--train.patience with a number above {patience}, or 0 to train all epochs"
+        if patience
+        else "--train.epochs with a higher number"
+    )
     return ValueError(
-        f"resume {folder}: the run is complete, see its result.json; to train longer, add "
-        "--train.epochs with a higher number"
+        f"resume {folder}: the run is complete, see its result.json; to train longer, add {more}"
     )
 
 
@@ -196,6 +213,15 @@ def _numbers(config: str) -> dict[str, Any]:
         part, name = option.split(".")
         del found[part][name]
     return found
+
+
+def settings_of(config: RunConfig) -> dict[str, Any]:
+    """The options that the steps of a run depend on, by name, such as "train.lr"."""
+    settings: dict[str, Any] = {}
+    for name, value in _numbers(resolved(config)).items():
+        parts = value if isinstance(value, dict) else {}
+        settings |= {f"{name}.{option}": v for option, v in parts.items()} or {name: value}
+    return settings
 
 
 def _filled(found: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .atomic import read_json, read_yaml
+from .atomic import read_json, read_state, read_yaml
 from .checkpoint import complete
 from .classify import Classifier, find_files, write_csv
 from .config import RunConfig
-from .data import load_data
+from .data import Splits, load_data
 from .devices import make_accelerator
 from .evaluation import accuracy, predict
 from .model import load_model, resized
@@ -82,6 +82,8 @@ def evaluate(folder: Path, config: RunConfig, split: str) -> str:
         print(escaped(note), file=sys.stderr)
     if data.classes != read_json(folder / "classes.json", list):
         raise ValueError(f"{config.data.root} has other classes than {folder}/classes.json")
+    if text := _changed(folder, config, data):
+        print(escaped(text), file=sys.stderr)
     if data.channels != sizes.channels:
         raise ValueError(
             f"the images in {config.data.root} must have {sizes.channels} channels, like those of "
@@ -98,6 +100,20 @@ def evaluate(folder: Path, config: RunConfig, split: str) -> str:
     return (
         f"{split} top-1 {found.top1:.2%}, top-5 {found.top5:.2%}, loss {found.loss:.4f} "
         f"({len(labels):,} images)"
+    )
+
+
+def _changed(folder: Path, config: RunConfig, data: Splits) -> str:
+    """Return a warning if images that a run was trained on may now be in another split."""
+    state, root = folder / "state.pt", read_yaml(folder / "config.yaml")["data"]["root"]
+    if config.data.root != root or not state.is_file():
+        return ""
+    *_, train, _, _ = read_state(state)["data"]
+    if train == data.train.fingerprint():
+        return ""
+    return (
+        f"warning: the images in {root} have changed since the run was trained; where validation "
+        "and test images are split off at random, they now include images that it was trained on"
     )
 
 

@@ -2,184 +2,37 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
 import sys
-import tempfile
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
-import yaml
 from accelerate import PartialState
 from torch import Tensor, nn
 
 import vision_xformer as vx
-from vision_xformer.options import unknown_name_error
-from vision_xformer.weights import read_weights
 
 from . import convert_page
 from .atomic import read_json, write_whole
 from .augment import plain
-from .config import ConvertConfig, DataConfig, ModelConfig, RunConfig
+from .checkpoint import settings_of
+from .config import ConvertConfig, RunConfig
 from .convert_cost import TEACHER, image_sizes, measure_cost
-from .convert_page import COLUMNS
+from .convert_page import COLUMNS, RESULTS
+from .convert_plan import SCRATCH, Plan, plan_of
 from .devices import pick_device
 from .evaluation import accuracy, predict
 from .loop import Run
-from .model import Sizes, build_base, load_model, save_weights
-from .pixels import NAMED, pixels_of_weights, set_pixels
-from .recipes import parse
+from .model import load_model
 from .run_dir import discard
 from .signals import Interrupted
 
 Stage = Literal["attention", "features", "scratch"]
 _STAGES: tuple[Stage, ...] = ("attention", "features")
 _COMPARED = 64  # validation images whose features are compared with the teacher's
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """The kernels to compare, and how they are trained.
-
-    Attributes:
-        config: of all runs: model, data, augmentation and training.
-        teacher: file of the model before conversion.
-        mixers: conversions by name.
-        epochs: number of epochs of the two stages.
-        lr: peak learning rates of the two stages.
-        tokens: numbers of tokens at which time and memory are measured.
-        scratch: whether each kernel is also trained from scratch with labels, for as many epochs.
-        folder: folder of all runs and results.
-    """
-
-    config: RunConfig
-    teacher: Path
-    mixers: dict[str, ConvertConfig]
-    epochs: Sequence[int]
-    lr: Sequence[float]
-    tokens: Sequence[int]
-    scratch: bool
-    folder: Path
-
-
-def parser() -> argparse.ArgumentParser:
-    """The options of ``convert``; all others are those of ``fit``."""
-    parser = argparse.ArgumentParser(
-        prog="python -m train convert",
-        description="Convert the attention of a trained model, retrain it without labels, and "
-        "compare kernels. Run the same command again to resume. All options of fit are accepted.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--model", required=True, help="folder of a run, or timm:NAME")
-    parser.add_argument("--weights", type=Path, help="file of weights, for a timm model")
-    parser.add_argument(
-        "--mixer", required=True, nargs="+", metavar="KERNEL[:OPTION=VALUE...]",
-        help="kernels with their options, such as nystrom:landmarks=64; layers=4-11 selects "
-        "layers, and center_keys=false turns centering off",
-    )  # fmt: skip
-    parser.add_argument("--epochs", type=int, nargs=2, default=(1, 2), help="of the two stages")
-    parser.add_argument("--lr", type=float, nargs=2, default=(1e-3, 3e-4), help="of the two stages")
-    parser.add_argument(
-        "--tokens", type=int, nargs="+", default=(), metavar="N",
-        help="numbers of tokens at which to measure time and memory before and after",
-    )  # fmt: skip
-    parser.add_argument(
-        "--scratch", action="store_true",
-        help="also train each kernel from scratch with labels, for as many epochs",
-    )  # fmt: skip
-    return parser
-
-
-def conversion_of(text: str) -> ConvertConfig:
-    """Parse ``nystrom:landmarks=64:layers=0-3``.
-
-    Raises:
-        ValueError: for an unknown kernel, or a part that is not ``option=value``.
-    """
-    mixer, *words = text.split(":")
-    if mixer not in vx.KERNELS:
-        raise unknown_name_error("--mixer", mixer, vx.KERNELS.names())
-    options: dict[str, Any] = {}
-    for word in words:
-        name, equals, value = word.partition("=")
-        if not (name and equals and value):
-            raise ValueError(f"--mixer {text}: {word!r} must have the form option=value")
-        options[name] = yaml.safe_load(value)
-    centered, layers = options.pop("center_keys", None), options.pop("layers", None)
-    if layers is not None:
-        first, _, last = str(layers).partition("-")
-        if not (first.isdecimal() and (last or first).isdecimal()):
-            raise ValueError(
-                f"--mixer {text}: layers {layers} must be an index or a range like 0-3"
-            )
-        layers = list(range(int(first), int(last or first) + 1))
-    return ConvertConfig(mixer, options, layers, centered)
-
-
-def plan_of(arguments: list[str]) -> Plan:
-    """Parse the arguments of ``convert``.
-
-    Raises:
-        ValueError: for an invalid model, kernel or option.
-    """
-    own, others = parser().parse_known_args(arguments)
-    mixers = {text: conversion_of(text) for text in own.mixer}
-    given = parse(others)
-    if given.run_dir is None:
-        raise ValueError("run_dir is needed: name a folder for the converted models")
-    folder = Path(given.run_dir).expanduser()
-    if own.model.startswith("timm:"):
-        if own.weights is None:
-            raise ValueError(f"--weights is needed: a file with weights of {own.model}")
-        model, config = ModelConfig(own.model, options=given.model.options), given
-        teacher = folder / "teacher.safetensors"
-        if not teacher.is_file():
-            folder.mkdir(parents=True, exist_ok=True)
-            _write_teacher(teacher, model, own.weights, config.data)
-    else:
-        run = Path(own.model).expanduser()
-        teacher = run / "best.safetensors"
-        if not teacher.is_file():
-            raise ValueError(f"--model {run} is not a run with weights: it has no {teacher.name}")
-        config = _over(parse([], run / "config.yaml"), others)
-        model = config.model
-    config = dataclasses.replace(config, model=dataclasses.replace(model, weights=str(teacher)))
-    return Plan(config, teacher, mixers, own.epochs, own.lr, own.tokens, own.scratch, folder)
-
-
-def _over(base: RunConfig, others: list[str]) -> RunConfig:
-    """Parse options of ``fit``, with model, data and augmentation of a run as defaults."""
-    augment = dataclasses.replace(base.augment, mixup=0.0, cutmix=0.0)
-    balance = "none" if base.data.balance == "loss" else base.data.balance
-    data = dataclasses.replace(base.data, balance=balance)
-    parts = {"model": base.model, "data": data, "augment": augment}
-    with tempfile.TemporaryDirectory() as folder:
-        recipe = Path(folder) / "recipe.yaml"
-        text = yaml.safe_dump({n: dataclasses.asdict(cast(Any, p)) for n, p in parts.items()})
-        recipe.write_text(text, encoding="utf-8")
-        return parse([f"--config={recipe}", *others])
-
-
-def _write_teacher(path: Path, config: ModelConfig, weights: Path, data: DataConfig) -> None:
-    """Write a timm model to a file with its weights and the recipe to rebuild it."""
-    import timm
-
-    known: Any = timm.get_pretrained_cfg(config.name.removeprefix("timm:"))
-    if known is None:
-        raise ValueError(f"--model {config.name} is not a timm model with pretrained weights")
-    state = read_weights(weights)
-    classifier = known.classifier if isinstance(known.classifier, str) else known.classifier[0]
-    head = state.get(f"{classifier}.weight")
-    classes = known.num_classes if head is None else len(head)
-    sizes = Sizes(data.image_size or known.input_size[1], known.input_size[0], classes)
-    overlay = {"file": str(weights), "num_classes": classes}
-    model = build_base(config, sizes, pretrained=True, pretrained_cfg_overlay=overlay)
-    set_pixels(model, pixels_of_weights(weights, config.name) or NAMED["half"])
-    save_weights(model, path, config, sizes)
 
 
 def run_plan(plan: Plan) -> str:
@@ -189,9 +42,8 @@ def run_plan(plan: Plan) -> str:
         The tables of results.
     """
     sizes = _image_sizes(plan)
-    path = plan.folder / "conversion.json"
     plan.folder.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Any] = read_json(path, dict) if path.is_file() else {"rows": {}}
+    found = _results(plan)
     for name, conversion in plan.mixers.items():
         row = found["rows"].setdefault(name, {})
         stages: tuple[Stage, ...] = (*_STAGES, "scratch") if plan.scratch else _STAGES
@@ -207,6 +59,34 @@ def run_plan(plan: Plan) -> str:
     if sizes:
         tables.append(convert_page.cost_table(found["cost"]))
     return "\n\n".join(f"{table.caption}\n{table.text()}" for table in tables)
+
+
+def _results(plan: Plan) -> dict[str, Any]:
+    """Read the results so far, or start them.
+
+    Raises:
+        ValueError: if they are of other settings; it names the first that differs.
+    """
+    path = plan.folder / RESULTS
+    settings = {
+        "source": plan.source,
+        "epochs": list(plan.epochs),
+        "lr": list(plan.lr),
+        **settings_of(plan.config),
+    }
+    # instead of paths, the source is compared
+    for option in ("model.weights", "train.teacher", *(() if plan.scratch else SCRATCH)):
+        del settings[option]
+    found: dict[str, Any] = read_json(path, dict) if path.is_file() else {"rows": {}}
+    then = found.get("settings", {})
+    for name, value in settings.items():
+        if then.get(name, value) != value:
+            raise ValueError(
+                f"{path} has results for {name} {then[name]}, not {value}: name another run_dir, "
+                "or give the same options as before"
+            )
+    found["settings"] = then | settings
+    return found
 
 
 def _image_sizes(plan: Plan) -> dict[int, int]:
@@ -240,14 +120,14 @@ def _add_cost(plan: Plan, sizes: dict[int, int], found: dict[str, Any]) -> None:
     rows = measure_cost(plan.config, plan.mixers, left, load_model(plan.teacher)[1])
     kept = [row for row in found.get("cost", []) if row["tokens"] not in left]
     found["cost"] = sorted([*kept, *rows], key=lambda row: row["tokens"])
-    write_whole(plan.folder / "conversion.json", json.dumps(found, indent=2) + "\n")
+    write_whole(plan.folder / RESULTS, json.dumps(found, indent=2) + "\n")
 
 
 def _train(
     plan: Plan, name: str, conversion: ConvertConfig, stage: Stage, found: dict[str, Any]
 ) -> None:
     """Train or resume one stage of one kernel, and write the results."""
-    path, row = plan.folder / "conversion.json", found["rows"][name]
+    path, row = plan.folder / RESULTS, found["rows"][name]
     config = _config(plan, name, conversion, stage)
     folder = Path(config.run_dir or "")
     run = Run(config, folder if (folder / "config.yaml").is_file() else None)
@@ -273,7 +153,7 @@ def _train(
 def _predict(run: Run, model: nn.Module) -> tuple[Tensor, Tensor]:
     """Predict the test images of a run with another model: logits (N, classes), classes (N,)."""
     data = run.config.data
-    return predict(model, run.data.test, run.accelerator, run.batch_size, data.workers)
+    return predict(model, run.data.test, run.accelerator, run.part_size, data.workers)
 
 
 def _distance(run: Run) -> dict[str, float]:

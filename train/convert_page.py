@@ -20,6 +20,7 @@ COLUMNS = {
     "swap": "after the swap", "attention": "after stage 1", "features": "after stage 2",
     "scratch": "from scratch",
 }  # fmt: skip
+RESULTS = "conversion.json"
 _NOTE = (
     "error: |ours - theirs| / |theirs| of the attention output, given the teacher's input, mean "
     "over layers; cosine: similarity of the last features; agreement: fraction of equal "
@@ -29,8 +30,8 @@ _NOTE = (
 
 
 def write(folder: Path, found: dict[str, Any]) -> None:
-    """Write conversion.html and its figures, from what conversion.json in the folder holds."""
-    source = fingerprint(folder / "conversion.json")
+    """Write conversion.html and its figures, from the results in the folder."""
+    source = fingerprint(folder / RESULTS)
     sections = [Section("Conversions", accuracy_figure(found), [table(found)], [_NOTE])]
     if cost := found.get("cost"):
         sections.append(Section("Cost", cost_figure(cost), [cost_table(cost)]))

@@ -17,7 +17,7 @@ from vision_xformer.weights import read_weights
 from .align import freeze_unmatched
 from .atomic import read_state
 from .config import ModelConfig
-from .model import Sizes, build_base, converted, is_converted, of_converted
+from .model import Sizes, build_base, conversion_of, converted, is_converted
 from .pixels import NAMED, Pixels, pixels_of_weights, set_pixels
 
 if TYPE_CHECKING:
@@ -49,7 +49,12 @@ def start_model(run: Run, sizes: Sizes) -> nn.Module:
     freeze(model, config.train.freeze)
     freeze_unmatched(model, config.train.loss, sizes)
     if config.train.grad_checkpointing:
-        model.set_grad_checkpointing()  # type: ignore[operator]
+        try:
+            model.set_grad_checkpointing()  # type: ignore[operator]
+        except AssertionError as error:  # of timm
+            raise ValueError(
+                f"train.grad_checkpointing true: {config.model.name} does not support it"
+            ) from error
     return model
 
 
@@ -68,7 +73,7 @@ def _load(model: nn.Module, config: ModelConfig, file: str, sizes: Sizes) -> str
     """Load pretrained weights, and return a description of what was loaded."""
     path = Path(file).expanduser()
     try:
-        if config.convert.mixer is not None and of_converted(path):
+        if config.convert.mixer is not None and conversion_of(path).mixer is not None:
             converted(model, config.convert, sizes).load_state_dict(read_weights(path))
             return "all tensors used, of a converted model"
         if not isinstance(model, vx.VisionModel):

@@ -2,7 +2,7 @@
 
 Every step (images, their order and augmentation, dropout) is a function of the seed and the step
 number, so a run resumes as if it had not been interrupted. Several processes match a single one,
-except for dropout, augmentation policies and mixing, which are drawn per process.
+except for dropout, augmentation policies, mixing and batch norm, which are those of a process.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -25,7 +25,7 @@ from vision_xformer.weights import read_weights
 from .align import matching, named_by_teacher
 from .augment import augment, draw, mixing
 from .balance import class_weights, cross_entropy, epoch_order
-from .checkpoint import save_epoch, save_result, save_state, take_up
+from .checkpoint import mean_over_processes, save_epoch, save_result, save_state, take_up
 from .config import RunConfig
 from .data import Images, load_data
 from .devices import make_accelerator, part_size
@@ -172,10 +172,9 @@ class Run:
         if not math.isfinite(val.loss):
             hint = "lower train.lr, or set train.precision to fp32"
             raise ValueError(f"the validation loss is {val.loss} after step {self.step}: {hint}")
-        loss = sum(gather_object([self.loss_sum])) / self.accelerator.num_processes
         row = {
             "epoch": len(self.rows) + 1,
-            "train_loss": loss / self.steps_per_epoch,
+            "train_loss": mean_over_processes(self.loss_sum) / self.steps_per_epoch,
             "val_loss": val.loss,
             "val_top1": val.top1,
             "val_top5": val.top5,
@@ -194,8 +193,9 @@ class Run:
 
     def predict(self, images: Images) -> tuple[Tensor, Tensor]:
         """Logits (N, classes) and classes (N,) of all images, see :func:`predict`."""
-        workers = self.config.data.workers
-        return predict(self.best_model, images, self.accelerator, self.batch_size, workers)
+        model, workers = self.best_model, self.config.data.workers
+        broadcast(list(model.buffers()))  # statistics of batch norms differ between processes
+        return predict(model, images, self.accelerator, self.part_size, workers)
 
     # All epochs
     @property

@@ -71,10 +71,14 @@ def is_converted(model: nn.Module) -> bool:
     return bool(converted_layers(model))
 
 
-def of_converted(path: Path) -> bool:
-    """Whether a file of :func:`save_weights` holds a converted model."""
-    recipe = json.loads(read_metadata(path).get("recipe", "{}"))
-    return recipe.get("model", {}).get("convert", {}).get("mixer") is not None
+def conversion_of(path: Path) -> ConvertConfig:
+    """Return the conversion of the model in a file of weights; without a kernel if it has none.
+
+    Raises:
+        ValueError: for a recipe that cannot be read.
+    """
+    recipe = _read_recipe(path)
+    return ConvertConfig() if recipe is None else recipe[0].convert
 
 
 def build_base(config: ModelConfig, sizes: Sizes, **timms: Any) -> nn.Module:
@@ -183,18 +187,12 @@ def load_model(path: Path) -> tuple[nn.Module, Sizes]:
     Raises:
         ValueError: for a file that was not written by it.
     """
-    metadata = read_metadata(path)
-    if "recipe" not in metadata:
+    recipe = _read_recipe(path)
+    if recipe is None:
         model = vx.load_model(path)
         channels, *shape = model.config.input_shape
         return model, Sizes(shape[0], channels, model.config.num_classes)
-    try:
-        recipe = json.loads(metadata["recipe"])
-        config, sizes = ModelConfig.from_dict(recipe["model"]), Sizes(*recipe["sizes"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"{path} has a recipe of another version of this program: {reason(error)}"
-        ) from error
+    config, sizes = recipe
     other = build_model(config, sizes)
     try:
         other.load_state_dict(read_weights(path))
@@ -204,17 +202,37 @@ def load_model(path: Path) -> tuple[nn.Module, Sizes]:
     return other.eval(), sizes
 
 
+def _read_recipe(path: Path) -> tuple[ModelConfig, Sizes] | None:
+    """Return the recipe in a file of weights, or None if it has none.
+
+    Raises:
+        ValueError: for a recipe of another version.
+    """
+    text = read_metadata(path).get("recipe")
+    if text is None:
+        return None
+    try:
+        recipe = json.loads(text)
+        return ModelConfig.from_dict(recipe["model"]), Sizes(*recipe["sizes"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} has a recipe of another version of this program: {reason(error)}"
+        ) from error
+
+
 def resized(model: nn.Module, path: Path, image_size: int, channels: int) -> nn.Module:
     """Return a model for another image size, with the weights of a file of :func:`save_weights`.
 
-    Position tables are resized.
+    Position tables are resized; pixel statistics and conversion remain.
 
     Raises:
         ValueError: for a size that the model does not support.
     """
     if isinstance(model, vx.VisionModel):
         other = vx.create_model(model.config, image_size=image_size)
+        converted(other, conversion_of(path), Sizes(image_size, channels, other.num_classes))
         vx.load_weights(other, path, resize=True)
+        set_pixels(other, pixels_of(model))
         return other.eval()
     if hasattr(model, "set_input_size"):  # of timm
         try:

@@ -11,11 +11,12 @@ from jsonargparse import ActionConfigFile, Namespace
 from .cli import Parser
 from .config import RunConfig, bounds_of, plain_type
 
-_BY_KEY = ("model.options", "model.mixer_options")  # merged over several files
+# dictionaries that are merged over several files
+_BY_KEY = ("model.options", "model.mixer_options", "model.convert.options")
 
 
 class _Recipe(ActionConfigFile):
-    """A YAML file that overrides earlier ones key by key, also within ``model.options``.
+    """A YAML file that overrides earlier ones key by key, also within dictionaries.
 
     jsonargparse treats a dictionary as a single value and would drop the keys of earlier files.
     """

@@ -66,7 +66,8 @@ def open_folder(run: Run) -> None:
     """
     if run.resumed:
         if run.finished and (run.folder / "result.json").is_file():
-            raise complete(run.folder)
+            c = run.config.train
+            raise complete(run.folder, c.patience if len(run.rows) < c.epochs else 0)
         (run.folder / "result.json").unlink(missing_ok=True)
     elif (run.folder / "config.yaml").exists():
         raise ValueError(f"run_dir {run.folder} already holds a run")

@@ -29,7 +29,7 @@ def autocasts(x: Tensor) -> bool:
 def has_bf16(device: str) -> bool:
     """Whether a device, "cpu" or "cuda", computes in bfloat16 natively."""
     if device == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     # a function of newer PyTorch only
     known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(known.get("avx512_bf16") or known.get("amx_bf16"))

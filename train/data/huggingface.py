@@ -105,7 +105,10 @@ def _read_saved(dataset: Any, image: str, label: str) -> tuple[list[Item], list[
     encoded = type(dataset.features[image])(decode=False)  # our reader decodes all images
     images = dataset.select_columns([image]).cast_column(image, encoded)
     read = functools.partial(_image, images, image)
-    return [Item(read, i) for i in range(len(dataset))], list(dataset[label])
+    labels = list(dataset[label])
+    if None in labels:
+        raise ValueError(f"row {labels.index(None)} of the dataset has no {label}")
+    return [Item(read, i) for i in range(len(dataset))], labels
 
 
 def _find_column(features: Any, kind: Literal["image", "label"], name: str | int | None) -> str:
