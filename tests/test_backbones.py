@@ -675,6 +675,21 @@ def test_checkpointing_is_compiled_where_no_norm_counts_batches() -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("name", TEST_MODELS)
+def test_batch_norms_can_be_synchronized(name: str) -> None:
+    model = vx.create_model(name)
+    if not any(isinstance(module, _BatchNorm) for module in model.modules()):
+        return
+    together = torch.nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    x = torch.randn(3, *model.config.input_shape)
+    for _ in range(2):  # in training mode, then with the statistics of that
+        torch.manual_seed(0)
+        want = model(x)
+        torch.manual_seed(0)
+        torch.testing.assert_close(together(x), want)
+        model.eval(), together.eval()
+
+
 @pytest.mark.parametrize("name", ["levin_test_rope", "cvp_test_rope", "cct_test_rope"])
 def test_a_model_of_shapes_alone_runs(name: str) -> None:
     with torch.device("meta"):

@@ -246,6 +246,21 @@ def test_dropped_patches_are_a_sequence() -> None:
     assert kernel.grid(9) == vx.TokenGrid((8,), 1)
 
 
+def test_checkpointing_of_two_sizes_uses_the_grid_of_each() -> None:
+    """Blocks of the first images are recomputed after the second ones have passed."""
+    model = VisionTransformer(img_size=16, dynamic_img_size=True, **VIT).double()
+    vx.convert(model, "nystrom", landmarks=4)
+    sizes = [images_of((16, 16)), images_of((8, 24))]
+    weight = model.blocks[0].attn.qkv.weight
+    nn.init.normal_(weight)  # maps that depend on the landmarks
+    gradients = []
+    for checkpointing in (False, True):
+        model.set_grad_checkpointing(checkpointing)
+        loss = sum(model(images).square().sum() for images in sizes)
+        gradients.append(torch.autograd.grad(loss, weight)[0])
+    torch.testing.assert_close(*gradients)
+
+
 def test_layers_are_chosen_and_kept() -> None:
     model = build("timm")
     report = vx.convert(model, "performer", layers=[-1])
@@ -271,6 +286,25 @@ def test_modes_dtypes_and_devices_are_kept() -> None:
         other = VisionTransformer(img_size=16, **VIT)
     vx.convert(other, "nystrom")
     assert {p.device.type for p in other.parameters()} == {"meta"}
+
+
+def test_plain_attention_is_recognized_in_half_precision() -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        model = DinoViT(SQUARE).to(dtype)
+        assert len(vx.convert(model, "linear").converted) == 2
+        assert {p.dtype for p in model.parameters()} == {dtype}
+        with pytest.raises(ValueError, match="differs from that of softmax attention"):
+            vx.convert(DinoViT(SQUARE, BiasedAttention).to(dtype), "linear")
+
+
+def test_softmax_that_is_restored_has_the_mode_of_its_layer() -> None:
+    model = vx.create_model("vit_test", mixer_options={"dropout": 0.5})
+    images = torch.randn(2, *model.config.input_shape)
+    vx.convert(model, "linear")
+    model.eval()
+    vx.revert(model)
+    assert torch.equal(model(images), model(images))
+    assert not any(module.training for module in model.modules())
 
 
 def test_a_scale_that_is_not_the_usual_one_is_kept() -> None:
@@ -382,6 +416,29 @@ def test_attn_implementation_calls_our_kernels(name: str) -> None:
     vx.convert(third, "nystrom", landmarks=3)
     if name != "hf mae":  # attn_implementation does not know that patches are missing
         torch.testing.assert_close(run(third, images), by_table, rtol=1e-10, atol=1e-10)
+
+
+def test_attn_implementation_follows_every_change() -> None:
+    model, images = build("hf vit"), images_of(SQUARE)
+    vx.register_transformers()
+    outputs = {}
+    for kernel in ("softmax", "linear", "mala"):
+        model.set_attn_implementation(f"vx_{kernel}")
+        outputs[kernel] = run(model, images)
+        fresh = build("hf vit")
+        fresh.load_state_dict(model.state_dict())
+        vx.convert(fresh, kernel)
+        torch.testing.assert_close(outputs[kernel], run(fresh, images), rtol=1e-10, atol=1e-10)
+    assert (outputs["linear"] - outputs["mala"]).abs().max() > 1e-6
+    vx.register_transformers("linear", feature_map="relu")
+    model.set_attn_implementation("vx_linear")
+    assert (run(model, images) - outputs["linear"]).abs().max() > 1e-6
+    vx.convert(fresh := build("hf vit"), "linear")
+    fresh.set_attn_implementation("vx_mala")
+    with pytest.raises(ValueError, match=r"is converted to linear: call vx\.revert"):
+        run(fresh, images)
+    vx.revert(fresh)
+    assert run(fresh, images).isfinite().all()
 
 
 def test_attn_implementation_refuses_bias_and_masks() -> None:
@@ -526,6 +583,9 @@ def test_files_record_the_conversion(tmp_path: Path) -> None:
     vx.save_converted(model, path)
     again = vx.load_converted(path, build("timm"))
     assert torch.equal(again(images), model(images))
+    vx.save_converted(torch.compile(model, backend="eager"), path)
+    again = vx.load_converted(path, build("timm"))
+    assert torch.equal(again(images), model(images))
     other = VisionTransformer(img_size=16, **{**VIT, "depth": 3}).double()
     with pytest.raises(ValueError, match="belongs to another model than this VisionTransformer"):
         vx.load_converted(path, other)
@@ -632,6 +692,10 @@ def test_the_report_counts_operations_and_bytes() -> None:
     assert row.flops[1] == 2 * 2 * 2 * n * 6 * 7
     # Softmax keeps q, k, v, the output and a sum for each query and head.
     assert row.kept[0] == pytest.approx(4 * n * (4 * d + 2), rel=0.02)
+    model = VisionTransformer(img_size=64, patch_size=2, embed_dim=12, depth=1, num_heads=2)
+    (half,) = vx.convert(model.bfloat16(), "linear").rows
+    assert half.kept is not None
+    assert half.kept[0] == pytest.approx(2 * n * 4 * d + 4 * n * 2, rel=0.02)
 
 
 def test_break_even_is_where_the_kernel_stays_faster() -> None:

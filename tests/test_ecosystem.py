@@ -14,6 +14,7 @@ from typing import Any
 import accelerate
 import peft
 import pytest
+import timm
 import torch
 from influence import shake
 from test_contract import (
@@ -139,6 +140,20 @@ def test_torch_func_of_mixers(name: str, axes: str) -> None:
     grid = GRIDS[axes]
     mixer = make(name, grid).eval()
     assert_transforms(mixer, tokens(grid, 2), grid)
+
+
+@pytest.mark.parametrize("name", vx.list_mixers())
+def test_second_derivatives_after_autocast(name: str) -> None:
+    """As in a gradient penalty: the backward passes are not inside autocast."""
+    grid = GRIDS["2-D"]
+    mixer, x = make(name, grid).float().eval(), tokens(grid, 2).float().requires_grad_()
+    weights = [p for p in mixer.parameters() if p.requires_grad]
+    with torch.autocast("cpu", torch.bfloat16):
+        y = mixer(x, grid)
+    (slope,) = torch.autograd.grad(y.float().square().sum(), x, create_graph=True)
+    if slope.requires_grad:
+        found = torch.autograd.grad(slope.square().sum(), [x, *weights], allow_unused=True)
+        assert all(g.isfinite().all() for g in found if g is not None)
 
 
 @each_model_angles_slow
@@ -442,3 +457,16 @@ def test_dynamic_quantization(name: str) -> None:
     with torch.no_grad():
         got, want = quantized(x), model(x)
     assert 0 < float((got - want).norm() / want.norm()) < 0.2
+
+
+def test_a_default_device_does_not_reach_the_data(tmp_path: Path) -> None:
+    """Tensors of one device stay together under ``torch.set_default_device``."""
+    theirs = timm.create_model("levit_128s", num_classes=5)
+    ours, softmax = vx.create_model("levit_128s", num_classes=5), vx.create_model("vit_test")
+    images = torch.randn(4, *softmax.config.input_shape)
+    with torch.device("meta"):
+        vx.load_weights(ours, theirs.state_dict())
+        vx.convert(softmax, "linear", feature_map="hedgehog")
+        vx.align(softmax, None, images, steps=(2, 2), batch_size=2, precision="fp32")
+        vx.export_onnx(softmax, tmp_path / "model.onnx")
+    assert softmax(images).isfinite().all()

@@ -505,6 +505,9 @@ def test_overlays_show_the_image_and_where_the_heat_is() -> None:
     for part, (row, column) in ((warm[:32], (1, 4)), (warm[36:], (6, 1))):
         y, x_ = divmod(int(part.argmax()), 24)
         assert (y // 4, x_ // 4) == (row, column)
+    with torch.device("meta"):  # any default device
+        again = vx.overlay(x, heat, mean=mean, std=std, size=32)
+    assert again.tobytes() == sheet.tobytes()
     # of several heats, of one channel, and without contrast
     assert vx.overlay(pixels[:, :1], heat[:, None].expand(-1, 3, -1, -1), size=32).size[0] == 108
     flat = np.array(vx.overlay(torch.zeros(1, 3, 8, 8), torch.ones(1, 2, 2), size=16))

@@ -22,6 +22,7 @@ from vision_xformer import KERNELS, Site, TokenGrid, create_mixer
 from vision_xformer.grid import grid_parts, pool_grid, segment_means
 from vision_xformer.kernels import mhla, nystrom, performer
 from vision_xformer.kernels.nystrom import depthwise_conv, newton_schulz_pinv
+from vision_xformer.kernels.softmax import attend
 
 HEADS, K, V = 3, 5, 7
 
@@ -1000,3 +1001,10 @@ def test_a_nystrom_kernel_has_the_gradients_of_its_plain_equations(autocast: boo
         assert mine.dtype == theirs.dtype == dtype
         tolerance = 2e-2 if autocast else 1e-12
         assert (mine - theirs).norm() <= tolerance * theirs.norm()
+
+
+def test_a_batch_of_biases() -> None:
+    q, k, v = torch.randn(3, 2, HEADS, 6, K)
+    biases = torch.randn(4, HEADS, 6, 6)
+    want = torch.stack([attend(q, k, v, bias) for bias in biases])
+    torch.testing.assert_close(torch.func.vmap(lambda bias: attend(q, k, v, bias))(biases), want)

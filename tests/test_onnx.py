@@ -6,6 +6,7 @@ import copy
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -80,6 +81,35 @@ def test_every_mixer_runs_in_half_precision(name: str, tmp_path: Path) -> None:
         t.data_type == onnx.TensorProto.FLOAT16 and math.prod(t.dims) == 24 * 38 for t in stored
     )
     assert_same(tmp_path / "half.onnx", model, 1e-2)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [*((name, {}) for name in TEST_MODELS), ("levit_test", {"mixer": "fourier"}),
+     ("vit_test", {"input_shape": (2, 4, 14, 10), "factorized": True})],
+)  # fmt: skip
+def test_every_model_is_cast_to_half(name: str, options: dict[str, Any]) -> None:
+    """Also mixers that contain others, each of which would cast its output."""
+    model = tiny(name, **options).eval()
+    images = torch.randn(2, *model.config.input_shape)
+    with torch.no_grad():
+        want = model(images)
+        got = onnx_export.in_half(copy.deepcopy(model))(images.half())
+    assert got.dtype == torch.float16
+    scale = max(1.0, float(want.abs().max()))
+    torch.testing.assert_close(got.float(), want, rtol=0, atol=2e-2 * scale)
+
+
+def test_a_file_that_onnxruntime_cannot_load_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("Type parameter (T) bound to different types\nmore")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", broken)
+    with pytest.raises(ValueError, match=r"MlpMixer .* cannot be loaded: Type .* types; it is not"):
+        vx.export_onnx(tiny("mlp_mixer_test"), tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 def test_half_precision_keeps_sums_in_float32(tmp_path: Path) -> None:

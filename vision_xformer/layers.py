@@ -38,12 +38,12 @@ def _filled(module: nn.Module, weight: Tensor, bias: Tensor, like: nn.Module) ->
     return module.train(like.training)
 
 
-class TokenBatchNorm(nn.BatchNorm1d):
-    """Batch norm over samples and tokens. Shape: (B, N, D) -> same."""
+def norm_tokens(norm: nn.Module, x: Tensor) -> Tensor:
+    """Apply a batch norm over samples and tokens: (B, N, D) -> (B, N, D).
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize: (B, N, D) -> (B, N, D)."""
-        return super().forward(x.flatten(0, 1)).view_as(x)
+    It is a plain one, which ``nn.SyncBatchNorm.convert_sync_batchnorm`` may replace.
+    """
+    return norm(x.flatten(0, 1)).view_as(x)
 
 
 class _InFormatOf(torch.autograd.Function):
@@ -156,12 +156,12 @@ class LinearNorm(nn.Module):
     def __init__(self, dim: int, out_dim: int, norm_weight: float = 1.0) -> None:
         super().__init__()
         self.linear = nn.Linear(dim, out_dim, bias=False)
-        self.norm = TokenBatchNorm(out_dim)
+        self.norm = nn.BatchNorm1d(out_dim)
         nn.init.constant_(self.norm.weight, norm_weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """Project and normalize: (B, N, D) -> (B, N, E)."""
-        return self.norm(self.linear(x))
+        return norm_tokens(self.norm, self.linear(x))
 
     def fused(self) -> nn.Module:
         """Fold the batch norm into the linear layer (inference only)."""

@@ -1,11 +1,14 @@
-"""Temporary evaluation mode, and a check for models without values."""
+"""Temporary evaluation mode, models inside wrappers, and a check for models without values."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
+
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 @contextlib.contextmanager
@@ -19,6 +22,14 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes:
             part.training = mode
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile or a wrapper for data-parallel training."""
+    inner: Any = model
+    while isinstance(inner, _WRAPPERS) or hasattr(inner, "_orig_mod"):
+        inner = inner._orig_mod if hasattr(inner, "_orig_mod") else inner.module
+    return inner
 
 
 def check_values(model: nn.Module, name: str) -> None:

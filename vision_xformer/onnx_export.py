@@ -22,12 +22,11 @@ from .backbones.publishing import published
 from .kernels import Kernel
 from .mixers import Mixer
 from .mixers.attention import Attention
-from .modes import check_values
+from .modes import check_values, unwrapped
 from .options import check_types
 from .stems.base import check_input_shape
 from .weights.files import check_target, replacing
 
-_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _LIMIT = 2**31  # largest protobuf file in bytes
 _TOLERANCE, _HALF_TOLERANCE = 1e-4, 3e-2  # of the largest logit, or of 1 if that is larger
 
@@ -71,7 +70,7 @@ def export_onnx(
     _require("onnx", "onnxscript", "onnxruntime")
     flags = {"half": half, "dynamic_size": dynamic_size}
     check_types({"batch_size": batch_size, **flags}, export_onnx)
-    model = _unwrapped(model)
+    model = unwrapped(model)
     check_values(model, _name(model))
     path, shape = Path(path), _shape_of(model, input_shape)
     if path.suffix != ".onnx":
@@ -115,10 +114,13 @@ def in_half(model: nn.Module) -> nn.Module:
     mixer as a whole.
     """
     model.half()
+    inside: set[nn.Module] = set()  # of a mixer that contains others
     for module in model.modules():
-        if isinstance(module, Kernel) or (
-            isinstance(module, Mixer) and not isinstance(module, Attention)
+        if module not in inside and (
+            isinstance(module, Kernel)
+            or (isinstance(module, Mixer) and not isinstance(module, Attention))
         ):
+            inside |= set(module.modules())
             module.float()
             module.register_forward_pre_hook(_widen, with_kwargs=True)
             module.register_forward_hook(lambda module, inputs, output: output.half())
@@ -146,7 +148,7 @@ def _program(
         axes |= dict.fromkeys(range(2, len(shape) + 1), torch.export.Dim.DYNAMIC)
         shape = _other_size(shape, 2, 3)  # at its own size, a model skips the interpolation
     dynamic = (axes,) if axes else None
-    images = torch.zeros(batch_size or 2, *shape, dtype=dtype)
+    images = torch.zeros(batch_size or 2, *shape, dtype=dtype, device="cpu")
     try:
         with _quiet():
             program = torch.onnx.export(
@@ -177,10 +179,16 @@ def _compare(
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # an error is raised as well
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has no common base of its errors
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"the ONNX file of {_name(model)} cannot be loaded: {reason}; it is not kept"
+        ) from error
     generator, difference, largest = torch.Generator().manual_seed(0), 0.0, 0.0
     for shape in shapes:
-        images = torch.randn(*shape, generator=generator)
+        images = torch.randn(*shape, generator=generator, device="cpu")
         with torch.no_grad():
             logits = model(images)
         if not isinstance(logits, Tensor):
@@ -190,7 +198,7 @@ def _compare(
         given = (images.half() if half else images).numpy()
         try:
             [found] = session.run(None, {"images": given})
-        except Exception as error:  # onnxruntime has no common base of its errors
+        except Exception as error:
             size = "x".join(map(str, shape[2:]))
             raise ValueError(
                 f"the ONNX file of {_name(model)} does not run on images of {size} pixels: "
@@ -220,14 +228,6 @@ def _shape_of(model: nn.Module, given: Sequence[int] | None) -> tuple[int, ...]:
         f"{type(model).__name__} does not state the shape of its images: give input_shape, "
         "such as (3, 224, 224)"
     )
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile or a wrapper for data-parallel training."""
-    inner: Any = model
-    while isinstance(inner, _WRAPPERS) or hasattr(inner, "_orig_mod"):
-        inner = inner._orig_mod if hasattr(inner, "_orig_mod") else inner.module
-    return inner
 
 
 def _name(model: nn.Module) -> str:

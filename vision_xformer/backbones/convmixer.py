@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..grid import TokenGrid
-from ..layers import ACTIVATION, Activation, TokenBatchNorm
+from ..layers import ACTIVATION, Activation, norm_tokens
 from ..mixers import Mixer, create_mixer
 from ..mixers.factorized import space_time
 from ..options import check_at_least
@@ -62,16 +62,16 @@ class ConvMixerBlock(nn.Module):
         super().__init__()
         dim = mixers[0].dim
         self.mixers = nn.ModuleList(mixers)
-        self.mixer_norms = nn.ModuleList(TokenBatchNorm(dim) for _ in mixers)
+        self.mixer_norms = nn.ModuleList(nn.BatchNorm1d(dim) for _ in mixers)
         self.linear = nn.Linear(dim, dim)
-        self.norm = TokenBatchNorm(dim)
+        self.norm = nn.BatchNorm1d(dim)
         self.act = ACTIVATION[activation]()
 
     def forward(self, x: Tensor, grid: TokenGrid, rope: None = None) -> Tensor:
         """Apply the block to tokens (B, N, D) on ``grid``."""
         for mixer, norm in zip(self.mixers, self.mixer_norms, strict=True):
-            x = x + norm(self.act(mixer(x, grid)))
-        return self.norm(self.act(self.linear(x)))
+            x = x + norm_tokens(norm, self.act(mixer(x, grid)))
+        return norm_tokens(self.norm, self.act(self.linear(x)))
 
 
 def _imagenet(kernel: int, **fields: Any) -> dict[str, Any]:
@@ -105,7 +105,7 @@ class ConvMixer(VisionModel):
         self.num_features = c.dim
         self.stem = PatchStem(c.input_shape, c.patch_size, c.dim)
         self.act = ACTIVATION[c.activation]()
-        self.stem_norm = TokenBatchNorm(c.dim)
+        self.stem_norm = nn.BatchNorm1d(c.dim)
         grid = self.stem.grid
 
         def make(grid: TokenGrid) -> Mixer:
@@ -121,4 +121,4 @@ class ConvMixer(VisionModel):
     def embed(self, x: Tensor) -> tuple[Tensor, TokenGrid]:
         """Compute tokens before the first block, (B, C, *shape) -> (B, N, D), and their grid."""
         grid = self.stem.grid_of(self.check_input(x))
-        return self.stem_norm(self.act(self.stem(x))), grid
+        return norm_tokens(self.stem_norm, self.act(self.stem(x))), grid

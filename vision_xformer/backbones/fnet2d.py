@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..grid import TokenGrid
-from ..layers import Mlp, TokenBatchNorm, mlp_width
+from ..layers import Mlp, mlp_width, norm_tokens
 from ..mixers.fourier import Fourier
 from ..options import check_at_least
 from ..stems.convolutional import ConvStem
@@ -59,12 +59,12 @@ class FNet2DBlock(nn.Module):
     def __init__(self, config: FNet2DConfig, grid: TokenGrid) -> None:
         super().__init__()
         self.mixer = Fourier(config.dim, None, grid, axes="grid")
-        self.norm = TokenBatchNorm(config.dim)
+        self.norm = nn.BatchNorm1d(config.dim)
         self.mlp = Mlp(config.dim, mlp_width(config.dim, config.mlp_ratio), config.dropout)
 
     def forward(self, x: Tensor, grid: TokenGrid, rope: None = None) -> Tensor:
         """Apply the block to tokens (B, N, D) on ``grid``."""
-        return x + self.mlp(self.norm(self.mixer(x, grid)))
+        return x + self.mlp(norm_tokens(self.norm, self.mixer(x, grid)))
 
 
 @BACKBONES.register("fnet2d")

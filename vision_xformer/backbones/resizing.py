@@ -94,7 +94,7 @@ def resample_kernel(weight: Tensor, size: tuple[int, ...]) -> Tensor:
     Shape: (D, C, *old) -> (D, C, *size)
     """
     old = weight.shape[2:]
-    table = torch.eye(math.prod(old), dtype=torch.float64).unflatten(0, old)
+    table = torch.eye(math.prod(old), dtype=torch.float64, device="cpu").unflatten(0, old)
     inverse = torch.linalg.pinv(resize_grid(table, size).flatten(0, -2))  # (old, size)
     new = weight.detach().to("cpu", torch.float64).flatten(2) @ inverse
     return new.unflatten(2, size).to(weight)

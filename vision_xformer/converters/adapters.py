@@ -6,6 +6,7 @@ original class, with the same parameters under the same names, whose ``forward``
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
@@ -17,7 +18,6 @@ from ..kernels import Kernel
 from ..kernels.base import merge_heads, split_heads
 from ..kernels.softmax import Softmax, SoftmaxEager
 from ..mixers.attention import Attention
-from ..modes import evaluating
 
 
 class RefusedError(ValueError):
@@ -156,7 +156,7 @@ class OwnAttention(Adapter):
 
     def remove(self, layer: Any) -> None:
         """See :class:`Adapter`."""
-        layer.kernel = layer.__dict__.pop("softmax")
+        layer.kernel = layer.__dict__.pop("softmax").train(layer.training)
 
     def is_converted(self, layer: nn.Module) -> bool:
         """See :class:`Adapter`."""
@@ -252,15 +252,15 @@ class PlainAttention(Adapter):
             raise RefusedError("it has no float scale or no proj_drop, unlike attention in DINOv2")
         found = Heads(layer.num_heads, width, width, scale, dropout, weight)
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn(2, 12, layer.qkv.in_features, generator=generator).to(weight)
+        x = torch.randn(2, 12, layer.qkv.in_features, generator=generator, device="cpu")
         try:
-            with evaluating(layer):
-                theirs = layer(x)
+            exact = copy.deepcopy(layer).to("cpu", torch.float32).eval()  # of any precision
+            theirs = exact(x)
         except (TypeError, ValueError, RuntimeError) as error:
             raise RefusedError(f"it fails on tokens (B, N, D) alone: {error}") from error
-        q, k, v = self.operands(layer, x)
+        q, k, v = self.operands(exact, x)
         attend = F.scaled_dot_product_attention
-        ours = layer.proj(merge_heads(attend(q, k, v, scale=scale)))
+        ours = exact.proj(merge_heads(attend(q, k, v, scale=scale)))
         if not isinstance(theirs, Tensor) or theirs.shape != ours.shape:
             raise RefusedError("it does not return tokens (B, N, D)")
         if not torch.allclose(theirs, ours, rtol=1e-3, atol=1e-4 * ours.abs().amax().item()):

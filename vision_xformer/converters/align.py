@@ -215,7 +215,7 @@ def _train(
 def _batches(images: Tensor | Iterable[Any], batch_size: int) -> Iterator[Tensor]:
     """One pass over the images in batches (B, C, H, W)."""
     if isinstance(images, Tensor):
-        yield from (images[i] for i in torch.randperm(len(images)).split(batch_size))
+        yield from (images[i] for i in torch.randperm(len(images), device="cpu").split(batch_size))
         return
     for batch in images:
         yield batch[0] if isinstance(batch, list | tuple) else batch

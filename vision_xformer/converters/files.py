@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from ..factory import write_weights
+from ..modes import unwrapped
 from ..weights import read_metadata, read_weights
 from .replace import convert, converted_layers, revert
 
@@ -20,13 +21,15 @@ def save_converted(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the weights and the conversion of a model to a safetensors file, atomically.
 
     Args:
-        model: a converted model.
+        model: a converted model; of one inside ``torch.compile`` or a wrapper for data-parallel
+            training, the file is the same.
         path: of the file; it must end in .safetensors.
 
     Raises:
         ValueError: for a model that is not converted, or an invalid path.
         OSError: if it cannot be written.
     """
+    model = unwrapped(model)
     layers: dict[str, Any] = converted_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no converted layers: call vx.convert first")

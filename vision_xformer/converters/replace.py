@@ -111,7 +111,8 @@ def convert(
             rows[name] = Row(name, kind, "kept")
             continue
         kernels[name] = _build(recipe, candidate, trackers, center_keys)
-        rows[name] = measure_layer(name, kind, _status(mixer, candidate.heads), kernels[name])
+        status, weight = _status(mixer, candidate.heads), candidate.heads.weight
+        rows[name] = measure_layer(name, kind, status, kernels[name], weight)
     if any(kernel.fixed for kernel in kernels.values()):
         _check_fixed_size(model, mixer, shape)
     for conv, tracker in trackers.items():

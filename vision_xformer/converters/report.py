@@ -168,10 +168,17 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measure_layer(name: str, layer: str, status: str, kernel: Kernel) -> Row:
-    """Return the row of a converted layer, with the cost of softmax and of its kernel."""
-    weight = next(kernel.parameters(), next(kernel.buffers(), torch.empty(0)))
-    flops, kept = zip(*(_cost(k, weight) for k in (Softmax(kernel.site), kernel)), strict=True)
+def measure_layer(name: str, layer: str, status: str, kernel: Kernel, like: Tensor) -> Row:
+    """Return the row of a converted layer, with the cost of softmax and of its kernel.
+
+    Args:
+        name: of the layer in the model.
+        layer: its class.
+        status: the kernel.
+        kernel: of the layer.
+        like: a parameter of the layer, of any shape, with its device and dtype.
+    """
+    flops, kept = zip(*(_cost(k, like) for k in (Softmax(kernel.site), kernel)), strict=True)
     return Row(name, layer, status, kernel.site.queries.length, flops, kept)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -35,10 +36,17 @@ class GridTracker:
 
     def __init__(self, shape: tuple[int, ...] = ()) -> None:
         self.shape = shape
+        self.earlier: dict[int, tuple[int, ...]] = {}  # the last one of each number of cells
 
     def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
         """The forward hook of the convolution."""
-        self.shape = tuple(output.shape[2:])
+        self.note(tuple(output.shape[2:]))
+
+    def note(self, shape: tuple[int, ...]) -> None:
+        """Store the shape of a grid."""
+        self.shape = shape
+        if not torch.compiler.is_compiling():  # compiled, nothing is called again
+            self.earlier[math.prod(shape)] = shape
 
 
 class ConvertedKernel(Kernel):
@@ -69,10 +77,18 @@ class ConvertedKernel(Kernel):
         self.takes_rope, self.fixed = inner.takes_rope, inner.fixed
 
     def grid(self, tokens: int) -> TokenGrid:
-        """Return the grid of N tokens; a sequence if some of the patches were dropped."""
-        prefix = self.site.queries.prefix
-        grid = TokenGrid(self.tracker.shape if self.tracker else (), prefix)
-        return grid if grid.length == tokens else TokenGrid((tokens - prefix,), prefix)
+        """Return the grid of N tokens; a sequence if some of the patches were dropped.
+
+        With gradient checkpointing, it may be that of an earlier call, which is recomputed.
+        """
+        prefix, tracker = self.site.queries.prefix, self.tracker
+        grid = TokenGrid(tracker.shape if tracker else (), prefix)
+        if grid.length == tokens:
+            return grid
+        shape: tuple[int, ...] = (tokens - prefix,)
+        if tracker is not None and not torch.compiler.is_compiling():
+            shape = tracker.earlier.get(tokens - prefix, shape)
+        return TokenGrid(shape, prefix)
 
     def forward(
         self,

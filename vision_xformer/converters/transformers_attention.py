@@ -111,8 +111,8 @@ class TransformersAttention(Adapter):
 
     def is_converted(self, layer: nn.Module) -> bool:
         """See :class:`Adapter`."""
-        kernel = getattr(layer, "kernel", None)  # one of register_transformers has no recipe
-        return self.matches(layer) and bool(getattr(kernel, "recipe", None))
+        kernel = getattr(layer, "kernel", None)  # that of register_transformers is not installed
+        return self.matches(layer) and "image_size" in getattr(kernel, "recipe", {})
 
 
 def _first(layer: Any, *names: str) -> Any:
@@ -158,7 +158,13 @@ def _attention_of(
     scaling: float | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Attend with the layer's kernel, which is created in its first call."""
-    if not hasattr(module, "kernel"):
+    recipe = {"mixer": mixer, "options": options}
+    if TransformersAttention().is_converted(module):
+        raise ValueError(
+            f"attn_implementation vx_{mixer}: the {type(module).__name__} is converted to "
+            f"{module.kernel.recipe['mixer']}: call vx.revert(model) first"
+        )
+    if not hasattr(module, "kernel") or module.kernel.recipe != recipe:
         if not TransformersAttention().matches(module):
             raise ValueError(
                 f"attn_implementation vx_{mixer}: {type(module).__name__} is not one of the layers "
@@ -169,10 +175,10 @@ def _attention_of(
         inner = KERNELS.create(mixer, Site(heads, width, width, grid, grid), options=options)
         inner.start_from_softmax()
         scale = 1.0 if scaling is None else scaling * width**0.5
-        kernel = ConvertedKernel(inner, GridTracker(), scale, needs_centered_keys(inner), {})
+        kernel = ConvertedKernel(inner, GridTracker(), scale, needs_centered_keys(inner), recipe)
         module.kernel = kernel.to(query.device, query.dtype).train(module.training)
     patches = query.shape[2] - _prefix(module.config)
-    module.kernel.tracker.shape = _shape(module.config, patches)
+    module.kernel.tracker.note(_shape(module.config, patches))
     return attention(module, query, key, *args, **kwargs)
 
 

@@ -95,7 +95,7 @@ def _pixels(
 ) -> Tensor:
     """Undo the normalization and resize: (B, C, H, W) -> (B, 3, H, W) in [0, 1] on the CPU."""
     x = images.detach().float().cpu()
-    center, scale = (torch.tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (mean, std))
+    center, scale = (x.new_tensor(v).view(-1, 1, 1) for v in (mean, std))
     x = (x * scale + center).clamp(0, 1).expand(-1, 3, -1, -1)
     factor = size / max(x.shape[2:])
     shape = tuple(max(1, round(side * factor)) for side in x.shape[2:])
@@ -115,7 +115,7 @@ def _blend(pixels: Tensor, heat: Tensor) -> Tensor:
 
 def _colors(h: Tensor) -> Tensor:
     """Colors (B, 3, H, W) of heat (B, 1, H, W) in [0, 1]."""
-    anchors = torch.tensor(_INFERNO, dtype=torch.float32) / 255
+    anchors = h.new_tensor(_INFERNO) / 255
     position = h.squeeze(1) * (len(anchors) - 1)
     below = position.long().clamp(max=len(anchors) - 2)
     share = (position - below).unsqueeze(-1)

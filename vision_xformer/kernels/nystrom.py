@@ -111,6 +111,7 @@ def depthwise_conv(v: Tensor, taps: Tensor) -> Tensor:
     """
     if v.shape[0] == 0:
         return v * taps.sum()
+    taps = taps.to(v)  # outside the autocast that v comes from
     length, width = v.shape[2], taps.shape[1]
     block = max(_BLOCK, width)
     # Row i of the matrix holds the taps from column i on. A row padded to one more than the width
@@ -150,7 +151,7 @@ class _DepthwiseConv(torch.autograd.Function):
         band = torch.cat((y @ x[..., :-channels].mT, y @ x[..., channels:].mT), -1)
         del x, y
         shifted = F.pad(band.flatten(1), (0, block)).view(heads, block, -1)  # undoes the shift
-        dv = depthwise_conv(d, taps.flip(1).to(d))
+        dv = depthwise_conv(d, taps.flip(1))
         return dv.to(v), shifted[..., :width].sum(1).to(taps)
 
 

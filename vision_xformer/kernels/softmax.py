@@ -42,7 +42,8 @@ def _attend_explicitly(
 ) -> Tensor:
     logits = (q * q.shape[-1] ** -0.5) @ k.mT  # scaling q is cheaper than scaling the map
     if bias is not None:
-        logits += bias
+        # in place, unless only the bias is batched by vmap
+        logits = logits + bias if is_transformed(bias) else logits.add_(bias)
     return F.dropout(logits.softmax(-1), dropout) @ v
 
 

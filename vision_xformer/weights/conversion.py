@@ -133,7 +133,7 @@ def _timm_levit(key: str, tensor: Tensor, state: Mapping[str, Tensor]) -> Tensor
     value_dim = state[found[1] + "proj.ln.linear.weight"].shape[1] // heads
     keys = len(found[2]) - 1  # q and k, or k alone
     key_dim = (tensor.shape[0] // heads - value_dim) // keys
-    rows = torch.arange(tensor.shape[0]).view(heads, -1)
+    rows = torch.arange(tensor.shape[0], device=tensor.device).view(heads, -1)
     ours = [part.flatten() for part in rows.split([key_dim] * keys + [value_dim], 1)]
     return tensor[torch.cat(ours)]
 
