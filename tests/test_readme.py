@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from train.__main__ import command_line, parse, with_command
 from train.benchmark.__main__ import command_line as benchmark_line
 from train.benchmark.cases import Case, facts
 from train.benchmark.pictures import crossing, series
-from train.benchmark.rows import label, read_csv
+from train.benchmark.rows import label, read_csv, read_rows
 from train.commands import read_run
 from train.provenance import digest, fingerprint
 
@@ -258,6 +260,35 @@ def test_what_is_said_of_the_benchmark_is_in_the_results() -> None:
         "with Nyströmformer, {vil_tiny:.1f} s with Linformer and {vif_tiny:.1f} s with Fourier."
     )
     assert words.format_map(large) in said
+
+
+def test_what_is_said_of_computed_memory_is_in_the_results() -> None:
+    rows = [row for file in RESULTS.rglob("m*.csv") for row in read_rows(file)[1]]
+    large = [row for row in rows if row["computed_mib"] and (row["peak_mib"] or 0) > 200]
+    errors = [abs(row["computed_mib"] / row["peak_mib"] - 1) for row in large]
+    near = sum(error <= 0.05 for error in errors)
+    said = words_of("docs/benchmark.md")
+    assert f"Of the {len(large)} rows of the CSV files with a peak above 200 MiB" in said
+    assert f"within 5% of the measured one in {near}, and within 0.1% in the median" in said
+    assert statistics.median(errors) <= 0.001
+    others = sorted((e, row["name"]) for e, row in zip(errors, large, strict=True) if e > 0.05)
+    assert [f"{100 * e:.0f} {name}" for e, name in others] == ["9 nystrom", "10 nystrom"]
+
+
+def test_the_guide_to_mixers_follows_the_results() -> None:
+    step = series(layers(AMD), "step_ms_p50")
+    first = {name: crossing(points, step["softmax"]) or math.inf for name, points in step.items()}
+    for names, tokens in (
+        (("fourier", "conv", "external", "mlp", "gfnet"), 64),
+        (("linformer",), 100),
+        (("agent", "linear", "inline", "efficient"), 150),
+        (("nystrom",), 500),
+        (("performer",), 700),
+    ):
+        assert all(first[name] <= tokens for name in names), names
+    assert min(first["nystrom"], first["performer"]) > 400
+    memory = {name: dict(points)[1024] for name, points in series(layers(AMD), "peak_mib").items()}
+    assert memory["agent"] < memory["softmax"]
 
 
 def test_what_is_said_of_the_other_mixers_is_in_the_results() -> None:

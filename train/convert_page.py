@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from .benchmark.pictures import crossing
+from .benchmark.pictures import colors, crossing
 from .convert_cost import TEACHER, Cost
 from .html import Section, Table, write_page
 from .plots import STYLE, log_scale, save
@@ -94,9 +94,13 @@ def cost_figure(rows: Sequence[Cost]) -> Figure:
             (("ms", "training step, ms"), ("mib", "kept for backward, MiB")),
             strict=True,
         ):
-            for name, points in _curves(rows, column).items():
-                style = {"color": "#57606a", "linestyle": "--"} if name == TEACHER else {}
-                axis.plot(*zip(*points, strict=True), marker="o", label=_text(name), **style)
+            curves = _curves(rows, column)
+            color = colors(list(curves))
+            for name, points in curves.items():
+                axis.plot(
+                    *zip(*points, strict=True), marker="o", label=_text(name), color=color[name],
+                    linestyle="--" if name == TEACHER else "-",
+                )  # fmt: skip
             axis.set(yscale="log", xlabel="tokens", title=title)
             axis.set_xscale("log", base=2)
             log_scale(axis.xaxis, sorted({row["tokens"] for row in rows}))

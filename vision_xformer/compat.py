@@ -83,7 +83,7 @@ class ViT(vit.ViT):
 class ViL(vit.ViT):
     """Vision Linformer. Shape: (B, C, H, W) -> (B, num_classes).
 
-    Arguments are those of :class:`ViT` and the following.
+    Arguments are those of :class:`~vision_xformer.compat.ViT` and the following.
 
     Args:
         k: number of projected keys and values.
@@ -113,7 +113,7 @@ class ViL(vit.ViT):
 class ViP(vit.ViT):
     """Vision Performer. Shape: (B, C, H, W) -> (B, num_classes).
 
-    Arguments are those of :class:`ViT`, except for the following.
+    Arguments are those of :class:`~vision_xformer.compat.ViT`, except for the following.
 
     Args:
         dropout: dropout in the MLP.
@@ -138,7 +138,7 @@ class ViP(vit.ViT):
 class ViN(vit.ViT):
     """Vision Nyströmformer. Shape: (B, C, H, W) -> (B, num_classes).
 
-    Arguments are those of :class:`ViT` and the following.
+    Arguments are those of :class:`~vision_xformer.compat.ViT` and the following.
 
     Args:
         num_landmarks: number of landmarks, see :class:`~vision_xformer.Nystrom`.
@@ -165,7 +165,7 @@ class ViN(vit.ViT):
 class FNet(vit.ViT):
     """Fourier mixing. Shape: (B, C, H, W) -> (B, num_classes).
 
-    Arguments are those of :class:`ViT`, without heads.
+    Arguments are those of :class:`~vision_xformer.compat.ViT`, without heads.
     """
 
     stem_name = "patch"

@@ -103,7 +103,7 @@ def fits_figure(
             for name in named
         }
         if len(named) < len(curves):
-            entries["other mixers, see the table"] = Line2D([], [], color=_GREY, marker="o")
+            entries["other mixers"] = Line2D([], [], color=_GREY, marker="o")
         figure.legend(
             list(entries.values()), list(entries), ncols=4, frameon=False,
             loc="lower center", fontsize=11,

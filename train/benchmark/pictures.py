@@ -11,6 +11,8 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from vision_xformer.names import name_to_config
+
 from ..html import Table
 from ..plots import BLUE, STYLE, log_scale, save
 from ..provenance import fingerprint
@@ -49,13 +51,30 @@ def series(rows: Sequence[Row], column: str) -> dict[str, Points]:
 
 
 def colors(names: Iterable[str]) -> dict[str, str]:
-    """Choose a color for each mixer or model; packages get that of our mixer."""
-    ours = {name: PEERS.get(name, name) for name in names}
-    found, more = dict(_COLORS), itertools.cycle(_MORE)
-    for name in ours.values():
-        if name not in found:
-            found[name] = "#c9d1d9" if name in CONTROLS else next(more)
-    return {name: found[plain] for name, plain in ours.items()}
+    """Choose a color for each mixer, and for each model that of its mixer if no other has it.
+
+    Packages get that of our mixer.
+    """
+    names, found = list(names), {}
+    more, taken = itertools.cycle(_MORE), set()
+    for name in dict.fromkeys(PEERS.get(name, name) for name in names):
+        color = _COLORS.get(_mixer(name))
+        if color is None or color in taken:
+            color = "#c9d1d9" if name in CONTROLS else next(more)
+        taken.add(color)
+        found[name] = color
+    return {name: found[PEERS.get(name, name)] for name in names}
+
+
+def _mixer(name: str) -> str:
+    """The mixer of a model, ``MODEL`` or ``MODEL, MIXER``, or of ``MIXER:OPTIONS``."""
+    model, _, mixer = name.partition(", ")
+    if mixer:
+        return mixer
+    try:
+        return str(name_to_config(model).to_dict()["mixer"])
+    except ValueError:
+        return model.partition(":")[0]
 
 
 def exponent(points: Points) -> float | None:

@@ -109,8 +109,8 @@ def draw(rows: list[dict[str, Any]], path: Path, source: str) -> None:
     labels = {"": "linear stem", "Hybrid": "convolutional stem (Hybrid)"}
     panels = [
         ("test accuracy (%)", "test_top1", 100.0, "{:.1f}"),
-        ("stored for backward (KiB per image)", "kept_per_image", 1 / 1024, "{:.0f}"),
-        ("training speed (images/s)", "images_per_second", 1.0, "{:.0f}"),
+        ("stored for backward (KiB per image)", "kept_per_image", 1 / 1024, "{:,.0f}"),
+        ("training speed (images/s)", "images_per_second", 1.0, "{:,.0f}"),
     ]
     by_name = {row["model"]: row for row in rows}
     mixers = list(MIXERS)

@@ -142,7 +142,7 @@ def load_weights(
 
     Supported keys: ours; those of vision_xformer 0.1.8 to 0.2.0 (ViN, ViP, ViL, FNet, FNet2D);
     those of performer-pytorch, nystrom-attention and linformer, whose modules may also be the
-    target; timm's ViT, LeViT, CaiT, CrossViT, Swin, PVT v2, ConvMixer, MLP-Mixer and gMLP;
+    target; timm's ViT, LeViT, CaiT, XCiT, CrossViT, Swin, PVT v2, ConvMixer, MLP-Mixer and gMLP;
     transformers' CvT; DINOv2 of its authors, without its mask token; and the Compact-Transformers
     of the CCT authors. Prefixes of wrapper modules (``model.``, ``module.``, ``backbone.``,
     ``encoder.``) are ignored, and the state dict may be nested in a checkpoint under
