@@ -651,6 +651,12 @@ def test_stem_options_are_added_to_the_names() -> None:
     assert [(c.out_channels, c.kernel_size) for c in stem.convs] == [(32, (7, 7)), (384, (7, 7))]
     other = vx.create_model("cct_test", stem="conv", stem_options={"channels": (5,)}, image_size=16)
     assert other.config.stem_options == {"channels": (5,)}
+    # another stem keeps the options that it has
+    assert vx.create_model("cct_2_3x2", stem="patch", image_size=32).config.stem_options == {}
+    cait = vx.create_model("cait_xxs24", class_options={"dropout": 0.1}, depth=1)
+    assert cait.config.class_options == {"qkv_bias": True, "dropout": 0.1}
+    cross = vx.create_model("crossvit_tiny", cross_options={"dropout": 0.1}, depths=(1, 1))
+    assert cross.config.cross_options == {"qkv_bias": True, "dropout": 0.1}
 
 
 def test_two_heads_stay_apart_with_other_classes() -> None:

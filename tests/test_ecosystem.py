@@ -459,6 +459,25 @@ def test_dynamic_quantization(name: str) -> None:
     assert 0 < float((got - want).norm() / want.norm()) < 0.2
 
 
+@pytest.mark.parametrize("name", TEST_MODELS)
+def test_replicas_of_data_parallel(name: str) -> None:
+    """As nn.DataParallel makes them: their parameters are plain attributes."""
+    model = shaken(name).eval()
+
+    def replica(module: nn.Module) -> nn.Module:
+        copied = module._replicate_for_data_parallel()
+        for key, value in module._parameters.items():
+            copied._parameters.pop(key, None)
+            setattr(copied, key, None if value is None else value.detach())
+        for key, child in module._modules.items():
+            copied._modules[key] = None if child is None else replica(child)
+        return copied
+
+    x = images(model, 2)
+    with torch.no_grad():
+        assert_near([replica(model)(x)], [model(x)])
+
+
 def test_a_default_device_does_not_reach_the_data(tmp_path: Path) -> None:
     """Tensors of one device stay together under ``torch.set_default_device``."""
     theirs = timm.create_model("levit_128s", num_classes=5)

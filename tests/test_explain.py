@@ -93,6 +93,13 @@ def test_polarity_has_two_maps_per_head() -> None:
     mixer = make("linear", TokenGrid((5, 3)), feature_map="polarity")
     with pytest.raises(ValueError, match="feature_map 'polarity' has no attention map"):
         mixer.value_path(tokens(mixer.grid), mixer.grid)
+    options = {"feature_map": "polarity"}
+    swin = vx.create_model("swin_test", mixer="linear", mixer_options=options)
+    converted = vx.create_model("vit_test")
+    vx.convert(converted, "linear", **options)
+    for model in (swin, converted):  # through windows and conversion
+        with pytest.raises(ValueError, match="feature_map 'polarity' has no attention map"):
+            vx.attention_maps(model, torch.randn(1, *model.config.input_shape))
 
 
 def test_fourier_on_axes_and_rotary_positions() -> None:

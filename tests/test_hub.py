@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from PIL import Image
@@ -274,6 +275,59 @@ def test_transformers_fills_computed_tables(
     found = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
     images = torch.randn(2, *model.config.input_shape)
     assert torch.equal(found(images).logits, model(images))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "options", "given"),
+    [("levit_test", {}, 0), ("cct_test", {}, 0), ("cct_test", {}, (0, "")),
+     ("vit_test", {"pool": "seq", "class_token": False}, (0, ""))],
+)  # fmt: skip
+def test_transformers_gives_a_head_to_a_model_without(
+    name: str, options: dict[str, Any], given: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import vision_xformer.transformers  # noqa: F401
+
+    model = vx.create_model(name, **options)
+    model.reset_classifier(*([given] if given == 0 else given))
+    model.save_pretrained(tmp_path)
+    empty_like = torch.empty_like
+
+    def unlike(*args: Any, **options: Any) -> torch.Tensor:
+        return empty_like(*args, **options).fill_(17)  # memory as it may be found
+
+    monkeypatch.setattr(torch, "empty_like", unlike)
+    theirs = AutoModelForImageClassification.from_pretrained(tmp_path, num_labels=5).eval()
+    tensors = {**dict(theirs.named_parameters()), **dict(theirs.named_buffers())}
+    assert not [key for key, value in tensors.items() if (value == 17).all()]
+    assert theirs(torch.randn(2, *model.config.input_shape)).logits.shape == (2, 5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_loss_is_that_of_transformers(model: vx.VisionModel, tmp_path: Path) -> None:
+    """Trainer accumulates gradients by ``num_items_in_batch``."""
+    import vision_xformer.transformers  # noqa: F401
+
+    model.save_pretrained(tmp_path)
+    theirs = AutoModelForImageClassification.from_pretrained(tmp_path)
+    images, labels = torch.randn(8, 3, 16, 16), torch.tensor([0, 2, 1, 0, 2, 2, 1, 0])
+    whole = theirs(images, labels=labels).loss
+    torch.testing.assert_close(whole, F.cross_entropy(model(images), labels))
+    parts = [
+        theirs(x, labels=y, num_items_in_batch=8).loss
+        for x, y in zip(images.split(2), labels.split(2), strict=True)
+    ]
+    torch.testing.assert_close(sum(parts), whole)
+    several = AutoModelForImageClassification.from_pretrained(
+        tmp_path, problem_type="multi_label_classification"
+    )
+    hot = torch.randint(2, (8, 3)).float()
+    want = F.binary_cross_entropy_with_logits(model(images), hot)
+    torch.testing.assert_close(several(images, labels=hot).loss, want)
+    loss, logits = theirs(images, labels=labels, return_dict=False)
+    assert (loss.shape, logits.shape) == ((), (8, 3))
+    with pytest.raises(ValueError, match=r"use vx\.attention_maps"):
+        theirs(images, output_attentions=True)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -130,7 +131,7 @@ class DynamicBias(AttentionBias):
 
     def forward(self) -> Tensor:
         """The bias (H, N, N)."""
-        like = next(self.parameters())
+        like: Any = self.layers[0].weight  # replicas of nn.DataParallel have no parameters()
         axes = [torch.arange(1 - g, g, device=like.device, dtype=like.dtype) for g in self.shape]
         rows = self.layers(torch.cartesian_prod(*axes).view(-1, len(axes)))
         return _bias_map(rows, self.offsets, (self.length, self.length))

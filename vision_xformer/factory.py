@@ -21,10 +21,18 @@ from .backbones.publishing import published
 from .backbones.resizing import changed_layer
 from .mixers import mixer_options as options_of_mixer
 from .names import name_to_config, with_mixer
-from .options import check_options, check_types
+from .options import check_options, check_types, options_of
+from .stems import STEMS
 from .weights import load_weights, read_metadata, read_weights
 from .weights.files import check_target, replacing
 
+# fields with options, and of what
+_OPTIONS = {
+    "mixer_options": "mixer",
+    "class_options": "class_mixer",
+    "cross_options": "cross_mixer",
+    "stem_options": "stem",
+}
 _PIXELS = ("mean", "std")  # entries of pretrained_cfg that are saved
 
 
@@ -58,7 +66,7 @@ def create_model(
         mixer: another token mixer, see :func:`~vision_xformer.list_mixers`. Options and heads of
             the name that it does not have are left out.
         mixer_options: added to those of the name; an option that the mixer does not have raises an
-            error. ``stem_options`` likewise.
+            error. ``stem_options``, ``class_options`` and ``cross_options`` likewise.
         weights: a state dict or the path of one, with any keys that
             :func:`~vision_xformer.load_weights` understands. Tensors that fit are loaded, adapted
             to the image size and number of channels if necessary; a warning lists the others. To
@@ -99,16 +107,27 @@ def create_model(
         changes["input_shape"] = input_shape_of(config.input_shape, image_size, channels)
     if mixer is not None and mixer != fields["mixer"]:
         fields |= with_mixer(fields, mixer, fields["mixer_options"])
-    same_stem = changes.get("stem", fields.get("stem")) == fields.get("stem")
-    for option, kept in (("mixer_options", True), ("stem_options", same_stem)):
-        if option in changes and kept:
-            changes[option] = {**fields[option], **changes[option]}
+    for option, part in _OPTIONS.items():
+        if option in fields and isinstance(changes.get(option, {}), Mapping):
+            _merge_options(fields, changes, option, part)
     model = BACKBONES[config.backbone](type(config)(**{**fields, **changes}))
     if weights is not None:
         report = load_weights(model, weights, resize=True, strict=False)
         if report.unused or report.missing:
             warnings.warn(f"weights of {what}: {report}", stacklevel=2)
     return FeatureNet(model, out_indices) if features_only else model
+
+
+def _merge_options(
+    fields: Mapping[str, Any], changes: dict[str, Any], option: str, part: str
+) -> None:
+    """Add options to those of the same part; of another one, keep the options that it has, too."""
+    name = changes.get(part, fields[part])
+    if name == fields[part]:
+        changes[option] = {**fields[option], **changes.get(option, {})}
+    elif option not in changes and isinstance(name, str):
+        known = options_of(STEMS[name]) if part == "stem" else options_of_mixer(name)
+        changes[option] = {key: value for key, value in fields[option].items() if key in known}
 
 
 def _config_of(name: str | Config | Mapping[str, Any], mixer: str | None) -> Config:

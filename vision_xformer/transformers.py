@@ -6,10 +6,10 @@ Folders and repositories of ``save_pretrained`` and ``push_to_hub`` then load wi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .factory import create_model
 from .hub import SECTION
@@ -71,16 +71,53 @@ class VisionXformerForImageClassification(PreTrainedModel):
         """
         if isinstance(module, FixedTable):
             module.to(module.table.device)  # computes the table
-        elif any(module is part for part in self.model.get_classifier().modules()):
-            init_linears(module)
+        elif any(module is part for part in self._new_parts()):
+            if isinstance(module, nn.Linear):
+                init_linears(module)
+            elif hasattr(module, "reset_parameters"):  # batch norm
+                module.reset_parameters()
+
+    def _new_parts(self) -> Iterator[nn.Module]:
+        """The modules that a model without a head lacks: the classifier and a learned pooling."""
+        for part in (self.model.get_classifier(), getattr(self.model, "pool", None)):
+            if isinstance(part, nn.Module):
+                yield from part.modules()
 
     def forward(
-        self, pixel_values: Tensor, labels: Tensor | None = None, **options: Any
-    ) -> ImageClassifierOutput:
-        """Classify images (B, C, H, W); with class indices (B,), the output contains the loss."""
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        *,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **options: Any,
+    ) -> ImageClassifierOutput | tuple[Tensor, ...]:
+        """Classify images (B, C, H, W).
+
+        Args:
+            pixel_values: the images.
+            labels: class indices (B,), or as the ``problem_type`` of the configuration requires;
+                with them, the output contains the loss of transformers for it.
+            output_attentions: not supported, see :func:`~vision_xformer.attention_maps`.
+            output_hidden_states: not supported, see ``forward_intermediates`` of ``model``.
+            return_dict: False returns a tuple.
+            options: of the loss.
+
+        Raises:
+            ValueError: for attention maps or hidden states.
+        """
+        if output_attentions or output_hidden_states:
+            raise ValueError(
+                "output_attentions and output_hidden_states are not supported: use "
+                "vx.attention_maps(model.model, images) or model.model.forward_intermediates"
+            )
         logits = self.model(pixel_values)
-        loss = None if labels is None else F.cross_entropy(logits, labels)
-        return ImageClassifierOutput(loss=loss, logits=logits)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels, logits, self.config, **options)
+        output = ImageClassifierOutput(loss=loss, logits=logits)
+        return output.to_tuple() if return_dict is False else output
 
 
 AutoConfig.register(SECTION, VisionXformerConfig, exist_ok=True)

@@ -120,6 +120,7 @@ class ConvertedKernel(Kernel):
         """Return the kernel as a function of its values, see :class:`Kernel`."""
         if queries is None or keys is None:
             queries = keys = self.grid(q.shape[2])
+        self.inner.value_path(q, k, v, queries, keys, bias)  # may raise an error
         return super().value_path(q, k, v, queries, keys, bias)
 
     def extra_repr(self) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..grid import TokenGrid
 from ..options import check_at_least, check_types
-from .base import Kernel
+from .base import Kernel, ValuePath
 
 
 class Piece(NamedTuple):
@@ -152,6 +152,19 @@ class WindowedKernel(Kernel):
             return parts[0] if len(parts) == 1 else torch.cat(parts, axis + 1)
 
         return attended(operands, ()).flatten(1, len(shape)).transpose(1, 2)
+
+    def value_path(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        queries: TokenGrid,
+        keys: TokenGrid,
+        bias: Tensor | None = None,
+    ) -> ValuePath:
+        """Return the kernel as a function of its values, see :class:`Kernel`."""
+        self.kernel.value_path(q, k, v, queries, keys, bias)  # may raise an error
+        return super().value_path(q, k, v, queries, keys, bias)
 
     def _attend(
         self, operands: list[Tensor], cut: tuple[Piece, ...], bias: Tensor | None
