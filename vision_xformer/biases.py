@@ -131,7 +131,8 @@ class DynamicBias(AttentionBias):
 
     def forward(self) -> Tensor:
         """The bias (H, N, N)."""
-        like: Any = self.layers[0].weight  # replicas of nn.DataParallel have no parameters()
+        # of the norm: linear layers may be quantized, and replicas have no parameters()
+        like: Any = self.layers[1].weight
         axes = [torch.arange(1 - g, g, device=like.device, dtype=like.dtype) for g in self.shape]
         rows = self.layers(torch.cartesian_prod(*axes).view(-1, len(axes)))
         return _bias_map(rows, self.offsets, (self.length, self.length))
