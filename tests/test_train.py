@@ -262,6 +262,19 @@ def test_a_run_that_diverges_leaves_nothing(
     assert not (tmp_path / "run").exists()
 
 
+def test_out_of_memory_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def start(arguments: list[str]) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
+
+    monkeypatch.setattr("train.__main__.start", start)
+    with pytest.raises(SystemExit) as stop:
+        main(["fit"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("error: out of memory: raise train.accumulate")
+
+
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     first, second = (Run(config_for(tmp_path / "run")) for _ in range(2))
     first.fit()

@@ -18,6 +18,8 @@ from .signals import Interrupted, exit_at_once, exit_code, raised
 if __name__ == "__main__":  # the other imports take seconds
     exit_at_once()
 
+import torch
+
 from . import commands
 from .checkpoint import FREE
 from .classify import Classifier
@@ -162,10 +164,14 @@ def main(arguments: list[str] | None = None) -> None:
                 file=sys.stderr,
             )
         raise SystemExit(128 + interrupted.number) from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         if run is not None:
             discard(run)
-        print(f"error: {error_text(error)}", file=sys.stderr)
+        text = error_text(error)
+        if isinstance(error, torch.OutOfMemoryError):
+            text = "out of memory: raise train.accumulate or set train.grad_checkpointing; "
+            text += "python -m train benchmark plan computes what fits"
+        print(f"error: {text}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt as stop:
         hint = ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import torch
@@ -15,6 +16,12 @@ def reset_peak() -> int:
     # The counter of the kernel: getrusage would start from the size of the parent process.
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     return _status("VmRSS")
+
+
+def forget_peak() -> None:
+    """Start a new peak, on a system that can."""
+    with contextlib.suppress(OSError, RuntimeError):
+        reset_peak()
 
 
 def peak_bytes() -> int:

@@ -17,6 +17,7 @@ from .cli import command_text
 from .config import RunConfig
 from .lock import LOCK
 from .log import log
+from .measure import forget_peak
 from .provenance import device_name, note_session
 from .text import shell_path
 
@@ -71,6 +72,7 @@ def open_folder(run: Run) -> None:
         (run.folder / "result.json").unlink(missing_ok=True)
     elif (run.folder / "config.yaml").exists():
         raise ValueError(f"run_dir {run.folder} already holds a run")
+    forget_peak()  # of earlier runs in this process
     run.claimed = not run.resumed  # so that discard() may remove what is written from here on
     write_whole(run.folder / "config.yaml", resolved(run.config))
     write_whole(run.folder / "classes.json", json.dumps(run.data.classes) + "\n")

@@ -207,7 +207,8 @@ class Worker:
             self.process.join()
             return
         after = None if held is None else _device_bytes()
-        if held is not None and after is not None:
+        # less if another process has released memory meanwhile
+        if held is not None and after is not None and after > held:
             self.row["device_mib"] = (after - held) / MIB
         self._ask(0)
 
