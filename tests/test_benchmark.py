@@ -25,7 +25,7 @@ from train.benchmark.cases import DIM, PAIRS, Case, build, facts, grid_of, with_
 from train.benchmark.controls import CONTROLS
 from train.benchmark.errors import error_of, fields, measure_errors, picture, trained
 from train.benchmark.page import write
-from train.benchmark.pictures import crossing, exponent, savings, series, wins
+from train.benchmark.pictures import colors, crossing, exponent, savings, series, wins
 from train.benchmark.plan import cases_of, parse_memory, plan
 from train.benchmark.rows import (
     COLUMNS,
@@ -743,3 +743,10 @@ def test_accuracy_against_cost_joins_what_nothing_beats() -> None:
     assert len(figure.axes) == 4
     bars = figure.axes[0].containers[0].lines[1]  # the caps of the first group's bar
     assert sorted(cap.get_ydata()[0] for cap in bars) == pytest.approx([50, 70])
+
+
+def test_models_have_the_color_of_their_mixer() -> None:
+    found = colors(["vit_tiny", "vip_tiny", "fnet2d", "vit_small", "performer-pytorch"])
+    assert found["vit_tiny"] == colors(["softmax"])["softmax"]
+    assert found["vip_tiny"] == found["performer-pytorch"] == colors(["performer"])["performer"]
+    assert len(set(found.values())) == 4

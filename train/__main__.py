@@ -32,6 +32,10 @@ from .recipes import fit_parser, options_parser, parse, with_options
 from .run_dir import discard
 from .text import error_text, escaped
 
+_OUT_OF_MEMORY = (
+    "out of memory: raise train.accumulate or set train.grad_checkpointing; "
+    "python -m train benchmark plan computes what fits"
+)
 _EVALUATION = ("data.root", "data.image_size", "data.batch_size", "data.in_memory", "data.workers",
                "train.device", "train.precision")  # fmt: skip
 _PREDICTION = ("data.batch_size",)
@@ -167,11 +171,8 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         if run is not None:
             discard(run)
-        text = error_text(error)
-        if isinstance(error, torch.OutOfMemoryError):
-            text = "out of memory: raise train.accumulate or set train.grad_checkpointing; "
-            text += "python -m train benchmark plan computes what fits"
-        print(f"error: {text}", file=sys.stderr)
+        full = isinstance(error, torch.OutOfMemoryError)
+        print(f"error: {_OUT_OF_MEMORY if full else error_text(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt as stop:
         hint = ""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import vision_xformer as vx
 from vision_xformer.mixers import takes_heads
+from vision_xformer.names import name_to_config
 
 from .controls import CONTROLS
 
@@ -147,9 +148,7 @@ def model_cases(
 
 def mixer_of(model: str) -> str:
     """Return the mixer that a model's name implies; "" if its backbone has a fixed one."""
-    with torch.device("meta"):
-        config = vx.create_model(model).config
-    return str(config.to_dict().get("mixer", ""))
+    return str(name_to_config(model).to_dict().get("mixer", ""))
 
 
 def build_mixer(name: str, tokens: int) -> vx.Mixer:

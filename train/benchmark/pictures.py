@@ -11,12 +11,10 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from vision_xformer.names import name_to_config
-
 from ..html import Table
 from ..plots import BLUE, STYLE, log_scale, save
 from ..provenance import fingerprint
-from .cases import BASE, EAGER, PAIRS
+from .cases import BASE, EAGER, PAIRS, mixer_of
 from .controls import CONTROLS
 from .rows import Row, label, number, read_rows
 
@@ -72,7 +70,7 @@ def _mixer(name: str) -> str:
     if mixer:
         return mixer
     try:
-        return str(name_to_config(model).to_dict()["mixer"])
+        return mixer_of(model)
     except ValueError:
         return model.partition(":")[0]
 
