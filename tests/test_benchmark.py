@@ -746,7 +746,7 @@ def test_accuracy_against_cost_joins_what_nothing_beats() -> None:
 
 
 def test_models_have_the_color_of_their_mixer() -> None:
-    found = colors(["vit_tiny", "vip_tiny", "fnet2d", "vit_small", "performer-pytorch"])
+    found = colors(["vit_tiny", "vip_tiny", "fnet2d", "vit_small"])
     assert found["vit_tiny"] == colors(["softmax"])["softmax"]
-    assert found["vip_tiny"] == found["performer-pytorch"] == colors(["performer"])["performer"]
-    assert len(set(found.values())) == 4
+    assert found["vip_tiny"] == colors(["performer-pytorch"])["performer-pytorch"]
+    assert len(set(found.values())) == 4  # those of equal mixers are told apart
