@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -302,6 +303,22 @@ def test_a_step_of_minutes_ends_with_the_process_that_asked() -> None:
             ["plan", "--measure", "--memory", "1GB", "--name", "vin_test", "--image-size", "7"],
             "7x7 is not",
         ),
+        *(
+            (
+                ["plan", "--measure", "--memory", "1GB", "--name", "vit", *words.split()],
+                f"{words.split()[0]} has no effect with --measure",
+            )
+            for words in (
+                "--batch 16",
+                "--optimizer sgd",
+                "--checkpointing",
+                "--accumulate",
+                "--average",
+                "--inference",
+                "--device cpu",
+                "--out plan.csv",
+            )
+        ),
         (["compare", "a.csv", "b.csv", "--threshold", "nan"], "threshold nan must be at least 0"),
         (["page", "--runs", "nowhere", "--", "a.csv"], "--runs nowhere is not a folder"),
         (["compare", "a.csv", "b.csv"], "a.csv is not a file"),
@@ -348,6 +365,78 @@ def test_rows_that_ran_out_of_memory_stay_until_they_are_measured_again(
         measuring.run(cases, tmp_path / "a.csv", "")
     again = {r["size"]: r["status"] for r in read_rows(tmp_path / "a.csv")[1]}
     assert again == {4: "ok", 16: "ok", 64: "out of memory"}
+
+
+def test_what_did_not_fit_next_to_others_is_measured_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that wait hold memory."""
+    calls: list[list[str]] = []
+
+    def together(cases: list[Case], bar: object) -> list[dict]:
+        calls.append([case.name for case in cases])
+        lost = {"softmax_eager", "nystrom"} if len(cases) > 1 else {"softmax_eager"}
+        return [
+            row(case.name, status="out of memory" if case.name in lost else "ok") for case in cases
+        ]
+
+    monkeypatch.setattr(measuring, "_interleaved", together)
+    cases = [Case("mixer", name, 1024, 8) for name in ("softmax_eager", "linformer", "nystrom")]
+    rows = measuring.measure(cases, SimpleNamespace(total=0))
+    assert [r["status"] for r in rows] == ["out of memory", "ok", "ok"]
+    assert calls == [["softmax_eager", "linformer", "nystrom"], ["softmax_eager"], ["nystrom"]]
+
+
+def test_two_processes_may_write_to_one_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "a.csv"
+
+    def measure(cases: list[Case], bar: object) -> list[dict]:
+        monkeypatch.setattr(measuring, "measure", lambda cases, bar: [row("linformer")])
+        measuring.run([Case("mixer", "linformer", 1024, 8)], out, "the other")
+        return [row()]
+
+    monkeypatch.setattr(measuring, "measure", measure)
+    measuring.run([Case("mixer", "nystrom", 1024, 8)], out, "the first")
+    comments, rows = read_rows(out)
+    assert {r["name"] for r in rows} == {"linformer", "nystrom"}
+    assert {"command: the first", "command: the other"} <= set(comments)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["plan", "--name", "vit_tiny", "--image-size", "32"], ["errors"], ["onnx", "--names", "vit"]],
+)
+def test_a_file_of_something_else_is_not_replaced(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(tmp_path / "a.csv", [row()])
+    text = (tmp_path / "a.csv").read_text()
+    with pytest.raises(SystemExit):
+        program.main([*words, "--out", str(tmp_path / "a.csv")])
+    assert "choose another file" in capsys.readouterr().err
+    assert (tmp_path / "a.csv").read_text() == text
+
+
+@pytest.mark.parametrize(("words", "resumes"), [(["errors"], False), (["mixers"], True)])
+def test_only_what_is_resumed_says_so(
+    words: list[str], resumes: bool, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def stop(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(program, "answer", stop)
+    with pytest.raises(SystemExit):
+        program.main(words)
+    assert ("complete rows were saved" in capsys.readouterr().err) == resumes
+
+
+def test_what_runs_on_the_cpu_is_named_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program, "DEVICE", "cuda")
+    monkeypatch.setattr(program, "machine", lambda device: (f"device: {device}", ""))
+    found = {command: program.default_out(command).parent.name for command in ("onnx", "mixers")}
+    assert found["onnx"].startswith("cpu-torch")
+    assert found["mixers"].startswith("cuda-torch")
 
 
 # rows and what is said of them
@@ -456,6 +545,10 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             program.main(["compare", before, put(tmp_path / "b.csv", rows, lines)])
         return int(stop.value.code)
 
+    program.main(["compare", before, put(tmp_path / "b.csv", pair, ("device: B", "versions: 1"))])
+    assert "only the memory saved for backward and the step times relative" in (
+        capsys.readouterr().out
+    )
     program.main(["compare", before, before])
     assert f"no regressions: 2 of 2 rows of {before} were compared\n" in capsys.readouterr().out
     program.main(["compare", before, part := put(tmp_path / "b.csv", pair[:1])])

@@ -462,7 +462,7 @@ def test_files_name_the_card_and_its_driver(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(provenance, "driver_version", lambda: "580.1")
-    device, versions = machine()
+    device, versions = machine("cuda")
     assert device == "device: NVIDIA H100"
     assert versions.endswith(", cuda 13.0, driver 580.1")
 

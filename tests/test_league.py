@@ -73,7 +73,7 @@ def test_runs_are_skipped_or_resumed(
     done, stopped = tmp_path / "softmax-64-1", tmp_path / "linear-64-1"
     for folder, file in ((done, "result.json"), (stopped, "config.yaml")):
         folder.mkdir()
-        (folder / file).write_text("{}")
+        (folder / file).write_text("data: {name: cifar10}")
     words = ["--root", "images", "--out", str(tmp_path), "--seeds", "1"]
     league.main([*words, "--only", "softmax", "linear", "mala"])
     resumed, new = started
@@ -87,6 +87,18 @@ def test_runs_are_skipped_or_resumed(
     assert parse(started[0][1:]).model.options["patch_size"] == 2
     with pytest.raises(SystemExit):
         league.main([*words, "--only", "attention"])
+
+
+def test_a_run_on_other_images_is_not_taken(tmp_path: Path, started: list[list[str]]) -> None:
+    folder = tmp_path / "softmax-64-0"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("data: {name: digits}")
+    (folder / "result.json").write_text("{}")
+    words = ["--root", "images", "--out", str(tmp_path), "--only", "softmax"]
+    with pytest.raises(SystemExit, match=r"--data cifar10: the images of .*softmax-64-0 are digit"):
+        league.main(words)
+    league.main([*words, "--data", "digits"])
+    assert not started
 
 
 def test_a_run_that_fails_does_not_end_the_others(tmp_path: Path, started: list[list[str]]) -> None:

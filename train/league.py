@@ -31,6 +31,7 @@ from .benchmark.rows import Row, number
 from .commands import read_run
 from .html import Table
 from .plots import BLUE, GREY, STYLE, log_scale
+from .recipes import parse
 from .report import front
 
 RECIPE = Path(__file__).parents[1] / "configs" / "cifar10" / "cct_2_3x2.yaml"
@@ -231,6 +232,11 @@ def main(arguments: list[str] | None = None) -> None:
     folders, failed = [], []
     for seed, mixer in itertools.product(args.seeds, args.only):
         folder = args.out.expanduser() / f"{mixer}-{args.tokens}-{seed}"
+        if (recipe := folder / "config.yaml").is_file():
+            known = parse([], recipe).data.name
+            if known != args.data:
+                raise SystemExit(f"--data {args.data}: the images of {folder} are {known}; choose "
+                                 "another --out")  # fmt: skip
         if not (folder / "result.json").is_file():
             try:
                 train(command(folder, mixer, args.tokens, seed, args.root, args.data))

@@ -271,7 +271,8 @@ class StorageCounter(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        in_backward = torch._C._current_autograd_node() is not None
+        # gradients are enabled where checkpointing recomputes a forward pass
+        in_backward = torch._C._current_autograd_node() is not None and not torch.is_grad_enabled()
         if in_backward and func is torch.ops.aten.add.Tensor:
             self._reuse(*args)
         output = func(*args, **(kwargs or {}))

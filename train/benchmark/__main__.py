@@ -41,18 +41,34 @@ from .page import write
 from .pictures import wins
 from .plan import HEADINGS, add_options, computed, parse_memory, plan
 from .plan import cases_of as plan_cases
-from .rows import Row, column_table, machine, package_table, read_csv, refusals, write_csv
+from .rows import (
+    DEVICE,
+    Row,
+    check_replaced,
+    column_table,
+    machine,
+    package_table,
+    refusals,
+    write_csv,
+)
 from .suite import PARTS, gpu
 
 RESULTS = Path("results") / "benchmark"
+_ON_CPU = ("onnx", "errors")
+_KEPT = ("mixers", "models", "gpu")  # commands that measure only what is missing
+_MEASURED = ("name", "image_size", "memory", "precision", "measure")  # options of plan --measure
 _NOT_DRAWN = ("onnx", "tests", "training")  # files of the suite without figures
 
 
 def default_out(command: str) -> Path:
-    """Return the default CSV file for this device and PyTorch version."""
-    device, _ = machine()
+    """Return the default CSV file for the device of a command and this PyTorch version."""
+    device, _ = machine(_device(command))
     name = f"{device.partition(': ')[2]} torch {torch.__version__.partition('+')[0]}"
     return RESULTS / re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-") / f"{command}.csv"
+
+
+def _device(command: str) -> str:
+    return "cpu" if command in _ON_CPU else DEVICE
 
 
 def command_line() -> Parser:
@@ -155,8 +171,13 @@ def measured_plan(args: Namespace) -> str:
     """Measure how large a batch fits, with every mixer.
 
     Raises:
-        ValueError: for more than one model, image size or memory.
+        ValueError: for more than one model, image size or memory, or an option without effect.
     """
+    parser = Parser()
+    add_options(parser)
+    for option, default in parser.get_defaults().items():
+        if option not in _MEASURED and args[option] != default:
+            raise ValueError(f"--{option} has no effect with --measure: leave one of them out")
     for option in ("name", "image_size", "memory"):
         if len(args[option]) != 1:
             raise ValueError(f"--measure needs one --{option.replace('_', '-')}")
@@ -217,8 +238,7 @@ def answer(command: str, args: Namespace, arguments: Sequence[str]) -> str:
         return measured_plan(args) if args.measure else computed(args)
     out = output_file(args.out) if args.out else default_out(command)
     if command == "errors":
-        if out.is_file() and "error" not in read_csv(out)[1][0]:
-            raise ValueError(f"--out {out} is not a file of errors: choose another file")
+        check_replaced(out, ERROR_COLUMNS, "errors")
         inputs = list(fields())
         if args.run is not None:
             folder = folder_of(args.run)
@@ -226,16 +246,16 @@ def answer(command: str, args: Namespace, arguments: Sequence[str]) -> str:
         with tqdm(unit="kernel", disable=None) as bar:
             found = measure_errors(inputs, bar)
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_csv(out, [*machine(), *ERROR_METHOD, f"command: {asked}"], ERROR_COLUMNS, found)
+        lines = [*machine("cpu"), *ERROR_METHOD, f"command: {asked}"]
+        write_csv(out, lines, ERROR_COLUMNS, found)
         return f"{len(found)} rows in {out}"
     if command == "onnx":
-        if out.is_file() and "onnx_ms" not in read_csv(out)[1][0]:
-            raise ValueError(f"--out {out} is not a file of exports: choose another file")
+        check_replaced(out, EXPORT_COLUMNS, "exports")
         names, rows = exported_models(args.names), []
         out.parent.mkdir(parents=True, exist_ok=True)
         for row in tqdm(measure_exports(names, args.batch), total=len(names), disable=None):
             rows.append(row)
-            lines = [*machine(), *EXPORT_METHOD, f"command: {asked}"]
+            lines = [*machine("cpu"), *EXPORT_METHOD, f"command: {asked}"]
             write_csv(out, lines, EXPORT_COLUMNS, rows)
         return f"{len(rows)} rows in {out}"
     return f"{tables(run(cases_of(command, args), out, asked))}\n\nrows in {out}"
@@ -251,15 +271,16 @@ def main(arguments: list[str] | None = None) -> None:
         SystemExit: with code 1 for a regression, 2 for an error, 130 for Ctrl-C, 143 for SIGTERM.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    command, args = parse_command(command_line(), arguments)
     try:
         with raised():
-            print(answer(*parse_command(command_line(), arguments), arguments))
+            print(answer(command, args, arguments))
     except (ValueError, OSError) as error:
         print(f"error: {error_text(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt as stop:
-        print("stopped; complete rows were saved, the same command measures the others",
-              file=sys.stderr)  # fmt: skip
+        saved = "; complete rows were saved, the same command measures the others"
+        print(f"stopped{saved if command in _KEPT else ''}", file=sys.stderr)
         raise SystemExit(exit_code(stop)) from None
 
 

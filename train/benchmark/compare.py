@@ -41,8 +41,8 @@ def compare(before: Path, after: Path, threshold: float) -> tuple[list[str], str
     shared = [k for k in old if k in new]
     if not shared:
         raise ValueError(f"{before} and {after} have no row in common")
-    columns = ["kept_mib"]
-    if old_lines[:2] == new_lines[:2]:
+    columns, same = ["kept_mib"], old_lines[:2] == new_lines[:2]
+    if same:
         columns += ["peak_mib", "step_ms_p50", "infer_ms_p50"]
     worse = []
     for k in shared:
@@ -62,4 +62,10 @@ def compare(before: Path, after: Path, threshold: float) -> tuple[list[str], str
             if times > 1 + threshold
         ]
     said = f"{len(shared)} of {len(old)} rows of {before} were compared"
-    return worse, said if len(shared) == len(old) else f"{said}; {after} lacks the others"
+    notes = [f"{after} lacks the others"] * (len(shared) < len(old))
+    if not same:
+        notes.append(
+            "devices or versions differ, so only the memory saved for backward and the step times "
+            "relative to the packages' were compared"
+        )
+    return worse, "; ".join([said, *notes])

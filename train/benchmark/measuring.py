@@ -9,16 +9,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from .cases import Case
-from .rows import COLUMNS, METHOD, Row, key, revision, take_up, write_csv
+from .rows import COLUMNS, DEVICE, METHOD, Row, key, revision, take_up, write_csv
 from .worker import Worker
 
 TURNS = 6
 AT_ONCE = 16  # interleaved processes; each of them holds its own CUDA context
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 Take = Callable[[Sequence[Case]], int]  # how many of these cases, sorted, to measure next
 
@@ -26,13 +24,25 @@ Take = Callable[[Sequence[Case]], int]  # how many of these cases, sorted, to me
 def measure(cases: Sequence[Case], bar: Any) -> list[Row]:
     """Measure cases whose processes are interleaved.
 
+    Processes hold memory while they wait, so cases that run out of memory are measured again alone.
+
     Args:
         cases: at most ``AT_ONCE`` cases of one size.
-        bar: progress bar, advanced ``1 + TURNS`` times per case.
+        bar: progress bar, advanced ``1 + TURNS`` times per measurement.
 
     Returns:
         One row per case, in order.
     """
+    rows = _interleaved(cases, bar)
+    lost = [i for i, row in enumerate(rows) if row["status"] == "out of memory"]
+    if len(cases) > 1:
+        bar.total += len(lost) * (1 + TURNS)
+        for i in lost:
+            [rows[i]] = _interleaved([cases[i]], bar)
+    return rows
+
+
+def _interleaved(cases: Sequence[Case], bar: Any) -> list[Row]:
     workers: list[Worker] = []
     try:
         for case in cases:  # they import PyTorch while the first are measured
@@ -112,6 +122,7 @@ def run(
                     return [row for row in rows if key(row) in wanted]
                 some, group = group[:count], group[count:]
                 new = {key(row): row | code for row in measure(some, bar)}
+                lines, rows = take_up(out, METHOD, command)  # another process may have added rows
                 rows = [*(row for row in rows if key(row) not in new), *new.values()]
                 rows.sort(key=lambda row: (row["size"], row["mode"] != "eager", row["name"]))
                 out.parent.mkdir(parents=True, exist_ok=True)

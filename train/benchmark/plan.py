@@ -17,11 +17,12 @@ import vision_xformer as vx
 from vision_xformer.memory_use import MIB
 
 from ..cli import Parser
+from ..commands import output_file
 from ..config import ModelConfig
 from ..html import Table
 from ..model import Sizes, build_base, timm_name
 from .cases import CLASSES, DTYPES, NEEDS_DATA, Case, mixer_of
-from .rows import Row, machine, write_csv
+from .rows import Row, check_replaced, machine, write_csv
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _STATE_BYTES = 16  # per parameter: weight, gradient and the two moments of AdamW, in float32
@@ -210,6 +211,8 @@ def computed(args: Namespace) -> str:
         for name, mixer in models_of(args.name)
         for size in args.image_size
     ]
+    if args.out is not None:
+        check_replaced(output_file(args.out), _KEYS, "computed memory")
     kind = "inference" if args.inference else f"a training step with {args.optimizer}"
     more = [name for name in ("checkpointing", "accumulate", "average") if args[name]]
     what = ", ".join([f"memory of {kind}", args.precision, *more, f"computed for {args.device}"])

@@ -18,6 +18,7 @@ from ..provenance import device_name, git_revision, versions
 from .cases import PAIRS, Case
 
 Row = dict[str, Any]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KEY = tuple(field.name for field in dataclasses.fields(Case))
 COLUMNS = (
     *KEY, "status", "backbone", "tokens", "width", "heads", "parameters", "flops",
@@ -41,13 +42,12 @@ _KNOWN = {"kind": {"mixer", "model"}, "mode": {"eager", "compiled"}}
 _NUMBERS = set(COLUMNS) - _TEXT - {"revision"}
 
 
-def machine() -> tuple[str, str]:
+def machine(device: str = DEVICE) -> tuple[str, str]:
     """Return the device and the versions, which all rows of a file share."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     known = versions()
     names = ("vision_xformer", "python", "torch", "cuda", "driver")
     listed = ", ".join(f"{name} {known[name]}" for name in names if name in known)
-    return f"device: {device_name(device)}", f"versions: {listed}"
+    return f"device: {device_name(torch.device(device))}", f"versions: {listed}"
 
 
 def revision() -> str:
@@ -121,6 +121,18 @@ def read_rows(path: Path) -> tuple[list[str], list[Row]]:
         if odd := {row[column] for row in rows} - known:
             raise ValueError(f"{path} has {column} {min(odd)!r}, not {' or '.join(sorted(known))}")
     return comments, rows
+
+
+def check_replaced(path: Path, columns: Sequence[str], content: str) -> None:
+    """Raise a ValueError if a file exists that does not start with these columns.
+
+    Args:
+        path: file that is about to be replaced.
+        columns: names of the first columns.
+        content: what such a file has, in words.
+    """
+    if path.is_file() and list(read_csv(path)[1][0])[: len(columns)] != list(columns):
+        raise ValueError(f"--out {path} is not a file of {content}: choose another file")
 
 
 def take_up(
