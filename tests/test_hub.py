@@ -185,6 +185,9 @@ def test_what_cannot_be_read_or_saved_is_refused(
     model.pretrained_cfg["label_names"] = ["one"]
     with pytest.raises(ValueError, match=r"has 1 names, and the model 3 classes"):
         model.save_pretrained(tmp_path / "other")
+    model.pretrained_cfg["label_names"] = 5
+    with pytest.raises(ValueError, match=r"\['label_names'\] 5 must be a list of names"):
+        model.save_pretrained(tmp_path / "other")
     del model.pretrained_cfg["label_names"]
     model = vx.create_model("vit_test")
     vx.convert(model, "linear")

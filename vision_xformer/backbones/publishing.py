@@ -14,7 +14,8 @@ def published(known: Mapping[str, Any], channels: int) -> dict[str, list[Any]]:
     """The "mean", "std" and "label_names" of a ``pretrained_cfg`` as plain lists, if known.
 
     Raises:
-        ValueError: for statistics other than a number, or one for each channel (or color).
+        ValueError: for statistics other than a number, or one for each channel (or color), or names
+            that are not a list.
     """
     found: dict[str, list[Any]] = {}
     for key in ("mean", "std"):
@@ -32,7 +33,11 @@ def published(known: Mapping[str, Any], channels: int) -> dict[str, list[Any]]:
                 f"{channels} channels"
             )
     names = known.get("label_names")
-    return found if names is None else {**found, "label_names": [*map(str, names)]}
+    if names is None:
+        return found
+    if not isinstance(names, (list, tuple)):
+        raise ValueError(f"pretrained_cfg['label_names'] {names!r} must be a list of names")
+    return {**found, "label_names": [*map(str, names)]}
 
 
 class Publishable:

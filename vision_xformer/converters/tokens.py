@@ -108,6 +108,10 @@ class ConvertedKernel(Kernel):
             q = q * self.scale
         return self.inner(q, k, v, queries, keys, bias)
 
+    def check_map(self) -> None:
+        """Raise a ValueError if the kernel that is called has no attention map."""
+        self.inner.check_map()
+
     def value_path(
         self,
         q: Tensor,
@@ -120,7 +124,6 @@ class ConvertedKernel(Kernel):
         """Return the kernel as a function of its values, see :class:`Kernel`."""
         if queries is None or keys is None:
             queries = keys = self.grid(q.shape[2])
-        self.inner.value_path(q, k, v, queries, keys, bias)  # may raise an error
         return super().value_path(q, k, v, queries, keys, bias)
 
     def extra_repr(self) -> str:

@@ -118,6 +118,9 @@ class Kernel(nn.Module):
         """
         raise NotImplementedError
 
+    def check_map(self) -> None:
+        """Raise a ValueError if the kernel has no attention map."""
+
     def value_path(
         self,
         q: Tensor,
@@ -127,7 +130,12 @@ class Kernel(nn.Module):
         keys: TokenGrid,
         bias: Tensor | None = None,
     ) -> ValuePath:
-        """Return the kernel as a function of its values, for the arguments of :meth:`forward`."""
+        """Return the kernel as a function of its values, for the arguments of :meth:`forward`.
+
+        Raises:
+            ValueError: if the kernel has no attention map.
+        """
+        self.check_map()
         return ValuePath(
             v, lambda values: self(q, k, values, queries, keys, bias), lambda y: y, queries, keys
         )

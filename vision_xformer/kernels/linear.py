@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..grid import TokenGrid
 from ..precision import to_accumulate, without_autocast
-from .base import KERNELS, Kernel, Site, ValuePath
+from .base import KERNELS, Kernel, Site
 from .feature_maps import FEATURE_MAPS
 
 
@@ -86,26 +86,13 @@ class LinearAttention(Kernel):
         with without_autocast(q):  # sums over tokens overflow in float16
             return self.q_map.attend(*operands).to(v.dtype)
 
-    def value_path(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        queries: TokenGrid,
-        keys: TokenGrid,
-        bias: Tensor | None = None,
-    ) -> ValuePath:
-        """Return the kernel as a function of its values, see :class:`Kernel`.
-
-        Raises:
-            ValueError: for "polarity", whose halves of the values have different maps.
-        """
+    def check_map(self) -> None:
+        """Raise a ValueError for "polarity", whose halves of the values have different maps."""
         if self.q_map.denominators > 1:
             raise ValueError(
                 f"feature_map {self.feature_map!r} has no attention map: the two halves of the "
                 "values have different ones"
             )
-        return super().value_path(q, k, v, queries, keys, bias)
 
     def flops(
         self,

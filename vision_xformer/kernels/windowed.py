@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..grid import TokenGrid
 from ..options import check_at_least, check_types
-from .base import Kernel, ValuePath
+from .base import Kernel
 
 
 class Piece(NamedTuple):
@@ -153,18 +153,9 @@ class WindowedKernel(Kernel):
 
         return attended(operands, ()).flatten(1, len(shape)).transpose(1, 2)
 
-    def value_path(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        queries: TokenGrid,
-        keys: TokenGrid,
-        bias: Tensor | None = None,
-    ) -> ValuePath:
-        """Return the kernel as a function of its values, see :class:`Kernel`."""
-        self.kernel.value_path(q, k, v, queries, keys, bias)  # may raise an error
-        return super().value_path(q, k, v, queries, keys, bias)
+    def check_map(self) -> None:
+        """Raise a ValueError if the kernel of the windows has no attention map."""
+        self.kernel.check_map()
 
     def _attend(
         self, operands: list[Tensor], cut: tuple[Piece, ...], bias: Tensor | None
