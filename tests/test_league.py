@@ -155,3 +155,17 @@ def test_table_and_figure() -> None:
     for axis, front in ((few, [1.0, 2.0]), (many, [5.0])):
         assert [text.get_text() for text in axis.texts] == ["linear", "softmax"]
         assert list(axis.lines[0].get_xdata()) == front
+
+
+def test_names_in_the_figure_cover_neither_each_other_nor_dots() -> None:
+    times = {"softmax": 100, "linear": 105, "efficient": 110, "mhla": 10, "agent": 1000}
+    tops = {"softmax": 0.83, "linear": 0.831, "efficient": 0.829, "mhla": 0.8, "agent": 0.86}
+    runs = [run(name, top) for name, top in tops.items()]
+    layers = [layer(name, n, ms, 20.0) for n in league.SHOWN for name, ms in times.items()]
+    drawn = league.figure(runs, layers)
+    for axis in drawn.axes:
+        boxes = [text.get_window_extent() for text in axis.texts]
+        dots = [axis.transData.transform(dot.get_offsets()) for dot in axis.collections]
+        for i, box in enumerate(boxes):
+            assert not any(box.overlaps(other) for other in boxes[:i])
+            assert not any(box.contains(*point) for points in dots for point in points)

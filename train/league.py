@@ -21,6 +21,7 @@ if __name__ == "__main__":  # the other imports take seconds
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from vision_xformer.names import name_to_config
 
@@ -162,19 +163,23 @@ def figure(runs: Sequence[Mapping[str, Any]], layers: Sequence[Row]) -> Figure:
     with mpl.rc_context(STYLE):
         drawn = Figure(figsize=(12, 5.8))
         axes = drawn.subplots(1, len(SHOWN), sharey=True)
+        panels = []
         for axis, tokens in zip(axes, SHOWN, strict=True):
             cost = {
                 row["name"]: (row["step_ms_p50"], row["peak_mib"])
                 for row in layers
                 if row["mode"] == "eager" and row["size"] == tokens and row["step_ms_p50"]
             }
-            _panel(axis, {name: seeds for name, seeds in tops.items() if name in cost}, cost)
+            panels.append((axis, {name: tops[name] for name in tops if name in cost}, cost))
+            _panel(*panels[-1])
             axis.set_xlabel(f"training step of one layer at {tokens:,} tokens, ms")
         axes[0].set_ylabel("test top-1, %")
         for mib in (5, 50, 500):
             axes[0].scatter([], [], s=_area(mib), color=BLUE, alpha=0.6, label=f"{mib} MiB at peak")
         drawn.legend(ncols=3, loc="upper left", frameon=False)
         drawn.tight_layout(rect=(0, 0, 1, 0.9))
+        for panel in panels:  # where the dots are on the page is known now
+            _label(*panel)
     return drawn
 
 
@@ -189,14 +194,41 @@ def _panel(
         axis.plot([ms, ms], [min(seeds), max(seeds)], color=GREY, zorder=1)
         color = colors([name])[name] if name == BASE else BLUE
         axis.scatter(ms, means[name], s=_area(mib), color=color, alpha=0.6, zorder=2)
-        axis.annotate(
-            name, (ms, means[name]), xytext=(0, 4 + _area(mib) ** 0.5 / 2),
-            textcoords="offset points", fontsize=10, ha="center",
-        )  # fmt: skip
     axis.set_xscale("log")
     axis.margins(0.1)
     log_scale(axis.xaxis)
     axis.grid(color="#eaeef2")
+
+
+def _label(
+    axis: Any, tops: Mapping[str, Sequence[float]], cost: Mapping[str, tuple[float, float]]
+) -> None:
+    """Write the name of each dot above, below or next to it, where it covers no other."""
+    points = {name: (cost[name][0], statistics.mean(seeds)) for name, seeds in tops.items()}
+    radii = {name: _area(cost[name][1]) ** 0.5 / 2 for name in points}
+    taken = []
+    for name, point in points.items():
+        x, y = axis.transData.transform(point)
+        pixels = radii[name] * axis.figure.dpi / 72
+        taken.append(Bbox.from_bounds(x - pixels, y - pixels, 2 * pixels, 2 * pixels))
+    for name, point in points.items():
+        away = 3 + radii[name]
+        texts = [
+            axis.annotate(
+                name, point, xytext=(x * away, y * away),
+                textcoords="offset points", fontsize=10, ha=ha, va=va,
+            )
+            for x, y, ha, va in (
+                (0, 1, "center", "bottom"), (0, -1, "center", "top"), (1, 0, "left", "center"),
+                (-1, 0, "right", "center"),
+            )
+        ]  # fmt: skip
+        covered = [sum(t.get_window_extent().overlaps(box) for box in taken) for t in texts]
+        best = texts[covered.index(min(covered))]
+        for text in texts:
+            if text is not best:
+                text.remove()
+        taken.append(best.get_window_extent())
 
 
 def _area(mib: float) -> float:
