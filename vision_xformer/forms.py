@@ -57,9 +57,9 @@ class _PlainSecond(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors
         if not torch.is_grad_enabled():  # without create_graph
-            return d, None, *(None for _ in inputs)
+            return d, *[None] * (len(ctx.needs_input_grad) - 1)
+        inputs = ctx.saved_tensors
         # Aliases, so that a tensor used for two inputs has a gradient for each of them.
         aliases = [None if t is None else t.view_as(t) for t in inputs]
         wanted = [t for t in aliases if t is not None and t.requires_grad]
