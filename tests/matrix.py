@@ -72,6 +72,9 @@ def _parse(table: str) -> dict[str, dict[str, bool]]:
 MATRIX = _parse(_TABLE)
 # those that leave class and register tokens unchanged: a class token would learn nothing
 PATCHES_ONLY = {name for name, row in MATRIX.items() if not row["prefix"]}
+BIASED = [name for name, row in MATRIX.items() if row["bias"]]
+# those that store a map, so that their memory grows quadratically
+QUADRATIC = ("softmax_eager", "talking_heads")
 
 
 def markdown() -> str:

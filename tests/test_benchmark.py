@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from matrix import QUADRATIC
 from PIL import Image
 from test_train import TINY
 
@@ -108,8 +109,7 @@ def test_bytes_kept_grow_as_the_papers_say(name: str) -> None:
     if name == "fourier":
         assert kept(64) == 0
         return
-    quadratic = name in ("softmax_eager", "talking_heads")
-    low, high = (1.9, 2.05) if quadratic else (0.95, 1.05)
+    low, high = (1.9, 2.05) if name in QUADRATIC else (0.95, 1.05)
     assert low <= math.log(kept(64) / kept(32), 4) <= high
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from test_train import config_for, image_folder
+from test_train import TINY, config_for, image_folder
 
 import vision_xformer as vx
 from train import cli
@@ -25,6 +26,7 @@ from train.config import RunConfig
 from train.data import load_data
 from train.evaluation import accuracy, predict
 from train.loop import Run
+from train.recipes import import_modules
 from train.run_dir import new_folder
 
 
@@ -460,3 +462,49 @@ def test_a_folder_name_suits_every_system(tmp_path: Path, monkeypatch: pytest.Mo
     config = config_for(tmp_path)
     config.run_dir, config.data.name = None, "torchvision:EMNIST:split=letters"
     assert new_folder(config).name == "vit-torchvision-emnist-split-letters-0"
+
+
+# modules of the user
+
+
+_OWN = """
+import vision_xformer as vx
+
+
+@vx.KERNELS.register("own_copy")
+class Copy(vx.Kernel):
+    def forward(self, q, k, v, queries, keys, bias=None):
+        return v.expand(-1, q.shape[1], -1, -1)
+"""
+
+
+def test_a_mixer_of_ones_own_is_used_from_the_command_line(tmp_path: Path) -> None:
+    """In a process that knows nothing of it but the run."""
+    (tmp_path / "own_mixers.py").write_text(_OWN)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+
+    def program(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "train", *words], cwd=tmp_path, env=environment,
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    fit = ["fit", "--model.name", "vit", "--model.mixer", "own_copy", "--model.options",
+           json.dumps(TINY), "--data.batch_size", "500", "--data.workers", "0",
+           "--train.epochs", "1", "--run_dir", "run"]  # fmt: skip
+    assert "unknown mixer 'own_copy'" in program(*fit).stderr
+    assert program(*fit, "--imports", "own_mixers").returncode == 0
+    assert "test top-1" in program("evaluate", "run").stdout
+    written = program("export", "run", "--onnx", "own.onnx")
+    assert "wrote own.onnx" in written.stdout, written.stderr
+
+
+def test_a_module_that_does_not_exist_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_broken.py").write_text("import own_missing")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"^imports own_mixrs: there is no module of this name"):
+        import_modules("json own_mixrs")
+    with pytest.raises(ModuleNotFoundError, match="own_missing"):  # with its traceback
+        import_modules("own_broken")

@@ -24,8 +24,7 @@ import vision_xformer as vx
 from vision_xformer.converters.align import AttentionMatching, aligned_parameters, softmax_copy
 from vision_xformer.converters.tokens import ConvertedKernel
 
-KERNELS = ("agent", "efficient", "inline", "linear", "linformer", "mala", "mhla", "nystrom",
-           "performer", "rala", "softmax", "softmax_eager", "talking_heads")  # fmt: skip
+KERNELS = vx.KERNELS.names()
 WIDE, SQUARE = (16, 24), (16, 16)
 VIT: dict[str, Any] = {
     "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from matrix import PATCHES_ONLY
+from matrix import BIASED, PATCHES_ONLY
 
 import vision_xformer as vx
 from vision_xformer.backbones.vit import ViTConfig
@@ -383,7 +383,7 @@ def test_swapping_the_mixer_of_the_others(name: str, mixer: str) -> None:
     )
     if not takes_heads(mixer):
         changed |= {k: None for k in ("heads", "key_dim") if k in values}
-    if "position_bias" in values and mixer not in ("softmax", "softmax_eager"):
+    if "position_bias" in values and mixer not in BIASED:
         changed["position_bias"] = False
     wanted = dataclasses.replace(before, **changed)
     if before == name_to_config(name):
@@ -401,11 +401,11 @@ def test_a_position_bias_is_dropped_for_a_mixer_that_cannot() -> None:
     assert not vars(create("levit_128s", position_bias=False).config)["position_bias"]
 
 
-@pytest.mark.parametrize("mixer", [m for m in vx.list_mixers() if not m.startswith("softmax")])
+@pytest.mark.parametrize("mixer", [m for m in vx.list_mixers() if m not in BIASED])
 def test_a_position_bias_asked_for_is_refused_by_a_mixer_that_cannot(mixer: str) -> None:
     with pytest.raises(ValueError, match="position_bias"):
         vx.create_model("levit_test", mixer=mixer, position_bias=True)
-    for allowed in ("softmax", "softmax_eager"):
+    for allowed in BIASED:
         create("levit_test", mixer=allowed, position_bias=True)
 
 

@@ -82,8 +82,7 @@ def test_readme_is_read_in_five_minutes() -> None:
 
 
 def test_readme_counts_the_mixers() -> None:
-    assert "Twenty-six [mixers]" in README
-    assert len(vx.list_mixers()) == 26
+    assert f"There are {len(vx.list_mixers())} [mixers]" in README
 
 
 def test_readme_has_six_snippets() -> None:
@@ -432,7 +431,9 @@ def test_make_targets_are_there() -> None:
         assert f"\n{target}:" in makefile
 
 
-def test_training_commands_are_there() -> None:
+def test_training_commands_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_mixers.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
     found = [words for words in commands("python -m train") if words[0] != "benchmark"]
     assert len(found) >= 8
     for words in found:

@@ -220,6 +220,8 @@ class RunConfig:
         train: how to train.
         seed: of weights, order and augmentation; the validation split has its own, fixed seed.
         run_dir: a new folder for everything of the run; by default it is named by model and data.
+        imports: modules that are imported first, separated by spaces, such as those that register
+            your own mixers, backbones or data sets.
     """
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -228,6 +230,7 @@ class RunConfig:
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     seed: NonNegativeInt = 0
     run_dir: str | None = None
+    imports: str = ""
 
     def check(self) -> None:
         """Check all values, and make the numbers plain ones.

@@ -9,11 +9,12 @@ from torch import nn
 
 import vision_xformer as vx
 
-from .atomic import read_json
+from .atomic import read_json, read_yaml
 from .cli import command_text
 from .commands import output_file, read_run
 from .html import Table
 from .model import is_converted, load_model
+from .recipes import import_modules
 from .text import escaped
 
 
@@ -41,6 +42,7 @@ def export(
         raise ValueError("--half is an option of --onnx")
     if license is not None and hub is None:
         raise ValueError("--license is an option of --hub")
+    import_modules(read_yaml(folder / "config.yaml").get("imports", ""))
     model, sizes = load_model(folder / "best.safetensors")
     classes: list[str] = read_json(folder / "classes.json", list)
     known: Any = getattr(model, "pretrained_cfg", {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,9 @@ def parse(arguments: list[str], file: Path | None = None) -> RunConfig:
     Args:
         arguments: of the command line.
         file: a YAML file below them all, which errors name.
+
+    Raises:
+        ValueError: for a module in ``imports`` that does not exist.
     """
     parser = fit_parser()
     if file is not None:
@@ -67,7 +71,26 @@ def parse(arguments: list[str], file: Path | None = None) -> RunConfig:
     for part in ("model", "data", "augment", "train"):
         if not isinstance(namespace[part], Namespace):
             parser.error(f"{part}: {namespace[part]} must be options with values")
+    import_modules(namespace["imports"])
     return RunConfig(**parser.instantiate(namespace).as_dict())
+
+
+def import_modules(names: str) -> None:
+    """Import modules whose names are separated by spaces.
+
+    Raises:
+        ValueError: for a module that does not exist.
+    """
+    for name in names.split():
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+                raise  # of another module, which it imports
+            raise ValueError(
+                f"imports {name}: there is no module of this name in the current folder or among "
+                "the installed packages"
+            ) from None
 
 
 def options_parser(names: Sequence[str], others: str = "") -> Parser:

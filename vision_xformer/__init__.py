@@ -1,7 +1,7 @@
 """Image classifiers whose stem, backbone and token mixer are chosen independently."""
 
 from . import compat, hub
-from .backbones import BACKBONES, Config, Stage, VisionModel
+from .backbones import BACKBONES, Block, Config, Stage, VisionModel
 from .backbones.cait import CaiT
 from .backbones.cct import CCT, CVTLite, ViTLite
 from .backbones.convmixer import ConvMixer
@@ -58,6 +58,7 @@ __all__ = [
     "PVT",
     "STEMS",
     "Attention",
+    "Block",
     "BreakEven",
     "CVTLite",
     "CaiT",

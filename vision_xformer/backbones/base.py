@@ -24,7 +24,8 @@ class VisionModel(TimmInterface, Publishable):
     """An image classifier: (B, C, *shape) -> (B, num_classes). ``config`` rebuilds it.
 
     Subclasses are registered under the name in their ``config_class`` and list sizes in
-    ``presets``; the size "" is the configuration of the X-formers paper for CIFAR-10.
+    ``presets``; the size "" is the configuration of the X-formers paper for CIFAR-10. They define
+    ``embed`` and have ``num_features``, ``head``, and ``blocks``, a :class:`Stage`, or ``stages``.
 
     Args:
         config: an instance of ``config_class``.
