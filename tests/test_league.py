@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import blocks
 import pytest
 
 import vision_xformer as vx
@@ -133,6 +135,12 @@ def test_the_recipe_is_that_of_the_first_runs(mixer: str, folder: str, tmp_path:
     model = then["model"]
     old = vx.create_model(model["name"], mixer_options=model["mixer_options"], **model["options"])
     assert build_model(now.model, Sizes(32, 3, 10)).config == old.config
+
+
+def test_all_runs_had_the_same_precision() -> None:
+    for run in blocks.league_runs():
+        sessions = json.loads((run["folder"] / "sessions.json").read_text())
+        assert {session["precision"] for session in sessions} == {"bf16"}
 
 
 def test_table_and_figure() -> None:
