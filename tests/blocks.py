@@ -148,6 +148,10 @@ def blocks() -> dict[str, dict[str, str]]:
         },
         "docs/league.md": {"league": league_table()},
         "docs/training.md": {"training": table(classifiers()).markdown()},
+        "docs/memory.md": {
+            "plan": f"```text\n{plan.read_text(encoding='utf-8')}```",
+            "sizes": column_table(measured("models-vit-tiny"), "peak_mib", "").markdown(),
+        },
         "docs/benchmark.md": {
             "wins": Table(WINS, wins(layers()).rows).markdown(),
             "gains": by_tokens("step_ms_p50", MIXERS, faster=True).markdown(),
@@ -158,8 +162,6 @@ def blocks() -> dict[str, dict[str, str]]:
             "memory newer": by_tokens("peak_mib", NEWER, faster=False, device=AMD).markdown(),
             "savings": savings(layers(), "softmax", "softmax_eager", 1024).markdown(),
             "models": savings(vix, "vit", "vit, softmax_eager", 32).markdown(),
-            "sizes": column_table(measured("models-vit-tiny"), "peak_mib", "").markdown(),
-            "plan": f"```text\n{plan.read_text(encoding='utf-8')}```",
             "errors": error_table().markdown(),
         },
         **exports(),

@@ -258,7 +258,7 @@ def test_what_is_said_of_the_benchmark_is_in_the_results() -> None:
         "takes {vit_tiny:.1f} s with softmax, {vip_tiny:.1f} s with Performer, {vin_tiny:.1f} s "
         "with Nyströmformer, {vil_tiny:.1f} s with Linformer and {vif_tiny:.1f} s with Fourier."
     )
-    assert words.format_map(large) in said
+    assert words.format_map(large) in words_of("docs/memory.md")
 
 
 def test_what_is_said_of_computed_memory_is_in_the_results() -> None:
@@ -266,7 +266,7 @@ def test_what_is_said_of_computed_memory_is_in_the_results() -> None:
     large = [row for row in rows if row["computed_mib"] and (row["peak_mib"] or 0) > 200]
     errors = [abs(row["computed_mib"] / row["peak_mib"] - 1) for row in large]
     near = sum(error <= 0.05 for error in errors)
-    said = words_of("docs/benchmark.md")
+    said = words_of("docs/memory.md")
     assert f"Of the {len(large)} rows of the CSV files with a peak above 200 MiB" in said
     assert f"within 5% of the measured one in {near}, and within 0.1% in the median" in said
     assert statistics.median(errors) <= 0.001
