@@ -16,6 +16,7 @@ from plotly.offline import get_plotlyjs
 from test_benchmark import put, row
 
 from train.benchmark import __main__ as program
+from train.benchmark.fits import fits_section
 from train.benchmark.page import choices, write
 from train.benchmark.rows import label, read_rows, write_csv
 from train.html import Section, Table, write_page
@@ -336,3 +337,28 @@ def test_files_of_plan_are_a_figure_and_tables(tmp_path: Path) -> None:
     write_csv(file, lines, list(rows[0])[:6], rows)
     with pytest.raises(ValueError, match=r"plan\.csv: no largest batches: run plan with --memory"):
         write([file], [], tmp_path / "out")
+
+
+def test_models_planned_with_every_mixer_have_a_curve_each(tmp_path: Path) -> None:
+    rows = [
+        {"name": name, "mixer": mixer, "size": str(size), "status": "ok", "batch in 8GB": batch}
+        for name, mixers in (
+            ("vit_tiny", ("", "nystrom", "performer", "fourier", "conv")),
+            ("cct_2_3x2", ("", "linformer", "nystrom", "softmax_eager", "agent")),
+        )
+        for batch, mixer in enumerate(mixers, start=len(name))
+        for size in (224, 512)
+    ]
+    section = fits_section(["device: here", "versions: torch 2"], rows)
+    [table] = section.tables
+    assert len(table.rows) == 10
+    assert table.rows[:2] == [["vit_tiny", "8", "8"], ["vit_tiny, nystrom", "9", "9"]]
+    assert section.figure is not None
+    named = {row[0] for row in table.rows} - {"vit_tiny, conv", "cct_2_3x2, agent"}
+    [legend] = section.figure.legends
+    assert {text.get_text() for text in legend.get_texts()} == {*named, "other mixers"}
+    lines = [line.get_color() for line in section.figure.axes[0].lines]
+    assert len(set(lines)) == len(named) + 1
+    section.figure.draw_without_rendering()
+    below = section.figure.axes[0].xaxis.label.get_window_extent()
+    assert not legend.get_window_extent().overlaps(below)
