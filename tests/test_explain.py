@@ -488,6 +488,11 @@ def test_the_head_of_a_model_inside_another_says_where_maps_start(library: str) 
     ):  # fmt: skip
         torch.testing.assert_close(vx.attention_maps(wrapped, x), mean)
         torch.testing.assert_close(vx.rollout(wrapped, x), heat)
+    hybrid = MODELS["own code"](SQUARE).eval()
+    x = torch.randn(2, 3, *SQUARE)
+    token = vx.attention_maps(hybrid, x, queries="cls")
+    hybrid.patch_embed.global_pool = "avg"  # a stem may have a head of its own
+    torch.testing.assert_close(vx.attention_maps(hybrid, x), token)
     with pytest.raises(ValueError, match="queries 'cls': Sequential has no class token here"):
         vx.attention_maps(
             nn.Sequential(VisionTransformer(16, 4, class_token=False, global_pool="avg",

@@ -280,6 +280,8 @@ def reads_class_token(model: nn.Module, path: ValuePath) -> bool:
 def _pooling(model: nn.Module) -> nn.Module:
     """Return the module, of those in wrappers, whose attributes say which tokens the head reads."""
     for module in model.modules():
-        if isinstance(module, VisionModel) or any(hasattr(module, name) for name in _POOLING):
+        known = isinstance(module, VisionModel) or any(hasattr(module, name) for name in _POOLING)
+        # a CNN before the attention layers has a head of its own
+        if known and any(isinstance(part, Mixer | Kernel) for part in module.modules()):
             return module
     return model
