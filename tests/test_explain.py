@@ -18,6 +18,7 @@ from nystrom_attention import NystromAttention
 from PIL import Image
 from test_contract import GRIDS, TEST_MODELS, each_grid, each_mixer, make, tokens
 from test_convert import MODELS, SQUARE
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -205,6 +206,33 @@ def test_maps_equal_those_of_transformers() -> None:
     torch.testing.assert_close(heat, want[:, 1, :, :1, 1:].unflatten(-1, (4, 4)))
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_clip_of_transformers_reads_the_mean_in_spite_of_its_class_token(wrapped: bool) -> None:
+    vision = {
+        "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3, "patch_size": 4,
+        "intermediate_size": 7, "image_size": 16,
+    }  # fmt: skip
+    config = hf.CLIPConfig(vision_config=vision, num_labels=5)
+    model = hf.CLIPForImageClassification(config).double().eval()
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
+    output = eager(x, output_attentions=True)
+    gradients = torch.autograd.grad(output.logits[:, 3].sum(), output.attentions)
+    plain = torch.full((2, 1, 17), 1 / 16, dtype=torch.float64)
+    plain[..., 0] = 0
+    weighted = plain
+    for a, d in zip(reversed(output.attentions), reversed(gradients), strict=True):
+        plain = 0.5 * plain + 0.5 * plain @ a.mean(1)
+        weighted = weighted + weighted @ (a * d).clamp(min=0).mean(1)
+    given = nn.Sequential(model) if wrapped else model
+    for row, target in ((plain, None), (weighted, 3)):
+        want = row[:, 0, 1:].detach().unflatten(1, (4, 4))
+        torch.testing.assert_close(vx.rollout(given, x, target=target), want)
+    mean = output.attentions[-1].detach()[:, None, :, 1:].mean(3, keepdim=True)
+    torch.testing.assert_close(vx.attention_maps(given, x), mean)
+
+
 # Models
 
 
@@ -328,7 +356,10 @@ def test_rollout_equals_products_of_matrices(pool: str, fusion: str) -> None:
         heat = vx.rollout(model, x, head_fusion=fusion, target=given)
         torch.testing.assert_close(heat, row.detach().unflatten(1, (7, 5)), rtol=1e-10, atol=1e-12)
     one = vx.rollout(model, x[:1], head_fusion=fusion, target=1)
-    torch.testing.assert_close(one, vx.rollout(model, x, head_fusion=fusion, target=target)[:1])
+    both = vx.rollout(model, x, head_fusion=fusion, target=target)
+    torch.testing.assert_close(one, both[:1])
+    array: Any = target.numpy()
+    assert torch.equal(vx.rollout(model, x, head_fusion=fusion, target=array), both)
 
 
 def test_rollout_through_class_attention() -> None:
@@ -350,6 +381,33 @@ def test_rollout_through_a_pyramid_keeps_the_sum() -> None:
         x = torch.randn(2, *model.config.input_shape, dtype=torch.float64)
         heat = vx.rollout(model, x)
         torch.testing.assert_close(heat.sum((1, 2)), torch.ones(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("options", [{}, {"head_fusion": "max"}, {"target": 1}])
+def test_rollout_in_low_precision_multiplies_in_float32(options: dict[str, Any]) -> None:
+    model = vx.create_model("vit_test", image_size=32, depth=6).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    x = torch.randn(2, 3, 32, 32)
+    exact = vx.rollout(model, x, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        automatic = vx.rollout(model, x, **options)
+    half = copy.deepcopy(model).bfloat16()
+    heat = vx.rollout(half, x.bfloat16(), **options)
+    assert heat.dtype == automatic.dtype == torch.float32
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    if "target" in options:  # the gradients are those of the model
+        want, rough = exact, 0.1
+    else:
+        maps = vx.attention_maps(half, x.bfloat16(), layers=None, queries="all").float()
+        row = torch.zeros(2, 1, maps.shape[-1])
+        row[..., 0] = 1
+        for a in reversed(maps.unbind(1)):
+            row = 0.5 * row + 0.5 * row @ (a.amax(1) if options else a.mean(1))
+        want, rough = row[:, 0, 1:].unflatten(1, heat.shape[1:]), 0.01
+    for found, right in ((heat, want), (automatic, exact)):
+        assert (found - right).abs().max() < rough * (right.max() - right.min())
+    assert heat[0].unique().numel() > 0.9 * heat[0].numel()  # no steps
 
 
 class Largest(TorchDispatchMode):
@@ -411,6 +469,38 @@ def test_maps_of_a_model_inside_another() -> None:
     torch.testing.assert_close(vx.rollout(wrapped, x), vx.rollout(model, x))
 
 
+@pytest.mark.parametrize("library", ["timm", "ours"])
+def test_the_head_of_a_model_inside_another_says_where_maps_start(library: str) -> None:
+    size: dict[str, Any] = {"patch_size": 4, "depth": 2, "num_classes": 5}
+    if library == "timm":
+        model: nn.Module = VisionTransformer(
+            img_size=16, embed_dim=12, num_heads=2, global_pool="avg", **size
+        )
+    else:
+        model = vx.create_model(
+            "vit", image_size=16, dim=12, heads=2, pool="mean", class_token=True, **size
+        )
+    x = torch.randn(2, 3, 16, 16)
+    mean, heat = vx.attention_maps(model, x, queries="mean"), vx.rollout(model, x)
+    for wrapped in (
+        nn.Sequential(nn.Identity(), model), nn.DataParallel(model),
+        torch.compile(model, backend="eager"),
+    ):  # fmt: skip
+        torch.testing.assert_close(vx.attention_maps(wrapped, x), mean)
+        torch.testing.assert_close(vx.rollout(wrapped, x), heat)
+    hybrid = MODELS["own code"](SQUARE).eval()
+    x = torch.randn(2, 3, *SQUARE)
+    token = vx.attention_maps(hybrid, x, queries="cls")
+    hybrid.patch_embed.global_pool = "avg"  # a stem may have a head of its own
+    torch.testing.assert_close(vx.attention_maps(hybrid, x), token)
+    with pytest.raises(ValueError, match="queries 'cls': Sequential has no class token here"):
+        vx.attention_maps(
+            nn.Sequential(VisionTransformer(16, 4, class_token=False, global_pool="avg",
+                                            reg_tokens=2, embed_dim=12, depth=1, num_heads=2)),
+            x, queries="cls",
+        )  # fmt: skip
+
+
 def test_maps_of_compiled_models() -> None:
     model = vx.create_model("vin_test").eval()
     x = torch.randn(2, *model.config.input_shape)
@@ -458,6 +548,15 @@ def test_what_has_no_maps_is_refused() -> None:
         vx.attention_maps(vx.create_model("cait_test"), x, layers=None)
     with pytest.raises(ValueError, match="attends to a learned memory, which has no grid"):
         vx.attention_heat(vx.create_model("vie_test"), x)
+    other = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2)
+    converted = copy.deepcopy(other)
+    vx.convert(converted, "linear")
+    for explain in (vx.attention_maps, vx.attention_heat, vx.rollout):
+        for shape in ((3, 32, 32), (1, 1, 3, 32, 32)):
+            message = re.escape(f"images of shape {shape} must be (B, C, H, W)")
+            for given in (other, converted):
+                with pytest.raises(ValueError, match=message):
+                    explain(given, torch.randn(shape))
     with pytest.raises(ValueError, match="ResNet has no attention layers"):
         vx.attention_maps(timm.create_model("resnet10t"), torch.randn(1, 3, 32, 32))
 
@@ -487,8 +586,15 @@ def test_what_has_no_rollout_is_refused() -> None:
     assert vx.rollout(tokens, x).ndim == 3
     with pytest.raises(ValueError, match="head_fusion 'sum' must be 'mean', 'max' or 'min'"):
         vx.rollout(model, x, head_fusion="sum")  # type: ignore[arg-type]
+    fusion: Any = ["mean"]
+    with pytest.raises(ValueError, match=r"head_fusion \['mean'\] must be 'mean', 'max' or 'min'"):
+        vx.rollout(model, x, head_fusion=fusion)
     with pytest.raises(ValueError, match="ExternalAttention attends to a learned memory"):
         vx.rollout(vx.create_model("vie_test"), x)
+    crossed = vx.create_model("crossvit_test")
+    for wrapped in (crossed, nn.Sequential(crossed), torch.compile(crossed, backend="eager")):
+        with pytest.raises(ValueError, match="CrossViT has two branches"):
+            vx.rollout(wrapped, torch.randn(1, *crossed.config.input_shape))
     mixed = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2)
     mixed.blocks[1].attn = OddAttention()
     with pytest.raises(ValueError, match=r"layer blocks.1.attn: rollout needs the map"):
@@ -527,6 +633,11 @@ def test_overlays_that_cannot_be_drawn_are_refused() -> None:
         (x[:, :2], heat, {}, r"images of shape \(2, 2, 8, 8\) must be \(B, 1 or 3, H, W\)"),
         (x, heat[:1], {}, r"heat of shape \(1, 2, 2\) must be"),
         (x, heat / 0, {}, "heat must be finite"),
+        (x / 0, heat, {}, "images must be finite"),
+        (x, heat, {"mean": "half"}, "mean 'half' must be one number, or one for each of 3"),
+        (x, heat, {"mean": [[1], [1, 2]]}, r"mean \[\[1\], \[1, 2\]\] must be one number"),
+        (x, heat, {"std": None}, "std None must be one number, or one for each of 3"),
+        (x, heat, {"std": math.nan}, "std nan must be one number, or one for each of 3"),
         (x, heat, {"size": 0}, "size 0 must be at least 1"),
         (x[:0], heat[:0], {}, r"there are no images or no heat in \(0, 2, 2\)"),
         (

@@ -133,3 +133,34 @@ def test_models_cost_what_their_authors_say(name, size, classes, millions, maps)
         model = vx.create_model(name, image_size=size, num_classes=classes)
         image = torch.empty(1, 3, size, size)
     assert vx.count_flops(model, image) / 2 == pytest.approx(millions * 1e6 + maps, rel=0.015)
+
+
+class Foreign(nn.Linear):
+    """Of a library whose method counts something else."""
+
+    def flops(self) -> int:
+        raise AssertionError
+
+
+class Outer(vx.Mixer):
+    """A mixer that states the count of all that is inside, mixers that state theirs included."""
+
+    def __init__(self, dim: int, heads: None, grid: vx.TokenGrid) -> None:
+        super().__init__(dim, heads, grid)
+        self.inner, self.linear = vx.create_mixer("fourier", dim=dim, grid=grid), Foreign(dim, dim)
+
+    def forward(self, x: torch.Tensor, grid: vx.TokenGrid, rope: None = None) -> torch.Tensor:
+        return self.linear(self.inner(self.linear(x), grid))
+
+    def flops(self, x: torch.Tensor, grid: vx.TokenGrid, rope: None = None) -> int:
+        return 1000
+
+
+def test_the_outer_one_of_nested_modules_states_its_count():
+    grid = vx.TokenGrid((4, 4))
+    mixer, x = Outer(8, None, grid), torch.randn(2, 16, 8)
+    assert vx.count_flops(mixer, x, grid) == 1000
+
+
+def test_methods_of_other_libraries_are_not_called():
+    assert vx.count_flops(nn.Sequential(Foreign(4, 3)), torch.randn(5, 4)) == 2 * 5 * 4 * 3

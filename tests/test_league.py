@@ -159,6 +159,15 @@ def test_table_and_figure() -> None:
     assert softmax == ["softmax", "84.00%", "1", "", "1,234", "1", "9", "9", "60"]
     plain = league.table(runs[2:], [])
     assert list(plain.headings) == ["mixer", "test top-1", "seeds", "parameters"]
+    unknown = [{**one, "result": {"test_top1": 0.8, "parameters": None}} for one in runs[2:3]]
+    assert league.table(unknown, []).rows == [["softmax", "80.00%", "1"]]
+    stopped = {**run("softmax", 0.9, 1), "result": {}}
+    assert league.table([*runs, stopped], layers).rows == table.rows
+    rows = [*layers[1:], {**layers[0], "peak_mib": None}]
+    few, many = league.figure(runs, rows).axes
+    assert [[text.get_text() for text in axis.texts] for axis in (few, many)] == [
+        ["softmax"], ["linear", "softmax"],
+    ]  # fmt: skip
     few, many = league.figure(runs, layers).axes
     for axis, front in ((few, [1.0, 2.0]), (many, [5.0])):
         assert [text.get_text() for text in axis.texts] == ["linear", "softmax"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -274,12 +275,36 @@ def test_mistakes() -> None:
     with pytest.raises(ValueError, match=r"shape \(4, 3, 14, 11\) cannot be computed"):
         vx.memory(model, (4, 3, 14, 11))
 
+    wrong: list[Any] = [(-1, 3, 14, 10), (0, 3, 14, 10), (4, 3, 14.0, 10), (), 4]
+    for given in wrong:
+        with pytest.raises(ValueError, match=re.escape(f"shape {given!r} must be positive int")):
+            vx.memory(model, given)
+    frozen = vx.create_model("vit_test").requires_grad_(False)
+    with pytest.raises(ValueError, match=r"no parameter of it requires .* use training=False$"):
+        vx.memory(frozen, shape)
+    assert vx.memory(frozen, shape, training=False) == vx.memory(model, shape, training=False)
+
     class Depends(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x if x.sum().item() > 0 else -x
 
     with pytest.raises(ValueError, match=r"Depends .* cannot be computed"):
         vx.memory(Depends(), (1, 3, 8, 8))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("training", [True, False])
+def test_contexts_of_the_caller_change_nothing(precision: Any, training: bool) -> None:
+    model = vx.create_model("vit_test")
+    model.set_grad_checkpointing()
+    shape = (4, *model.config.input_shape)
+    options: dict[str, Any] = {"precision": precision, "training": training, "device": "cpu"}
+    found = vx.memory(model, shape, **options)
+    for context in (
+        torch.inference_mode(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16),
+    ):  # fmt: skip
+        with context:
+            assert vx.memory(model, shape, **options) == found
 
 
 class Grouped(nn.Module):

@@ -15,13 +15,18 @@ import pytest
 from plotly.offline import get_plotlyjs
 from test_benchmark import put, row
 
+from train import html
 from train.benchmark import __main__ as program
+from train.benchmark.fits import fits_section
 from train.benchmark.page import choices, write
 from train.benchmark.rows import label, read_rows, write_csv
+from train.convert_cost import TEACHER, Cost
+from train.convert_page import cost_table
 from train.html import Section, Table, write_page
 
 RESULTS = Path(__file__).parents[1] / "results" / "benchmark"
 STEP, RATIO = "training step, median ms", "training step, time / fused softmax"
+SCRIPT, NODE = Path(html.__file__).with_name("page.js"), shutil.which("node")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
@@ -235,6 +240,48 @@ def test_tables_have_headings_to_sort_by(tmp_path: Path) -> None:
     assert len(text) < 20_000
 
 
+def test_a_vertical_bar_does_not_end_a_cell_of_markdown() -> None:
+    table = Table(["a|b", "c"], [["x|y", "1"]])
+    assert table.markdown() == "| a\\|b | c |\n| --- | --- |\n| x\\|y | 1 |"
+
+
+def test_the_cost_of_conversions_has_numbers_alone_and_empty_cells() -> None:
+    rows = [
+        Cost(tokens=tokens, name=name, ms=ms, mib=2.0)
+        for name, times in (
+            (TEACHER, {64: 1.0, 2048: 8.0}), ("linear", {64: 2.0, 2048: 4.0, 4096: 8.0}),
+            ("performer", {2048: 4.0}), ("nystrom", {64: 2.0}), ("agent", {4096: 1.0}),
+        )
+        for tokens, ms in times.items()
+    ]  # fmt: skip
+    table = cost_table(rows)
+    assert table.headings == ["mixer", "64", "2,048", "4,096", "faster from, tokens"]
+    assert table.rows == [
+        ["linear", "2.00, 1.00", "0.50, 1.00", "", "362"],
+        ["performer", "", "0.50, 1.00", "", "2,048"],
+        ["nystrom", "2.00, 1.00", "", "", "never"],
+        ["agent", "", "", "", ""],
+    ]
+
+
+@pytest.mark.skipif(NODE is None, reason="needs Node.js")
+def test_words_sort_as_the_numbers_that_they_mean() -> None:
+    cells = ["12", "1,234", "none", "987", "never", "2.5%", "text", "OOM", "~3", "always"]
+    comparison, _, _ = SCRIPT.read_text(encoding="utf-8").partition("function sortBy")
+    steps = f"""{comparison}
+    const cells = {json.dumps(cells)};
+    const values = cells.map((text) => [valueOf({{ cells: [{{ textContent: text }}] }}, 0), text]);
+    values.sort(([a], [b]) => compare(a, b));
+    console.log(JSON.stringify(values.map(([, text]) => text)));
+    """
+    done = subprocess.run(
+        [str(NODE), "-e", steps], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert json.loads(done.stdout) == [
+        "none", "always", "2.5%", "~3", "12", "987", "1,234", "never", "OOM", "text",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -336,3 +383,28 @@ def test_files_of_plan_are_a_figure_and_tables(tmp_path: Path) -> None:
     write_csv(file, lines, list(rows[0])[:6], rows)
     with pytest.raises(ValueError, match=r"plan\.csv: no largest batches: run plan with --memory"):
         write([file], [], tmp_path / "out")
+
+
+def test_models_planned_with_every_mixer_have_a_curve_each(tmp_path: Path) -> None:
+    rows = [
+        {"name": name, "mixer": mixer, "size": str(size), "status": "ok", "batch in 8GB": batch}
+        for name, mixers in (
+            ("vit_tiny", ("", "nystrom", "performer", "fourier", "conv")),
+            ("cct_2_3x2", ("", "linformer", "nystrom", "softmax_eager", "agent")),
+        )
+        for batch, mixer in enumerate(mixers, start=len(name))
+        for size in (224, 512)
+    ]
+    section = fits_section(["device: here", "versions: torch 2"], rows)
+    [table] = section.tables
+    assert len(table.rows) == 10
+    assert table.rows[:2] == [["vit_tiny", "8", "8"], ["vit_tiny, nystrom", "9", "9"]]
+    assert section.figure is not None
+    named = {row[0] for row in table.rows} - {"vit_tiny, conv", "cct_2_3x2, agent"}
+    [legend] = section.figure.legends
+    assert {text.get_text() for text in legend.get_texts()} == {*named, "other mixers"}
+    lines = [line.get_color() for line in section.figure.axes[0].lines]
+    assert len(set(lines)) == len(named) + 1
+    section.figure.draw_without_rendering()
+    below = section.figure.axes[0].xaxis.label.get_window_extent()
+    assert not legend.get_window_extent().overlaps(below)

@@ -116,19 +116,20 @@ def cost_figure(rows: Sequence[Cost]) -> Figure:
 def cost_table(rows: Sequence[Cost]) -> Table:
     """Tabulate time and memory relative to the model before conversion, and where it is faster."""
     tokens = sorted({row["tokens"] for row in rows})
-    time_of, kept_of = _curves(rows, "ms"), _curves(rows, "mib")
+    curves = _curves(rows, "ms")
+    cost = {(row["name"], row["tokens"]): row for row in rows}
     lines = []
-    for name in time_of:
+    for name, points in curves.items():
         if name == TEACHER:
             continue
-        ratios = [
-            f"{dict(time_of[name])[n] / dict(time_of[TEACHER])[n]:.2f}, "
-            f"{dict(kept_of[name])[n] / dict(kept_of[TEACHER])[n]:.2f}"
-            for n in tokens
-        ]
-        lines.append([_text(name), *ratios, _from(crossing(time_of[name], time_of[TEACHER]))])
+        ratios = []
+        for n in tokens:
+            ours, theirs = cost.get((name, n)), cost.get((TEACHER, n))
+            found = [f"{ours[c] / theirs[c]:.2f}" for c in ("ms", "mib")] if ours and theirs else []
+            ratios.append(", ".join(found))
+        lines.append([_text(name), *ratios, _from(crossing(points, curves.get(TEACHER, [])))])
     return Table(
-        ["mixer", *(f"{n:,}" for n in tokens), "faster from"], lines,
+        ["mixer", *(f"{n:,}" for n in tokens), "faster from, tokens"], lines,
         "time of a training step and bytes kept for backward, relative to softmax, by tokens",
     )  # fmt: skip
 
@@ -145,6 +146,6 @@ def _text(name: str) -> str:
 
 
 def _from(tokens: float | None) -> str:
-    if tokens is None or math.isinf(tokens):
-        return "never"
-    return f"{tokens:,.0f} tokens"
+    if tokens is None:
+        return ""
+    return "never" if math.isinf(tokens) else f"{tokens:,.0f}"

@@ -52,7 +52,8 @@ class Table:
     def markdown(self) -> str:
         """Format the table as Markdown, without its caption."""
         lines = [self.headings, ["---"] * len(self.headings), *self.rows]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        cells = [[cell.replace("|", r"\|") for cell in line] for line in lines]
+        return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
     def html(self) -> str:
         """Format the table as HTML that sorts by its columns and scrolls on narrow screens."""

@@ -135,7 +135,8 @@ def table(runs: Sequence[Mapping[str, Any]], layers: Sequence[Row]) -> Table:
         runs: as :func:`train.commands.read_run` returns them.
         layers: rows of ``python -m train.benchmark mixers``.
     """
-    parameters = {mixer_trained(run): run["result"].get("parameters") for run in runs}
+    known = [run for run in runs if run["result"].get("parameters") is not None]
+    parameters = {mixer_trained(run): run["result"]["parameters"] for run in known}
     cost = {(row["name"], row["size"]): row for row in layers if row["mode"] == "eager"}
     heads = ["mixer", "test top-1", "seeds", "range", "parameters"]
     heads += [f"ms at {n:,}" for n in LENGTHS] + [f"MiB at {n:,}" for n in LENGTHS]
@@ -143,7 +144,7 @@ def table(runs: Sequence[Mapping[str, Any]], layers: Sequence[Row]) -> Table:
     for name, tops in accuracies(runs).items():
         spread = f"{min(tops):.2%} to {max(tops):.2%}" if len(tops) > 1 else ""
         cells = [name, f"{statistics.mean(tops):.2%}", str(len(tops)), spread]
-        cells.append(f"{parameters[name]:,}")
+        cells.append(f"{parameters[name]:,}" if name in parameters else "")
         for column in ("step_ms_p50", "peak_mib"):
             found = (cost.get((name, n)) for n in LENGTHS)
             cells += [number(row[column]) if row and row[column] else "" for row in found]
@@ -168,7 +169,10 @@ def figure(runs: Sequence[Mapping[str, Any]], layers: Sequence[Row]) -> Figure:
             cost = {
                 row["name"]: (row["step_ms_p50"], row["peak_mib"])
                 for row in layers
-                if row["mode"] == "eager" and row["size"] == tokens and row["step_ms_p50"]
+                if row["mode"] == "eager"
+                and row["size"] == tokens
+                and row["step_ms_p50"]
+                and row["peak_mib"]
             }
             panels.append((axis, {name: tops[name] for name in tops if name in cost}, cost))
             _panel(*panels[-1])

@@ -1,7 +1,7 @@
 "use strict";
 
 // A click on the heading of a column sorts its table; empty cells stay at the end.
-const WORDS = new Map([["OOM", Infinity], ["never", Infinity], ["always", 0]]);
+const WORDS = new Map([["OOM", Infinity], ["never", Infinity], ["always", 0], ["none", 0]]);
 
 function valueOf(row, column) {
   const text = row.cells[column].textContent.trim();

@@ -13,13 +13,16 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .kernels import Kernel
+from .mixers import Mixer
 from .modes import evaluating
 
 
 def count_flops(module: nn.Module, *inputs: Any) -> int:
     """Count the operations of ``module(*inputs)`` in evaluation mode.
 
-    A submodule's ``flops`` method, if any, replaces its count; it gets the ``forward`` arguments.
+    The ``flops`` method of a kernel or mixer, if any, replaces the count of all that is inside; it
+    gets the ``forward`` arguments. Such methods of other libraries' modules are not called.
 
     Args:
         module: a model, mixer or any other module.
@@ -29,19 +32,20 @@ def count_flops(module: nn.Module, *inputs: Any) -> int:
         Floating-point operations.
     """
     counter = FlopCounterMode(display=False)
-    stated, before = 0, 0
+    stated = 0  # minus what the counter sees of the same modules
+    before: list[int] = []  # the count at the start of each module that is being executed
 
     def start(part: Any, args: Any, kwargs: Any) -> None:
-        nonlocal before
-        before = counter.get_total_flops()
+        before.append(counter.get_total_flops() + stated)
 
     def stop(part: Any, args: Any, kwargs: Any, output: Any) -> None:
         nonlocal stated
-        stated += part.flops(*args, **kwargs) - (counter.get_total_flops() - before)
+        inside = counter.get_total_flops() + stated - before.pop()
+        stated += part.flops(*args, **kwargs) - inside
 
     hooks = []
     for part in module.modules():
-        if hasattr(part, "flops"):
+        if _states_flops(part):
             hooks.append(part.register_forward_pre_hook(start, with_kwargs=True))
             hooks.append(part.register_forward_hook(stop, with_kwargs=True))
     try:
@@ -52,3 +56,9 @@ def count_flops(module: nn.Module, *inputs: Any) -> int:
         for hook in hooks:
             hook.remove()
     return counter.get_total_flops() + stated
+
+
+def _states_flops(part: nn.Module) -> bool:
+    """Whether a module has a ``flops`` method that takes the arguments of ``forward``."""
+    ours = isinstance(part, Kernel | Mixer) or type(part).__module__.startswith(f"{__package__}.")
+    return ours and hasattr(part, "flops")

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import gc
+import operator
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -150,8 +151,9 @@ def memory(
         The parts and the maximum.
 
     Raises:
-        ValueError: for an unknown option, images that do not fit the model, or a model whose
-            operations depend on the values of its tensors.
+        ValueError: for an unknown option, sizes that are not positive, images that do not fit the
+            model, training without a parameter to train, or a model whose operations depend on the
+            values of its tensors.
     """
     for name, value, known in (
         ("precision", precision, _PRECISIONS), ("optimizer", optimizer, _MOMENTS),
@@ -159,8 +161,10 @@ def memory(
     ):  # fmt: skip
         if value not in known:
             raise unknown_name_error(name, value, known)
+    shape = _checked(shape)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with caches_kept():
+    # as outside of any context of the caller
+    with caches_kept(), torch.inference_mode(False), torch.autocast("cpu", enabled=False):
         twin = without_data(model, fake).train(training)
         own = [*twin.parameters(), *twin.buffers()]
         learned = [p for p in twin.parameters() if p.requires_grad and training]
@@ -179,7 +183,7 @@ def memory(
                         step.run(partial(_loss, twin, x, labels, autocast), training)
             except (RuntimeError, ValueError, AssertionError, TypeError) as error:
                 raise ValueError(
-                    f"the memory of {type(model).__name__} for images of shape {tuple(shape)} "
+                    f"the memory of {type(model).__name__} for images of shape {shape} "
                     f"cannot be computed: {str(error).strip().splitlines()[0]}"
                 ) from error
         weights, gradients = _bytes(own), _bytes(learned)
@@ -190,6 +194,17 @@ def memory(
             weights, gradients, state, copied, _bytes(inputs), step.kept.total(),
             held + step.counter.peak, step.counter.peak_place, dict(step.kept),
         )  # fmt: skip
+
+
+def _checked(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return a shape as a tuple; a ValueError unless it consists of positive integers."""
+    try:
+        sizes = tuple(operator.index(size) for size in shape)
+    except TypeError:
+        sizes = ()
+    if not sizes or min(sizes) < 1:
+        raise ValueError(f"shape {shape!r} must be positive integers, such as (8, 3, 224, 224)")
+    return sizes
 
 
 def without_data(model: nn.Module, fake: FakeTensorMode) -> nn.Module:
@@ -244,6 +259,8 @@ class _Step:
         """Forward, and backward in training."""
         loss, self.kept = _forward(forward, self.held, lambda: self.places[-1])
         if training:
+            if not loss.requires_grad:
+                raise ValueError("no parameter of it requires gradients, so use training=False")
             loss.backward()
         self.places = [""]
 

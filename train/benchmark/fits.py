@@ -17,6 +17,7 @@ from .rows import Row
 PREFIX = "batch in "
 _NAMED = {**HEADLINE, EAGER: "softmax (materialized)"}
 _GREY = "#d8dee4"
+_COLUMNS = 4  # of the legend
 
 
 def fits_section(comments: Sequence[str], rows: Sequence[Row]) -> Section:
@@ -31,12 +32,14 @@ def fits_section(comments: Sequence[str], rows: Sequence[Row]) -> Section:
     names = sorted({row["name"] for row in rows})
     curves: dict[str, dict[int, list[int]]] = {}
     for row in rows:
-        mixer = row["mixer"] or mixer_of(row["name"]) or row["name"]
-        name = mixer if len(names) == 1 else row["name"]
+        if len(names) == 1:
+            name = row["mixer"] or mixer_of(row["name"]) or row["name"]
+        else:
+            name = ", ".join(part for part in (row["name"], row["mixer"]) if part)
         if row["status"] == "ok":
             curves.setdefault(name, {})[int(row["size"])] = [int(row[m]) for m in memories]
     title = f"The largest batch of {', '.join(names)}"
-    figure = fits_figure(curves, memories, title, comments[2])
+    figure = fits_figure(curves, memories, title, "".join(comments[2:3]))
     return Section(title, figure, fits_tables(curves, memories), comments)
 
 
@@ -66,16 +69,22 @@ def fits_figure(
     """Plot the largest batch against the image size, a panel for each memory.
 
     Args:
-        curves: largest batch in each memory, by mixer and image size.
+        curves: largest batch in each memory, by mixer and image size; of several models, by
+            "MODEL" or "MODEL, MIXER".
         memories: names of the columns.
         title: title of the figure.
         subtitle: what was computed.
     """
-    named = [name for name in _NAMED if name in curves] or list(curves)
+    named = [name for name in _NAMED if name in curves] or [
+        name for name in curves if name.partition(", ")[2] in ("", *_NAMED)
+    ]
     palette = colors(named)
     sizes = sorted({size for points in curves.values() for size in points})
+    others = len(named) < len(curves)
+    height = 1.2 + 3.9 * -(-len(memories) // 2)
+    more = 0.32 * max(0, -(-(len(named) + others) // _COLUMNS) - 2)  # lines of the legend
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(12.5, 1.2 + 3.9 * -(-len(memories) // 2)))
+        figure = Figure(figsize=(12.5, height + more))
         axes = figure.subplots(-(-len(memories) // 2), 2, squeeze=False, sharex=True, sharey=True)
         for axis in axes.flat[len(memories) :]:
             axis.set_visible(False)
@@ -102,13 +111,14 @@ def fits_figure(
             _NAMED.get(name, name): Line2D([], [], color=palette[name], linewidth=2.2, marker="o")
             for name in named
         }
-        if len(named) < len(curves):
+        if others:
             entries["other mixers"] = Line2D([], [], color=_GREY, marker="o")
         figure.legend(
-            list(entries.values()), list(entries), ncols=4, frameon=False,
+            list(entries.values()), list(entries), ncols=_COLUMNS, frameon=False,
             loc="lower center", fontsize=11,
         )  # fmt: skip
         figure.suptitle(title, x=0.01, ha="left", weight="bold")
         figure.text(0.01, 1 - 0.45 / figure.get_figheight(), subtitle, va="top", color="#57606a")
-        figure.tight_layout(rect=(0, 0.07, 1, 1 - 0.6 / figure.get_figheight()))
+        bottom = (0.07 * height + more) / figure.get_figheight()
+        figure.tight_layout(rect=(0, bottom, 1, 1 - 0.6 / figure.get_figheight()))
     return figure

@@ -8,15 +8,17 @@ independent, so one pass computes as many sums as v has channels.
 from __future__ import annotations
 
 import copy
+import functools
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from ..backbones import VisionModel
-from ..converters.observe import recorded
+from ..converters.observe import LayerCall, recorded
 from ..converters.replace import attention_layers, convert, converted_layers
 from ..grid import TokenGrid
 from ..kernels import Kernel, ValuePath
@@ -24,6 +26,8 @@ from ..mixers import Mixer
 from ..modes import check_values, evaluating
 
 Queries = Literal["cls", "mean", "all"] | Sequence[int]
+_POOLING = ("global_pool", "cls_token")  # attributes of models of timm
+_MEANS = ("CLIPForImageClassification",)  # of transformers: the mean in spite of a class token
 
 
 def attention_maps(
@@ -56,7 +60,8 @@ def attention_maps(
 
     Raises:
         ValueError: for a layer or query out of range, "cls" without a class token, a mixer that is
-            not linear in values, a model without attention, or layers whose maps differ in shape.
+            not linear in values, a model without attention, images of another shape, or layers
+            whose maps differ in shape.
     """
     names, found, _ = _computed(model, images, layers, queries)
     if len({maps.shape for maps in found}) > 1:
@@ -116,13 +121,16 @@ def with_kernels(model: nn.Module, images: Tensor) -> tuple[nn.Module, list[str]
     Softmax attention of another library is replaced by ours in a copy that shares all weights.
 
     Raises:
-        ValueError: for a model without attention layers, or one on the meta device.
+        ValueError: for a model without attention layers, one on the meta device, or images of
+            another library's model that are not (B, C, H, W).
     """
     check_values(model, type(model).__name__)
     if not isinstance(model, VisionModel):  # whose attention layers are all ours
         done = converted_layers(model)
-        rest = (m for n, m in attention_layers(model) if n not in done)
-        if not all(isinstance(layer, Mixer) for layer in rest):
+        others = [n for n, layer in attention_layers(model) if not isinstance(layer, Mixer)]
+        if others and images.ndim != 4:
+            raise ValueError(f"images of shape {tuple(images.shape)} must be (B, C, H, W)")
+        if not done.keys() >= set(others):
             shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
             model = copy.deepcopy(model, shared)
             try:
@@ -159,8 +167,16 @@ def _checked(name: str, given: Iterable[int], count: int, what: str) -> list[int
     return indices
 
 
-def value_path(model: nn.Module, name: str, calls: Any) -> ValuePath:
+def value_path(
+    model: nn.Module, name: str, calls: Mapping[str, LayerCall], *, wide: bool = False
+) -> ValuePath:
     """Return the layer of that name as a function of its values, as it was called.
+
+    Args:
+        model: the model.
+        name: of its layer.
+        calls: of its layers.
+        wide: whether the function computes in at least float32.
 
     Raises:
         ValueError: if it is not linear in values, or was not called.
@@ -168,11 +184,27 @@ def value_path(model: nn.Module, name: str, calls: Any) -> ValuePath:
     if name not in calls:
         raise ValueError(f"{type(model).__name__} does not call its layer {name}")
     layer: Any = model.get_submodule(name)
+    call = calls[name]
+    if wide:
+        layer, call = _widened(layer, call)
     try:
-        path: ValuePath = layer.value_path(*calls[name].args, **calls[name].kwargs)
+        path: ValuePath = layer.value_path(*call.args, **call.kwargs)
     except ValueError as error:
         raise ValueError(f"layer {name}: {error}") from None
     return path
+
+
+def _widened(layer: nn.Module, call: LayerCall) -> tuple[nn.Module, LayerCall]:
+    """Cast a layer, or a copy of it, and its call to at least float32."""
+    types = [p.dtype for p in layer.parameters() if p.is_floating_point()]
+    dtype = functools.reduce(torch.promote_types, [*types, call.output.dtype], torch.float32)
+    if any(other != dtype for other in types):
+        layer = copy.deepcopy(layer).to(dtype)
+
+    def cast(x: Any) -> Any:
+        return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    return layer, LayerCall(*tree_map(cast, tuple(call)))
 
 
 def weighted_rows(path: ValuePath, weights: Tensor) -> Tensor:
@@ -233,10 +265,23 @@ def one_hot(indices: Sequence[int], path: ValuePath) -> Tensor:
 
 def _has_class_token(model: nn.Module, path: ValuePath) -> bool:
     """Whether the first query is a class token; models without one may have registers."""
-    return path.queries.prefix > 0 and getattr(model, "cls_token", 0) is not None
+    return path.queries.prefix > 0 and getattr(_pooling(model), "cls_token", 0) is not None
 
 
 def reads_class_token(model: nn.Module, path: ValuePath) -> bool:
     """Whether the head of the model reads a class token, the first query of the layer."""
-    pool = getattr(getattr(model, "config", None), "pool", getattr(model, "global_pool", "cls"))
+    if any(base.__name__ in _MEANS for m in model.modules() for base in type(m).__mro__):
+        return False
+    inner = _pooling(model)
+    pool = getattr(getattr(inner, "config", None), "pool", getattr(inner, "global_pool", "cls"))
     return _has_class_token(model, path) and pool in ("cls", "token")
+
+
+def _pooling(model: nn.Module) -> nn.Module:
+    """Return the module, of those in wrappers, whose attributes say which tokens the head reads."""
+    for module in model.modules():
+        known = isinstance(module, VisionModel) or any(hasattr(module, name) for name in _POOLING)
+        # a CNN before the attention layers has a head of its own
+        if known and any(isinstance(part, Mixer | Kernel) for part in module.modules()):
+            return module
+    return model

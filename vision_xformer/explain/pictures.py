@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,8 @@ def overlay(
         size: length of the longer side of each overlay in pixels.
 
     Raises:
-        ValueError: for tensors of other shapes, or heat that is not finite.
+        ValueError: for tensors of other shapes, images or heat that are not finite, or a mean or
+            standard deviation that is not a number.
     """
     sheet = columns(images, heat, mean=mean, std=std, size=size)
     sheet = F.pad(sheet, (0, _GAP, 0, _GAP), value=1.0).permute(2, 0, 3, 1, 4)
@@ -74,10 +75,11 @@ def columns(
     if not len(images) or not heats.numel():
         raise ValueError(f"there are no images or no heat in {tuple(heat.shape)}")
     for name, value in (("mean", mean), ("std", std)):
-        if torch.as_tensor(value).numel() not in (1, 3):
+        if not _are_numbers(value):
             raise ValueError(f"{name} {value!r} must be one number, or one for each of 3 channels")
-    if not heats.isfinite().all():
-        raise ValueError("heat must be finite")
+    for name, tensor in (("images", images), ("heat", heats)):
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} must be finite")
     check_at_least("size", size, 1)
     pixels = _pixels(images, mean, std, size)
     return torch.stack((pixels, *(_blend(pixels, heat) for heat in heats.unbind(1))), 1)
@@ -88,6 +90,15 @@ def as_picture(pixels: Tensor) -> Image:
     from PIL import Image
 
     return Image.fromarray((pixels * 255).round().byte().movedim(0, -1).contiguous().numpy())
+
+
+def _are_numbers(value: Any) -> bool:
+    """Whether a value is 1 or 3 numbers."""
+    try:
+        numbers = torch.as_tensor(value, dtype=torch.float32, device="cpu")
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    return numbers.numel() in (1, 3) and bool(numbers.isfinite().all())
 
 
 def _pixels(

@@ -22,6 +22,7 @@ from ..grid import TokenGrid, segment_means
 from ..kernels import ValuePath
 from ..mixers import Mixer
 from ..modes import evaluating
+from ..precision import without_autocast
 from .maps import one_hot, reads_class_token, value_path, weighted_rows, with_kernels
 
 Fusion = Literal["mean", "max", "min"]
@@ -50,6 +51,7 @@ def rollout(
     The rollout starts from the class token if the head reads it, or else from the mean over all
     patches. In a pyramid, a position's weight is spread evenly over those it was merged from. Rows
     that do not sum to 1, such as those of Nyströmformer with its convolution, are used unchanged.
+    Maps and products are computed in at least float32, also for a model in bfloat16 or float16.
 
     Args:
         model: as for :func:`attention_maps`.
@@ -64,24 +66,25 @@ def rollout(
         ValueError: for an unknown fusion, a class out of range, a target of a model that does not
             return logits, CrossViT, or a model with a layer that has no map between tokens.
     """
-    if head_fusion not in _FUSIONS:
+    if head_fusion not in tuple(_FUSIONS):  # a list has no hash
         raise ValueError(f"head_fusion {head_fusion!r} must be 'mean', 'max' or 'min'")
-    if isinstance(model, CrossViT):
+    if any(isinstance(module, CrossViT) for module in model.modules()):
         raise ValueError("rollout follows a single sequence of tokens; CrossViT has two branches")
     with evaluating(model), torch.inference_mode(False), torch.no_grad():
         model, names = with_kernels(model, images)
         _check_complete(model)
         calls, gradients = _run(model, names, images, target)
         relevance, grid = None, TokenGrid(())
-        for name, gradient in zip(reversed(names), reversed(gradients), strict=True):
-            path = value_path(model, name, calls)
-            tokens = _input_grid(model.get_submodule(name), path, calls[name])
-            if relevance is None:
-                relevance, grid = _start(model, path, tokens), tokens
-            step = _Step(path, tokens, head_fusion, gradient)
-            # the layer's output lies on the grid of its queries; class attention keeps the patches
-            after = tokens if step.single else path.queries
-            relevance, grid = step.back(_spread(relevance, grid, after)), tokens
+        with without_autocast(images):
+            for name, gradient in zip(reversed(names), reversed(gradients), strict=True):
+                path = value_path(model, name, calls, wide=True)
+                tokens = _input_grid(model.get_submodule(name), path, calls[name])
+                if relevance is None:
+                    relevance, grid = _start(model, path, tokens), tokens
+                step = _Step(path, tokens, head_fusion, gradient)
+                # the output lies on the grid of the queries; class attention keeps the patches
+                after = tokens if step.single else path.queries
+                relevance, grid = step.back(_spread(relevance, grid, after)), tokens
     assert relevance is not None
     return relevance[:, grid.prefix :].unflatten(1, grid.shape)
 
@@ -105,7 +108,8 @@ class _Step:
         if gradient is not None:
             with torch.enable_grad():
                 y = path.apply(path.values).detach().requires_grad_()
-                (self.gradient,) = torch.autograd.grad(path.finish(y), y, gradient)
+                output = path.finish(y)
+                (self.gradient,) = torch.autograd.grad(output, y, gradient.to(output))
 
     def back(self, relevance: Tensor) -> Tensor:
         """Multiply by the layer: weights of its output tokens -> weights of its input tokens."""
@@ -169,7 +173,7 @@ def _classes(target: int | Sequence[int] | Tensor, images: int, count: int) -> T
     Raises:
         ValueError: for what are no classes, or another number of them than of images.
     """
-    given: Any = target.tolist() if isinstance(target, Tensor) else target
+    given: Any = target.tolist() if hasattr(target, "tolist") else target
     several = given if isinstance(given, list | tuple | range) else [given]
     try:
         found = [operator.index(index) for index in several]
