@@ -388,6 +388,22 @@ def test_a_test_split_without_labels_is_not_read(monkeypatch: pytest.MonkeyPatch
     assert data.test[4][0][:, 0, 0].tolist() == [4, 4, 4]
 
 
+def test_an_option_may_be_true_or_false(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offline: list[str]
+) -> None:
+    """A text "false" would be true, so that Omniglot would read its other images."""
+    monkeypatch.setattr("torchvision.datasets.Omniglot._check_integrity", lambda self: True)
+    for part, count in (("background", 60), ("evaluation", 40)):
+        for i in range(count):
+            folder = tmp_path / "omniglot-py" / f"images_{part}" / "Greek" / f"character0{i % 2}"
+            write_image(folder / f"{i}.png", i, "L")
+    for value, count in (("false", 40), ("False", 40), ("TRUE", 60)):
+        name = f"torchvision:Omniglot:background={value}"
+        data = load_data(DataConfig(name=name, root=str(tmp_path), val_fraction=0.2))
+        assert len(data.train) + len(data.val) + len(data.test) == count
+    assert offline == []
+
+
 def test_missing_data_of_torchvision_is_downloaded(tmp_path: Path, offline: list[str]) -> None:
     with pytest.raises(ValueError, match=r"no complete torchvision:KMNIST, .* not be downloaded"):
         load_data(DataConfig(name="torchvision:KMNIST", root=str(tmp_path)))
@@ -513,6 +529,104 @@ def test_hugging_face_folders_that_are_not_clear_are_refused(tmp_path: Path) -> 
     refused("none", r"row 2 of the dataset has no label")
     config = DataConfig(name="huggingface:label=coarse", root=str(tmp_path / "two"))
     assert load_data(config).classes == ["cat", "dog"]
+
+
+def save_splits(folder: Path, **splits: tuple[object, list[object]]) -> DataConfig:
+    """Save splits, each with the type of its labels and the labels."""
+    hf = pytest.importorskip("datasets")
+    saved = {}
+    for part, (kind, labels) in splits.items():
+        features = hf.Features(image=hf.Image(), label=kind)
+        saved[part] = hf.Dataset.from_dict(rows(len(labels), label=labels), features=features)
+    hf.DatasetDict(saved).save_to_disk(str(folder))
+    return DataConfig(name="huggingface", root=str(folder), val_fraction=0.2)
+
+
+def test_labels_of_hugging_face_splits_are_mapped_by_name(tmp_path: Path) -> None:
+    hf = pytest.importorskip("datasets")
+    three = hf.ClassLabel(names=["black", "gray", "white"])
+    two = hf.ClassLabel(names=["white", "gray"])
+    train = three, [0, 1, 2] * 10
+    data = load_data(save_splits(tmp_path / "two", train=train, test=(two, [0, 1, 1])))
+    assert data.classes == ["black", "gray", "white"]
+    assert data.test.labels.tolist() == [2, 1, 1]
+    text = hf.Value("string"), ["gray", "black", "white"]
+    data = load_data(save_splits(tmp_path / "text", train=train, test=text))
+    assert data.test.labels.tolist() == [1, 0, 2]
+    numbers = hf.Value("int64"), [-1, 1] * 15
+    data = load_data(save_splits(tmp_path / "signs", train=numbers, test=(numbers[0], [-1] * 3)))
+    assert (data.classes, data.test.labels.tolist()) == (["-1", "1"], [0, 0, 0])
+    data = load_data(save_splits(tmp_path / "hidden", train=train, validation=(two, [-1] * 3),
+                                 test=(three, [2, 1, 0])))  # fmt: skip
+    assert [len(part) for part in (data.train, data.val, data.test)] == [24, 6, 3]
+
+
+def test_labels_that_are_no_class_name_their_hugging_face_split(tmp_path: Path) -> None:
+    hf = pytest.importorskip("datasets")
+    two, text = hf.ClassLabel(names=["cat", "dog"]), hf.Value("string")
+    train = two, [0, 1] * 15
+    faults = {
+        "other": ({"test": (hf.ClassLabel(names=["dog", "emu"]), [0, 1])},
+                  r"split 'test' of .*other has the label 'emu', which is not a class of the tra"),
+        "text": ({"validation": (text, ["cat", "Dog"])}, r"'validation' of .* has the label 'Dog'"),
+        "some": ({"test": (two, [0, -1, 1])}, r"split 'test' of .*some has the label -1"),
+        "training": ({"train": (two, [0, 1, -1] * 9)}, r"'train' of .*training has the label -1"),
+        "none": ({"train": (two, [-1] * 9)}, r"split 'train' of .*none has no labeled images"),
+        "nan": ({"train": (hf.Value("float32"), [0.5, float("nan")])}, r"row 1 .* has no label"),
+    }  # fmt: skip
+    for name, (splits, sentence) in faults.items():
+        config = save_splits(tmp_path / name, **{"train": train, **splits})
+        with pytest.raises(ValueError, match=sentence):
+            load_data(config)
+
+
+def test_each_hugging_face_split_must_have_the_columns(tmp_path: Path) -> None:
+    hf = pytest.importorskip("datasets")
+    features = hf.Features(image=hf.Image(), label=hf.ClassLabel(names=["cat", "dog"]))
+    train = hf.Dataset.from_dict(rows(40), features=features)
+    lists = hf.Features(image=hf.Image(), label=hf.Sequence(hf.Value("int64")))
+    several = hf.Dataset.from_dict(rows(4, label=[[0, 1]] * 4), features=lists)
+    for name, test, sentence in (
+        ("bare", train.remove_columns("label"), r"split 'test' of .*bare has no column 'label'"),
+        ("renamed", train.rename_column("image", "photo"), r"'test' of .* has no column 'image'"),
+        ("several", several, r"'test' .* 'label' holds .*, not one label per image"),
+    ):
+        hf.DatasetDict(train=train, test=test).save_to_disk(str(tmp_path / name))
+        with pytest.raises(ValueError, match=sentence):
+            load_data(DataConfig(name="huggingface", root=str(tmp_path / name)))
+    several.save_to_disk(str(tmp_path / "alone"))
+    with pytest.raises(ValueError, match=r"holds .*, not one label per image"):
+        load_data(DataConfig(name="huggingface", root=str(tmp_path / "alone")))
+
+
+def test_empty_hugging_face_splits_are_left_out_or_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hf = pytest.importorskip("datasets")
+    features = hf.Features(image=hf.Image(), label=hf.ClassLabel(names=["cat", "dog"]))
+    full = hf.Dataset.from_dict(rows(40), features=features)
+    config = DataConfig(name="huggingface", root=str(tmp_path / "empty"))
+    full.select([]).save_to_disk(config.root)
+    with pytest.raises(ValueError, match=r"empty (has a split without rows|.*no labeled images)"):
+        load_data(config)
+    splits = {"train": full, "validation": full.select([]), "test": full}
+    monkeypatch.setattr("train.data.huggingface._load", lambda *args: splits)
+    assert [len(part) for part in load_data(config)[:3]] == [36, 4, 40]
+    splits["train"] = full.select([])
+    with pytest.raises(ValueError, match=r"split 'train' of .*empty has no labeled images"):
+        load_data(config)
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy", "arrow"])
+def test_hugging_face_data_may_be_saved_with_a_format(kind: str, tmp_path: Path) -> None:
+    hf = pytest.importorskip("datasets")
+    features = hf.Features({"image": hf.Image(), "0": hf.ClassLabel(names=["cat", "dog"])})
+    table = rows(40)
+    table["0"] = table.pop("label")
+    data = hf.Dataset.from_dict(table, features=features).with_format(kind)
+    data.save_to_disk(str(tmp_path))
+    test = load_data(DataConfig(name="huggingface:label=0", root=str(tmp_path))).test
+    assert all(image[0, 0, 0] % 2 == label for image, label in test)
 
 
 def test_without_datasets_its_install_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
