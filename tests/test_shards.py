@@ -211,6 +211,50 @@ def test_a_truncated_shard_is_named(keep: int, tmp_path: Path) -> None:
         load(tmp_path)
 
 
+def test_a_damaged_header_is_not_the_end_of_a_shard(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "train-0.tar", samples(0, 30))
+    with tarfile.open(path) as tar:
+        start = tar.getmembers()[40].offset
+    data = bytearray(path.read_bytes())
+    data[start : start + 4] = b"XXXX"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=f"train-0.tar is damaged at byte {start:,}$"):
+        load(tmp_path)
+    path.write_bytes(data[:start])
+    with pytest.raises(ValueError, match=r"train-0.tar is truncated$"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["val-0.tar.gz", "more/test-0.TGZ", "val.tar.zst", "a.tar.xz"])
+def test_a_compressed_shard_in_a_folder_is_named(name: str, tmp_path: Path) -> None:
+    write_tar(tmp_path / "train-0.tar", samples(0, 30))
+    write_tar(tmp_path / name, samples(30, 3))
+    with pytest.raises(ValueError, match=f"{name} is compressed: decompress it"):
+        load(tmp_path)
+
+
+def test_shards_are_found_as_image_files_are(tmp_path: Path) -> None:
+    """Behind links, with endings in upper case, and not in hidden folders."""
+    root = tmp_path / "root"
+    write_tar(root / "train" / "0.TAR", samples(0, 30))
+    write_tar(root / ".trash" / "train-1.tar", samples(30, 9))
+    write_tar(tmp_path / "elsewhere" / "0.tar", samples(40, 5))
+    (root / "test").symlink_to(tmp_path / "elsewhere")
+    data = load(root)
+    assert [len(part) for part in (data.train, data.val, data.test)] == [27, 3, 5]
+
+
+def test_a_shard_with_two_names_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tar(tmp_path / "train-0.tar", samples(0, 30))
+    (tmp_path / "train-1.tar").symlink_to("train-0.tar")
+    monkeypatch.chdir(tmp_path)
+    for root in (tmp_path, "train-0.tar::./train-0.tar", f"{tmp_path}/train-*.tar"):
+        data = load(root)
+        assert len(data.train) + len(data.val) + len(data.test) == 30
+
+
 def test_a_compressed_shard_is_refused(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "train-0.tar", samples(0, 30))
     path.write_bytes(gzip.compress(path.read_bytes()))

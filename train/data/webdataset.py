@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from ..config import DataConfig
 from ..text import reason
-from .archives import check_inside
+from .archives import COMPRESSED, check_end, check_inside
 from .cache import cache_folder, open_copy, remembered
-from .files import SPLIT_NAMES, is_image, shorten, visible
+from .files import SPLIT_NAMES, is_image, shorten, walk
 from .images import Item, ShardError, count_item_channels
 from .registry import Source, register
 
@@ -80,8 +80,8 @@ def read_webdataset(config: DataConfig) -> Source:
     validation set is the test set if there is no test set. The shards are indexed once.
 
     Raises:
-        ValueError: if ``webdataset`` is not installed, if a shard is missing or truncated, or if a
-            sample has no label or not exactly one image; it names the shard.
+        ValueError: if ``webdataset`` is not installed, if a shard is missing, truncated, damaged or
+            compressed, or if a sample has no label or not exactly one image; it names the shard.
     """
     found = _find_shards(config.root)
     count = sum(map(len, found.values()))
@@ -101,18 +101,26 @@ def read_webdataset(config: DataConfig) -> Source:
 
 
 def _find_shards(root: str) -> dict[str, list[str]]:
-    """Return the paths or URLs of the shards of "train", "val" and "test"."""
+    """Return the paths or URLs of the shards of "train", "val" and "test", each shard once."""
     folder = Path(root).expanduser()
     if folder.is_dir():
-        files = sorted(path for path in folder.rglob("*.tar") if visible(path.name))
-        named = {str(path): path.relative_to(folder).parts for path in files}
+        files = sorted(Path(entry.path) for entry in walk(folder))
+        for path in files:
+            if path.name.lower().endswith(COMPRESSED):
+                raise ValueError(f"{path} is compressed: decompress it, or move it elsewhere")
+        shards = [path for path in files if path.name.lower().endswith(".tar")]
+        named = {str(path): path.relative_to(folder).parts for path in shards}
     else:
         named = {path: Path(path).parts for path in _expand(root)}
     if not named:
         raise ValueError(f"data.root {root} has no shards, files *.tar")
     parts: dict[str, list[str]] = {}
+    seen: set[str] = set()
     for path, names in named.items():
-        parts.setdefault(_set_of(names), []).append(path)
+        real = path if path.startswith(URLS) else os.path.realpath(path)
+        if real not in seen:
+            parts.setdefault(_set_of(names), []).append(path)
+        seen.add(real)
     if "train" not in parts:
         raise ValueError(f"data.root {root} has shards of {', '.join(parts)}, but none of train")
     return parts
@@ -191,13 +199,13 @@ def _index(path: str) -> dict[str, Any]:
     """Find the images and labels of a shard.
 
     Raises:
-        ValueError: if it is truncated, compressed or not a tar file, or if a sample is incomplete.
+        ValueError: if it is truncated, damaged, compressed or not a tar file, or if a sample is
+            incomplete.
     """
     try:
         with _open(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             members = tar.getmembers()
-            if file.seek(0, os.SEEK_END) < tar.offset + tarfile.BLOCKSIZE:  # no mark of the end
-                raise ValueError(f"{path} is truncated")
+            check_end(path, file, tar.offset)
             groups = itertools.groupby(_keyed(path, members), key=lambda found: found[0])
             samples = [_sample(path, tar, key, [m for _, m in group]) for key, group in groups]
             stamp = _stamp(path, file)
