@@ -213,7 +213,7 @@ def test_damage_within_an_archive_is_one_sentence(tmp_path: Path) -> None:
                 sentences.append(str(error))
                 left += [p for p in (tmp_path / kind).iterdir() if p.name not in ("in", path.name)]
             shutil.rmtree(tmp_path / kind / "out", ignore_errors=True)
-        assert len(sentences) > len(changes) / 2
+        assert len(sentences) >= len(changes) - 2  # others changed unused bytes
         assert not [text for text in sentences if "\n" in text]
         assert not left
 

@@ -363,6 +363,27 @@ def test_splits_of_torchvision_are_those_it_has(tmp_path: Path, offline: list[st
         sizes("torchvision:Food101")
 
 
+def test_class_names_of_torchvision_are_those_of_the_labels(tmp_path: Path) -> None:
+    """Oxford-IIIT Pet names its breeds and, for other labels, its species."""
+    root = tmp_path / "oxford-iiit-pet"
+    breeds = {"Abyssinian": 1, "beagle": 2, "Bengal": 1, "pug": 2}
+    for split in ("trainval", "test"):
+        lines = []
+        for number, (breed, species) in enumerate(breeds.items(), 1):
+            for i in range(12):
+                write_image(root / "images" / f"{breed}_{i}.jpg", i)
+                lines.append(f"{breed}_{i} {number} {species} 1\n")
+        (root / "annotations").mkdir(exist_ok=True)
+        (root / "annotations" / f"{split}.txt").write_text("".join(lines))
+    (root / "annotations" / "trimaps").mkdir()
+    name = "torchvision:OxfordIIITPet"
+    data = load_data(DataConfig(name=name, root=str(tmp_path), val_fraction=0.2))
+    assert data.classes == ["Abyssinian", "Beagle", "Bengal", "Pug"]
+    name += ":target_types=binary-category"
+    data = load_data(DataConfig(name=name, root=str(tmp_path), val_fraction=0.2))
+    assert data.classes == ["Cat", "Dog"]
+
+
 class Bars(VisionDataset):
     """A dataset with a "trainval" split, a test split without labels, and images of two modes."""
 

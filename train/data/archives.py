@@ -46,6 +46,8 @@ def unpack(archive: Path, target: Path) -> None:
                 file.extractall(part, **more)
                 assert file.fileobj is not None
                 check_end(archive, file.fileobj, file.offset)
+                while file.fileobj.read(2**20):  # a checksum is behind the compressed data
+                    pass
         part.rename(target)
     except _ERRORS as error:
         raise ValueError(f"{archive} cannot be unpacked: {reason(error)}") from error

@@ -182,7 +182,8 @@ class Images(Dataset[tuple[Tensor, int]]):
         except ValueError as error:  # its text contains the traceback of the worker process
             sentence = str(error).split("ValueError: ")[-1].strip()
             # the frames of the error would keep the workers alive
-            raise ValueError(f"{sentence}; {SKIP_HINT}") from error.with_traceback(None)
+            hint = f"{SKIP_HINT}, in training only in a new run"
+            raise ValueError(f"{sentence}; {hint}") from error.with_traceback(None)
         except ShardError as error:
             sentence = str(error).split("ShardError: ")[-1].strip()
             raise ShardError(sentence) from error.with_traceback(None)

@@ -35,6 +35,7 @@ SPLITS = {
     "test": ("test",),
 }
 LABELS = ("targets", "labels", "_labels", "y")  # attributes that may hold all labels
+CLASSES = ("classes", "categories", "bin_classes")  # attributes that may hold the class names
 SAMPLES = ("samples", "_samples")  # and attributes that may hold (file, label)
 # Neither these nor the modules of stereo matching and optical flow label images with a class.
 OTHER_TASKS = {
@@ -234,9 +235,13 @@ def _listed_labels(dataset: VisionDataset) -> list[list[int]]:
 
 
 def _class_names(dataset: VisionDataset, count: int) -> list[str]:
-    """Return the dataset's class names, or numbers if it names fewer than ``count`` classes."""
-    for key in ("classes", "categories"):
-        names = getattr(dataset, key, None)
-        if names is not None and len(names) >= count:
-            return [name if isinstance(name, str) else ", ".join(name) for name in names]
-    return [str(label) for label in range(count)]
+    """Return the dataset's class names, or numbers if it names fewer than ``count`` classes.
+
+    Of several lists, the one of this length is that of the labels: Oxford-IIIT Pet has two.
+    """
+    lists = [getattr(dataset, key, None) or [] for key in CLASSES]
+    fitting = [names for names in lists if len(names) >= count]
+    if not fitting:
+        return [str(label) for label in range(count)]
+    names = min(fitting, key=lambda names: len(names) != count)
+    return [name if isinstance(name, str) else ", ".join(name) for name in names]

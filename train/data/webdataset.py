@@ -28,7 +28,7 @@ from .images import Item, ShardError, count_item_channels
 from .registry import Source, register
 
 URLS = ("http://", "https://", "s3://", "gs://", "hf://")
-MOST_CLASSES = 100_000  # a larger label is taken for a mistake
+_INTEGER = re.compile("0|-?[1-9][0-9]{0,17}")  # as Python prints it
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,7 +67,7 @@ class Index(NamedTuple):
 
     shard: TarShard
     names: list[str]
-    classes: list[int | str]
+    classes: list[str]
 
 
 @register("webdataset")
@@ -75,9 +75,11 @@ def read_webdataset(config: DataConfig) -> Source:
     """Read the tar files below ``root``, or those that a pattern of paths or URLs names.
 
     A sample is one image ``KEY.jpg`` (or of another format) next to its label ``KEY.cls``, the
-    index of a class or its name. A file with train, val (or valid, or validation) or test in its
-    name, or in a folder of that name, belongs to that set, any other to the training set. A
-    validation set is the test set if there is no test set. The shards are indexed once.
+    index of a class or its name: labels are indices if all of the training set are integers, and at
+    least half of those from 0 to the largest occur. A file with train, val (or valid, or
+    validation) or test in its name, or in a folder of that name, belongs to that set, any other to
+    the training set. A validation set is the test set if there is no test set. The shards are
+    indexed once.
 
     Raises:
         ValueError: if ``webdataset`` is not installed, if a shard is missing, truncated, damaged or
@@ -93,7 +95,7 @@ def read_webdataset(config: DataConfig) -> Source:
     samples = {part: _samples(shards, numbers) for part, shards in indices.items()}
     return Source(
         samples["train"],
-        list(map(str, numbers)),
+        list(numbers),
         test=samples.get("test", []),
         val=samples.get("val", []),
         channels=count_item_channels(samples["train"]),
@@ -184,7 +186,7 @@ def _indexed(path: str, progress: tqdm[Any]) -> Index:
     rows: list[tuple[str, int, int, str]] = found["samples"]
     spans = np.array([span for _, *span, _ in rows], np.int64).reshape(-1, 2)
     shard = TarShard(path, found["stamp"], spans)
-    return Index(shard, [row[0] for row in rows], [_class_of(row[3]) for row in rows])
+    return Index(shard, [row[0] for row in rows], [sys.intern(row[3]) for row in rows])
 
 
 def _stamp(path: str, file: IO[bytes]) -> str:
@@ -247,27 +249,27 @@ def _sample(
     return images[0].name, images[0].offset_data, images[0].size, label
 
 
-def _class_of(label: str) -> int | str:
-    return int(label) if label.isascii() and label.isdigit() else sys.intern(label)
+def _number_classes(indices: Sequence[Index]) -> dict[str, int]:
+    """Return the classes of the training set and their numbers.
 
-
-def _number_classes(indices: Sequence[Index]) -> dict[int | str, int]:
-    """Return the classes of the training set and their numbers: indices from 0, or sorted names."""
+    They are all indices up to the largest if at least half of these occur; otherwise the labels are
+    names, which are sorted: as integers if all of them are, like years.
+    """
     classes = {name for index in indices for name in index.classes}
     if not classes:
         paths = [index.shard.path for index in indices]
         raise ValueError(f"{shorten(paths)}: there are no images")
-    numbers = [name for name in classes if isinstance(name, int)]
-    if len(numbers) < len(classes):
-        return {name: i for i, name in enumerate(sorted(classes, key=str))}
-    if max(numbers) >= MOST_CLASSES:
-        raise ValueError(
-            f"{max(numbers)} is no label: indices of classes are from 0 to {MOST_CLASSES - 1:,}"
-        )
-    return {i: i for i in range(max(numbers) + 1)}
+    if not all(map(_INTEGER.fullmatch, classes)):  # "007" is a name
+        names = sorted(classes)
+    else:
+        names = sorted(classes, key=int)
+        count = int(names[-1]) + 1
+        if int(names[0]) >= 0 and 2 * len(names) >= count:
+            names = list(map(str, range(count)))
+    return {name: i for i, name in enumerate(names)}
 
 
-def _samples(indices: Sequence[Index], numbers: dict[int | str, int]) -> list[tuple[Item, int]]:
+def _samples(indices: Sequence[Index], numbers: dict[str, int]) -> list[tuple[Item, int]]:
     """Return the images of all shards with the numbers of their classes."""
     samples: list[tuple[Item, int]] = []
     for number, (shard, names, classes) in enumerate(indices):
@@ -275,7 +277,7 @@ def _samples(indices: Sequence[Index], numbers: dict[int | str, int]) -> list[tu
         for i, (name, found) in enumerate(zip(names, classes, strict=True)):
             if found not in numbers:
                 raise ValueError(
-                    f"{shard.path}: {name} has the class {found!r}, which no training image has"
+                    f"{shard.path}: {name} has the class {found}, which no training image has"
                 )
             samples.append((Item(read, i, f"{file}/{name}", number), numbers[found]))
     return samples
