@@ -5,9 +5,12 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import shutil
 import sys
+import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ from torchvision.datasets.utils import verify_str_arg
 
 from train.__main__ import main
 from train.config import DataConfig
-from train.data import Source, dataset_names, load_data, open_image, register
+from train.data import Source, dataset_names, load_data, open_image, register, unpack
 from train.data.cifar import CIFAR10
 
 
@@ -122,6 +125,46 @@ def test_tiny_imagenet_reads_its_own_layout(tmp_path: Path) -> None:
         load_data(config)
 
 
+def test_an_archive_of_tiny_imagenet_is_unpacked_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By one of two processes, also if another was killed, and next to a file of no archive."""
+    tiny_imagenet(tmp_path / "tiny-imagenet-200")
+    root = tmp_path / "root"
+    root.mkdir()
+    shutil.make_archive(str(root / "tiny-imagenet-200"), "zip", tmp_path, "tiny-imagenet-200")
+    (root / "tiny-imagenet-200.md5").write_text("90528d7ca1a48142e341f4ef8d21d0de")
+    for name in ("unpacked", ".tiny-imagenet-200.unpacked"):
+        (root / name / "tiny-imagenet-200").mkdir(parents=True)
+        (root / name / "tiny-imagenet-200" / "x").write_text("")
+    calls = []
+
+    def slow(archive: Path, target: Path) -> None:
+        calls.append(archive.name)
+        time.sleep(0.2)
+        unpack(archive, target)
+
+    monkeypatch.setattr("train.data.tiny_imagenet.unpack", slow)
+    config = DataConfig(name="tiny_imagenet", root=str(root), val_fraction=0.2)
+    with ThreadPoolExecutor() as pool:  # a lock holds between threads as between processes
+        read = pool.map(load_data, [config] * 2)
+        assert [len(data.test) for data in read] == [3, 3]
+    assert calls == ["tiny-imagenet-200.zip"]
+    assert {path.name for path in root.iterdir() if path.is_dir()} == {
+        "tiny-imagenet-200", "unpacked",
+    }  # fmt: skip
+
+
+def test_texts_of_tiny_imagenet_may_have_a_mark_or_other_letters(tmp_path: Path) -> None:
+    root = tiny_imagenet(tmp_path / "tiny-imagenet-200")
+    for name in ("wnids.txt", "val/val_annotations.txt"):
+        (root / name).write_bytes(b"\xef\xbb\xbf" + (root / name).read_bytes())
+    (root / "words.txt").write_bytes(b"\xef\xbb\xbfn01\tcaf\xe9, bar\nn02\tdog\n")
+    data = load_data(DataConfig(name="tiny_imagenet", root=str(root), val_fraction=0.2))
+    assert data.classes == ["caf\ufffd", "dog", "n03"]
+    assert data.test.labels.tolist() == [2, 1, 0]
+
+
 def cifar_batches(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Write CIFAR-10's files with few images, and accept their checksums."""
     folder = root / CIFAR10.base_folder
@@ -158,8 +201,10 @@ def test_a_label_outside_the_classes_is_refused(
 
 def test_incomplete_cifar10_is_refused(tmp_path: Path) -> None:
     (tmp_path / CIFAR10.base_folder).mkdir()
-    with pytest.raises(ValueError, match=r"has no complete cifar10 .*cifar-10-batches-py"):
+    with pytest.raises(ValueError, match=r"has no complete cifar10 .*cifar-10-batches-py") as error:
         load_data(DataConfig(name="cifar10", root=str(tmp_path)))
+    assert "incomplete: if you remove it, it is downloaded again" in str(error.value)
+    assert "could not be downloaded" not in str(error.value)
 
 
 def test_image_folder_given_as_cifar10_names_the_right_reader(tmp_path: Path) -> None:
@@ -301,6 +346,7 @@ def test_mnist_of_torchvision_is_gray_and_not_mirrored(tmp_path: Path, offline: 
     assert [len(part) for part in (data.train, data.val, data.test)] == [208, 52, 260]
     assert (data.channels, data.image_size, data.mirror) == (1, 28, False)
     assert data.classes[:2] == ["0 - zero", "1 - one"]
+    assert "images are read as grayscale, as the 65 that were looked at are" in data.notes
     image, label = data.test[13]
     assert label == 3
     assert np.array_equal(image[0].numpy(), images[13])

@@ -361,6 +361,33 @@ def test_an_index_is_remembered_until_its_shard_changes(
     assert indexed[7:] == ["train-02.tar"]
 
 
+@pytest.mark.parametrize("content", [b"", b"no JSON", b"[]", b"{}", b"\xff", b'{"samples": []}'])
+def test_a_damaged_index_is_made_again(content: bytes, tmp_path: Path) -> None:
+    write_set(tmp_path / "data")
+    load(tmp_path / "data")
+    files = list((tmp_path / "cache/vision_xformer/index").glob("*.bin"))
+    sound = files[0].read_bytes()
+    files[0].write_bytes(content)
+    files[1].write_bytes(files[2].read_bytes())
+    data = load(tmp_path / "data")
+    assert [len(part) for part in (data.train, data.val, data.test)] == [37, 6, 11]
+    assert files[0].read_bytes() == sound
+
+
+def test_a_sample_that_makes_images_grayscale_is_mentioned(tmp_path: Path) -> None:
+    def notes(count: int, mode: str) -> list[str]:
+        file = io.BytesIO()
+        Image.new(mode, (8, 8)).save(file, "PNG")
+        files: dict[str, bytes] = {}
+        for i in range(count):
+            files |= {f"{i:04}.png": file.getvalue(), f"{i:04}.cls": b"%d" % (i % 2)}
+        write_tar(tmp_path / "0.tar", files)
+        return [note for note in load(tmp_path).notes if "grayscale" in note]
+
+    assert notes(60, "L") == notes(200, "RGB") == []
+    assert notes(200, "L") == ["images are read as grayscale, as the 67 that were looked at are"]
+
+
 # The order of an epoch
 SHARDS = torch.arange(12).repeat_interleave(50)
 

@@ -12,7 +12,7 @@ from vision_xformer.options import check_options
 
 from ..config import DataConfig
 from ..text import reason
-from .images import Item, count_item_channels
+from .images import Item, item_channels
 from .registry import Source, parse_options, register
 from .streaming import Streams, check_labels
 
@@ -69,12 +69,14 @@ def read_huggingface(config: DataConfig) -> Source:
             raise ValueError(f"{where} has no labeled images")
     if "test" not in samples and "val" in samples:
         samples["test"] = samples.pop("val")
+    channels, notes = item_channels(samples["train"])
     return Source(
         samples["train"],
         classes,
         test=samples.get("test", []),
         val=samples.get("val", []),
-        channels=count_item_channels(samples["train"]),
+        channels=channels,
+        notes=notes,
     )
 
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from vision_xformer.options import check_options
 
 from ..config import DataConfig
-from .images import Sample, as_items, count_channels
+from .images import as_items, item_channels
 from .reading import image_error
 from .registry import Source, parse_options, register
 
@@ -74,22 +74,22 @@ def read_torchvision(config: DataConfig) -> Source:
     root = Path(config.root).expanduser()
     parts = _read_parts(dataset, root, parameters, options)
     labels = {part: _labels(found, name) for part, found in parts.items()}
-    train = parts["train"]
-    channels = count_channels(functools.partial(_image, train), len(train))
-    samples: dict[str, list[Sample]] = {
+    samples = {
         part: as_items(functools.partial(_image, found), labels[part])
         for part, found in parts.items()
     }
     if "test" not in samples and "val" in samples:
         samples["test"] = samples.pop("val")
+    channels, notes = item_channels(samples["train"])
     highest = max(max(part, default=0) for part in labels.values())
     return Source(
         samples["train"],
-        _class_names(train, highest + 1),
+        _class_names(parts["train"], highest + 1),
         test=samples.get("test", []),
         val=samples.get("val", []),
         channels=channels,
         mirror=name not in NOT_MIRRORED,
+        notes=notes,
     )
 
 

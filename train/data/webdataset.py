@@ -24,7 +24,7 @@ from ..text import reason
 from .archives import COMPRESSED, check_end, check_inside
 from .cache import cache_folder, open_copy, remembered
 from .files import SPLIT_NAMES, is_image, shorten, walk
-from .images import Item, ShardError, count_item_channels
+from .images import Item, ShardError, item_channels
 from .registry import Source, register
 
 URLS = ("http://", "https://", "s3://", "gs://", "hf://")
@@ -93,12 +93,14 @@ def read_webdataset(config: DataConfig) -> Source:
         indices["test"] = indices.pop("val")
     numbers = _number_classes(indices["train"])
     samples = {part: _samples(shards, numbers) for part, shards in indices.items()}
+    channels, notes = item_channels(samples["train"])
     return Source(
         samples["train"],
         list(numbers),
         test=samples.get("test", []),
         val=samples.get("val", []),
-        channels=count_item_channels(samples["train"]),
+        channels=channels,
+        notes=notes,
     )
 
 
