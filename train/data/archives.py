@@ -9,7 +9,7 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from ..text import reason
 
@@ -44,8 +44,8 @@ def unpack(archive: Path, target: Path) -> None:
                 # The filter drops owners and modes; Python before 3.11.4 may not have it.
                 more: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
                 file.extractall(part, **more)
+                check_end(archive, file)
                 assert file.fileobj is not None
-                check_end(archive, file.fileobj, file.offset)
                 while file.fileobj.read(2**20):  # a checksum is behind the compressed data
                     pass
         part.rename(target)
@@ -55,25 +55,25 @@ def unpack(archive: Path, target: Path) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def check_end(archive: Path | str, file: IO[bytes], offset: int) -> None:
+def check_end(archive: Path | str, tar: tarfile.TarFile) -> None:
     """Check that a tar file has its mark of the end, a block of zeros, after its last member.
 
     ``tarfile`` takes a damaged header for the end.
 
     Args:
         archive: name of the tar file, for errors.
-        file: the uncompressed tar file.
-        offset: where its last member ends.
+        tar: the file, whose members have all been read.
 
     Raises:
         ValueError: if there is no such block.
     """
-    file.seek(offset)
-    block = file.read(tarfile.BLOCKSIZE)
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset)
+    block = tar.fileobj.read(tarfile.BLOCKSIZE)
     if len(block) < tarfile.BLOCKSIZE:
         raise ValueError(f"{archive} is truncated")
     if any(block):
-        raise ValueError(f"{archive} is damaged at byte {offset:,}")
+        raise ValueError(f"{archive} is damaged at byte {tar.offset:,}")
 
 
 def check_inside(archive: Path, names: Sequence[str]) -> None:

@@ -109,11 +109,11 @@ def _find_shards(root: str) -> dict[str, list[str]]:
     folder = Path(root).expanduser()
     if folder.is_dir():
         files = sorted(Path(entry.path) for entry in walk(folder))
-        for path in files:
-            if path.name.lower().endswith(COMPRESSED):
-                raise ValueError(f"{path} is compressed: decompress it, or move it elsewhere")
-        shards = [path for path in files if path.name.lower().endswith(".tar")]
-        named = {str(path): path.relative_to(folder).parts for path in shards}
+        for file in files:
+            if file.name.lower().endswith(COMPRESSED):
+                raise ValueError(f"{file} is compressed: decompress it, or move it elsewhere")
+        shards = [file for file in files if file.name.lower().endswith(".tar")]
+        named = {str(file): file.relative_to(folder).parts for file in shards}
     else:
         named = {path: Path(path).parts for path in _expand(root)}
     if not named:
@@ -209,7 +209,7 @@ def _index(path: str) -> dict[str, Any]:
     try:
         with _open(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             members = tar.getmembers()
-            check_end(path, file, tar.offset)
+            check_end(path, tar)
             groups = itertools.groupby(_keyed(path, members), key=lambda found: found[0])
             samples = [_sample(path, tar, key, [m for _, m in group]) for key, group in groups]
             stamp = _stamp(path, file)
