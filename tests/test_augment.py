@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
+import random
 import re
+import shutil
 import tarfile
 import zipfile
 from pathlib import Path
@@ -170,6 +173,49 @@ def test_a_zip_that_reaches_out_and_a_torn_archive_are_refused(tmp_path: Path) -
     with pytest.raises(ValueError, match=r"c.tar cannot be unpacked"):
         unpack(tmp_path / "c.tar", tmp_path / "c")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.zip", "b.tar.gz", "c.tar"]
+
+
+@pytest.mark.parametrize("end", ["cut at a header", "a damaged header"])
+def test_a_tar_without_its_last_files_is_refused(end: str, tmp_path: Path) -> None:
+    path = tar_of(tmp_path / "a.tar.gz", one=b"1", two=b"2", three=b"3")
+    data = bytearray(gzip.decompress(path.read_bytes()))
+    path.unlink()
+    data[2048:2052] = b"XXXX"
+    kept, sentence = (data[:2048], "truncated") if "cut" in end else (data, "damaged at byte 2,048")
+    (tmp_path / "a.tar").write_bytes(kept)
+    with pytest.raises(ValueError, match=f"a.tar is {sentence}$"):
+        unpack(tmp_path / "a.tar", tmp_path / "a")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.tar"]
+
+
+def test_damage_within_an_archive_is_one_sentence(tmp_path: Path) -> None:
+    """Whatever the decompressor raises; a password and an unknown compression, too."""
+    chance = random.Random(0)
+    for kind in ("zip", "gztar", "xztar", "bztar"):
+        (tmp_path / kind / "in").mkdir(parents=True)
+        (tmp_path / kind / "in" / "a.png").write_bytes(chance.randbytes(9000) + bytes(9000))
+        path = Path(shutil.make_archive(str(tmp_path / kind / "a"), kind, tmp_path / kind / "in"))
+        data = path.read_bytes()
+        changes = [{i: chance.randrange(256) for i in chance.sample(range(len(data)), 9)}
+                   for _ in range(20)]  # fmt: skip
+        if kind == "zip":
+            entry = data.index(b"PK\x01\x02")
+            changes += [{6: 1, entry + 8: 1}, {8: 77, entry + 10: 77}]
+        sentences, left = [], []
+        for change in changes:
+            changed = bytearray(data)
+            for i, byte in change.items():
+                changed[i] = byte
+            path.write_bytes(changed)
+            try:
+                unpack(path, tmp_path / kind / "out")
+            except ValueError as error:
+                sentences.append(str(error))
+                left += [p for p in (tmp_path / kind).iterdir() if p.name not in ("in", path.name)]
+            shutil.rmtree(tmp_path / kind / "out", ignore_errors=True)
+        assert len(sentences) >= len(changes) - 2  # others changed unused bytes
+        assert not [text for text in sentences if "\n" in text]
+        assert not left
 
 
 # the report

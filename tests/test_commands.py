@@ -334,8 +334,25 @@ def test_other_images_and_sizes_are_evaluated(
     assert sentence == "data.image_size 0 must be above 0"
 
 
+def test_an_evaluation_skips_broken_images_if_asked(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, root = (
+        str(photos / "run"),
+        image_folder(tmp_path / "other", ("train", "val", "test"), images=5),
+    )
+    (root / "test" / "cat" / "0.png").write_bytes(b"")
+    arguments = ["evaluate", run, "--data.root", str(root)]
+    assert "--data.skip_broken true skips such images" in fails(arguments, capsys)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    main([*arguments, "--data.skip_broken", "true"])
+    captured = capsys.readouterr()
+    assert "(14 images)" in captured.out
+    assert "left out by data.skip_broken" in captured.err
+
+
 def test_images_that_changed_after_training_are_mentioned(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = image_folder(tmp_path / "images", ("train", "test"))
     folder = tmp_path / "run"
@@ -351,6 +368,9 @@ def test_images_that_changed_after_training_are_mentioned(
     shutil.copytree(root, tmp_path / "other")
     (root / "train" / "cat" / "1.png").unlink()
     assert warned()
+    assert warned("--data.root", f"{root}/../images")
+    monkeypatch.chdir(tmp_path)
+    assert warned("--data.root", "images/")
     assert not warned("--data.root", str(tmp_path / "other"))  # chosen by the user
     (folder / "state.pt").unlink()
     assert not warned()

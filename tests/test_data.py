@@ -5,9 +5,12 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import shutil
 import sys
+import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ from torchvision.datasets.utils import verify_str_arg
 
 from train.__main__ import main
 from train.config import DataConfig
-from train.data import Source, dataset_names, load_data, open_image, register
+from train.data import Source, dataset_names, load_data, open_image, register, unpack
 from train.data.cifar import CIFAR10
 
 
@@ -122,6 +125,46 @@ def test_tiny_imagenet_reads_its_own_layout(tmp_path: Path) -> None:
         load_data(config)
 
 
+def test_an_archive_of_tiny_imagenet_is_unpacked_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By one of two processes, also if another was killed, and next to a file of no archive."""
+    tiny_imagenet(tmp_path / "tiny-imagenet-200")
+    root = tmp_path / "root"
+    root.mkdir()
+    shutil.make_archive(str(root / "tiny-imagenet-200"), "zip", tmp_path, "tiny-imagenet-200")
+    (root / "tiny-imagenet-200.md5").write_text("90528d7ca1a48142e341f4ef8d21d0de")
+    for name in ("unpacked", ".tiny-imagenet-200.unpacked"):
+        (root / name / "tiny-imagenet-200").mkdir(parents=True)
+        (root / name / "tiny-imagenet-200" / "x").write_text("")
+    calls = []
+
+    def slow(archive: Path, target: Path) -> None:
+        calls.append(archive.name)
+        time.sleep(0.2)
+        unpack(archive, target)
+
+    monkeypatch.setattr("train.data.tiny_imagenet.unpack", slow)
+    config = DataConfig(name="tiny_imagenet", root=str(root), val_fraction=0.2)
+    with ThreadPoolExecutor() as pool:  # a lock holds between threads as between processes
+        read = pool.map(load_data, [config] * 2)
+        assert [len(data.test) for data in read] == [3, 3]
+    assert calls == ["tiny-imagenet-200.zip"]
+    assert {path.name for path in root.iterdir() if path.is_dir()} == {
+        "tiny-imagenet-200", "unpacked",
+    }  # fmt: skip
+
+
+def test_texts_of_tiny_imagenet_may_have_a_mark_or_other_letters(tmp_path: Path) -> None:
+    root = tiny_imagenet(tmp_path / "tiny-imagenet-200")
+    for name in ("wnids.txt", "val/val_annotations.txt"):
+        (root / name).write_bytes(b"\xef\xbb\xbf" + (root / name).read_bytes())
+    (root / "words.txt").write_bytes(b"\xef\xbb\xbfn01\tcaf\xe9, bar\nn02\tdog\n")
+    data = load_data(DataConfig(name="tiny_imagenet", root=str(root), val_fraction=0.2))
+    assert data.classes == ["caf\ufffd", "dog", "n03"]
+    assert data.test.labels.tolist() == [2, 1, 0]
+
+
 def cifar_batches(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Write CIFAR-10's files with few images, and accept their checksums."""
     folder = root / CIFAR10.base_folder
@@ -158,8 +201,10 @@ def test_a_label_outside_the_classes_is_refused(
 
 def test_incomplete_cifar10_is_refused(tmp_path: Path) -> None:
     (tmp_path / CIFAR10.base_folder).mkdir()
-    with pytest.raises(ValueError, match=r"has no complete cifar10 .*cifar-10-batches-py"):
+    with pytest.raises(ValueError, match=r"has no complete cifar10 .*cifar-10-batches-py") as error:
         load_data(DataConfig(name="cifar10", root=str(tmp_path)))
+    assert "incomplete: if you remove it, it is downloaded again" in str(error.value)
+    assert "could not be downloaded" not in str(error.value)
 
 
 def test_image_folder_given_as_cifar10_names_the_right_reader(tmp_path: Path) -> None:
@@ -301,6 +346,7 @@ def test_mnist_of_torchvision_is_gray_and_not_mirrored(tmp_path: Path, offline: 
     assert [len(part) for part in (data.train, data.val, data.test)] == [208, 52, 260]
     assert (data.channels, data.image_size, data.mirror) == (1, 28, False)
     assert data.classes[:2] == ["0 - zero", "1 - one"]
+    assert "images are read as grayscale, as the 65 that were looked at are" in data.notes
     image, label = data.test[13]
     assert label == 3
     assert np.array_equal(image[0].numpy(), images[13])
@@ -363,6 +409,27 @@ def test_splits_of_torchvision_are_those_it_has(tmp_path: Path, offline: list[st
         sizes("torchvision:Food101")
 
 
+def test_class_names_of_torchvision_are_those_of_the_labels(tmp_path: Path) -> None:
+    """Oxford-IIIT Pet names its breeds and, for other labels, its species."""
+    root = tmp_path / "oxford-iiit-pet"
+    breeds = {"Abyssinian": 1, "beagle": 2, "Bengal": 1, "pug": 2}
+    for split in ("trainval", "test"):
+        lines = []
+        for number, (breed, species) in enumerate(breeds.items(), 1):
+            for i in range(12):
+                write_image(root / "images" / f"{breed}_{i}.jpg", i)
+                lines.append(f"{breed}_{i} {number} {species} 1\n")
+        (root / "annotations").mkdir(exist_ok=True)
+        (root / "annotations" / f"{split}.txt").write_text("".join(lines))
+    (root / "annotations" / "trimaps").mkdir()
+    name = "torchvision:OxfordIIITPet"
+    data = load_data(DataConfig(name=name, root=str(tmp_path), val_fraction=0.2))
+    assert data.classes == ["Abyssinian", "Beagle", "Bengal", "Pug"]
+    name += ":target_types=binary-category"
+    data = load_data(DataConfig(name=name, root=str(tmp_path), val_fraction=0.2))
+    assert data.classes == ["Cat", "Dog"]
+
+
 class Bars(VisionDataset):
     """A dataset with a "trainval" split, a test split without labels, and images of two modes."""
 
@@ -386,6 +453,22 @@ def test_a_test_split_without_labels_is_not_read(monkeypatch: pytest.MonkeyPatch
     assert (data.classes, data.channels, data.image_size) == (["0", "1"], 3, 7)
     assert data.test[3][0][:, 0, 0].tolist() == [9, 0, 0]
     assert data.test[4][0][:, 0, 0].tolist() == [4, 4, 4]
+
+
+def test_an_option_may_be_true_or_false(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offline: list[str]
+) -> None:
+    """A text "false" would be true, so that Omniglot would read its other images."""
+    monkeypatch.setattr("torchvision.datasets.Omniglot._check_integrity", lambda self: True)
+    for part, count in (("background", 60), ("evaluation", 40)):
+        for i in range(count):
+            folder = tmp_path / "omniglot-py" / f"images_{part}" / "Greek" / f"character0{i % 2}"
+            write_image(folder / f"{i}.png", i, "L")
+    for value, count in (("false", 40), ("False", 40), ("TRUE", 60)):
+        name = f"torchvision:Omniglot:background={value}"
+        data = load_data(DataConfig(name=name, root=str(tmp_path), val_fraction=0.2))
+        assert len(data.train) + len(data.val) + len(data.test) == count
+    assert offline == []
 
 
 def test_missing_data_of_torchvision_is_downloaded(tmp_path: Path, offline: list[str]) -> None:
@@ -513,6 +596,104 @@ def test_hugging_face_folders_that_are_not_clear_are_refused(tmp_path: Path) -> 
     refused("none", r"row 2 of the dataset has no label")
     config = DataConfig(name="huggingface:label=coarse", root=str(tmp_path / "two"))
     assert load_data(config).classes == ["cat", "dog"]
+
+
+def save_splits(folder: Path, **splits: tuple[object, list[object]]) -> DataConfig:
+    """Save splits, each with the type of its labels and the labels."""
+    hf = pytest.importorskip("datasets")
+    saved = {}
+    for part, (kind, labels) in splits.items():
+        features = hf.Features(image=hf.Image(), label=kind)
+        saved[part] = hf.Dataset.from_dict(rows(len(labels), label=labels), features=features)
+    hf.DatasetDict(saved).save_to_disk(str(folder))
+    return DataConfig(name="huggingface", root=str(folder), val_fraction=0.2)
+
+
+def test_labels_of_hugging_face_splits_are_mapped_by_name(tmp_path: Path) -> None:
+    hf = pytest.importorskip("datasets")
+    three = hf.ClassLabel(names=["black", "gray", "white"])
+    two = hf.ClassLabel(names=["white", "gray"])
+    train = three, [0, 1, 2] * 10
+    data = load_data(save_splits(tmp_path / "two", train=train, test=(two, [0, 1, 1])))
+    assert data.classes == ["black", "gray", "white"]
+    assert data.test.labels.tolist() == [2, 1, 1]
+    text = hf.Value("string"), ["gray", "black", "white"]
+    data = load_data(save_splits(tmp_path / "text", train=train, test=text))
+    assert data.test.labels.tolist() == [1, 0, 2]
+    numbers = hf.Value("int64"), [-1, 1] * 15
+    data = load_data(save_splits(tmp_path / "signs", train=numbers, test=(numbers[0], [-1] * 3)))
+    assert (data.classes, data.test.labels.tolist()) == (["-1", "1"], [0, 0, 0])
+    data = load_data(save_splits(tmp_path / "hidden", train=train, validation=(two, [-1] * 3),
+                                 test=(three, [2, 1, 0])))  # fmt: skip
+    assert [len(part) for part in (data.train, data.val, data.test)] == [24, 6, 3]
+
+
+def test_labels_that_are_no_class_name_their_hugging_face_split(tmp_path: Path) -> None:
+    hf = pytest.importorskip("datasets")
+    two, text = hf.ClassLabel(names=["cat", "dog"]), hf.Value("string")
+    train = two, [0, 1] * 15
+    faults = {
+        "other": ({"test": (hf.ClassLabel(names=["dog", "emu"]), [0, 1])},
+                  r"split 'test' of .*other has the label 'emu', which is not a class of the tra"),
+        "text": ({"validation": (text, ["cat", "Dog"])}, r"'validation' of .* has the label 'Dog'"),
+        "some": ({"test": (two, [0, -1, 1])}, r"split 'test' of .*some has the label -1"),
+        "training": ({"train": (two, [0, 1, -1] * 9)}, r"'train' of .*training has the label -1"),
+        "none": ({"train": (two, [-1] * 9)}, r"split 'train' of .*none has no labeled images"),
+        "nan": ({"train": (hf.Value("float32"), [0.5, float("nan")])}, r"row 1 .* has no label"),
+    }  # fmt: skip
+    for name, (splits, sentence) in faults.items():
+        config = save_splits(tmp_path / name, **{"train": train, **splits})
+        with pytest.raises(ValueError, match=sentence):
+            load_data(config)
+
+
+def test_each_hugging_face_split_must_have_the_columns(tmp_path: Path) -> None:
+    hf = pytest.importorskip("datasets")
+    features = hf.Features(image=hf.Image(), label=hf.ClassLabel(names=["cat", "dog"]))
+    train = hf.Dataset.from_dict(rows(40), features=features)
+    lists = hf.Features(image=hf.Image(), label=hf.Sequence(hf.Value("int64")))
+    several = hf.Dataset.from_dict(rows(4, label=[[0, 1]] * 4), features=lists)
+    for name, test, sentence in (
+        ("bare", train.remove_columns("label"), r"split 'test' of .*bare has no column 'label'"),
+        ("renamed", train.rename_column("image", "photo"), r"'test' of .* has no column 'image'"),
+        ("several", several, r"'test' .* 'label' holds .*, not one label per image"),
+    ):
+        hf.DatasetDict(train=train, test=test).save_to_disk(str(tmp_path / name))
+        with pytest.raises(ValueError, match=sentence):
+            load_data(DataConfig(name="huggingface", root=str(tmp_path / name)))
+    several.save_to_disk(str(tmp_path / "alone"))
+    with pytest.raises(ValueError, match=r"holds .*, not one label per image"):
+        load_data(DataConfig(name="huggingface", root=str(tmp_path / "alone")))
+
+
+def test_empty_hugging_face_splits_are_left_out_or_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hf = pytest.importorskip("datasets")
+    features = hf.Features(image=hf.Image(), label=hf.ClassLabel(names=["cat", "dog"]))
+    full = hf.Dataset.from_dict(rows(40), features=features)
+    config = DataConfig(name="huggingface", root=str(tmp_path / "empty"))
+    full.select([]).save_to_disk(config.root)
+    with pytest.raises(ValueError, match=r"empty (has a split without rows|.*no labeled images)"):
+        load_data(config)
+    splits = {"train": full, "validation": full.select([]), "test": full}
+    monkeypatch.setattr("train.data.huggingface._load", lambda *args: splits)
+    assert [len(part) for part in load_data(config)[:3]] == [36, 4, 40]
+    splits["train"] = full.select([])
+    with pytest.raises(ValueError, match=r"split 'train' of .*empty has no labeled images"):
+        load_data(config)
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy", "arrow"])
+def test_hugging_face_data_may_be_saved_with_a_format(kind: str, tmp_path: Path) -> None:
+    hf = pytest.importorskip("datasets")
+    features = hf.Features({"image": hf.Image(), "0": hf.ClassLabel(names=["cat", "dog"])})
+    table = rows(40)
+    table["0"] = table.pop("label")
+    data = hf.Dataset.from_dict(table, features=features).with_format(kind)
+    data.save_to_disk(str(tmp_path))
+    test = load_data(DataConfig(name="huggingface:label=0", root=str(tmp_path))).test
+    assert all(image[0, 0, 0] % 2 == label for image, label in test)
 
 
 def test_without_datasets_its_install_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -494,7 +494,7 @@ def test_whatever_a_decoder_raises_the_file_is_named(
             next(streamed)
         assert str(caught.value) == (
             f"{file} cannot be read as an image: {reason}; "
-            "--data.skip_broken true skips such images"
+            "--data.skip_broken true skips such images, in training only in a new run"
         )
 
 

@@ -211,6 +211,50 @@ def test_a_truncated_shard_is_named(keep: int, tmp_path: Path) -> None:
         load(tmp_path)
 
 
+def test_a_damaged_header_is_not_the_end_of_a_shard(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "train-0.tar", samples(0, 30))
+    with tarfile.open(path) as tar:
+        start = tar.getmembers()[40].offset
+    data = bytearray(path.read_bytes())
+    data[start : start + 4] = b"XXXX"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=f"train-0.tar is damaged at byte {start:,}$"):
+        load(tmp_path)
+    path.write_bytes(data[:start])
+    with pytest.raises(ValueError, match=r"train-0.tar is truncated$"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["val-0.tar.gz", "more/test-0.TGZ", "val.tar.zst", "a.tar.xz"])
+def test_a_compressed_shard_in_a_folder_is_named(name: str, tmp_path: Path) -> None:
+    write_tar(tmp_path / "train-0.tar", samples(0, 30))
+    write_tar(tmp_path / name, samples(30, 3))
+    with pytest.raises(ValueError, match=f"{name} is compressed: decompress it"):
+        load(tmp_path)
+
+
+def test_shards_are_found_as_image_files_are(tmp_path: Path) -> None:
+    """Behind links, with endings in upper case, and not in hidden folders."""
+    root = tmp_path / "root"
+    write_tar(root / "train" / "0.TAR", samples(0, 30))
+    write_tar(root / ".trash" / "train-1.tar", samples(30, 9))
+    write_tar(tmp_path / "elsewhere" / "0.tar", samples(40, 5))
+    (root / "test").symlink_to(tmp_path / "elsewhere")
+    data = load(root)
+    assert [len(part) for part in (data.train, data.val, data.test)] == [27, 3, 5]
+
+
+def test_a_shard_with_two_names_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tar(tmp_path / "train-0.tar", samples(0, 30))
+    (tmp_path / "train-1.tar").symlink_to("train-0.tar")
+    monkeypatch.chdir(tmp_path)
+    for root in (tmp_path, "train-0.tar::./train-0.tar", f"{tmp_path}/train-*.tar"):
+        data = load(root)
+        assert len(data.train) + len(data.val) + len(data.test) == 30
+
+
 def test_a_compressed_shard_is_refused(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "train-0.tar", samples(0, 30))
     path.write_bytes(gzip.compress(path.read_bytes()))
@@ -218,12 +262,36 @@ def test_a_compressed_shard_is_refused(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+LABELS = {
+    "indices": ("0 1 2 3", ["0", "1", "2", "3"]),
+    "indices of which half occur": ("1 5 3", ["0", "1", "2", "3", "4", "5"]),
+    "indices of which fewer occur": ("1 6 3", ["1", "3", "6"]),
+    "years": ("2019 2020", ["2019", "2020"]),
+    "integers of several lengths": ("900 90 1000", ["90", "900", "1000"]),
+    "zeros in front": ("007 7 8 0", ["0", "007", "7", "8"]),
+    "signs": ("-1 0 1 10", ["-1", "0", "1", "10"]),
+    "a name among integers": ("10 9 cat", ["10", "9", "cat"]),
+    "more digits than any number": (f"{'9' * 5000} 1", ["1", "9" * 5000]),
+}
+
+
+@pytest.mark.parametrize("kind", LABELS)
+def test_labels_of_digits_are_indices_or_names(kind: str, tmp_path: Path) -> None:
+    labels, classes = LABELS[kind]
+    files: dict[str, bytes] = {}
+    for i, label in enumerate(labels.split() * 10):
+        files |= {f"{i:02}.png": encoded(i), f"{i:02}.cls": label.encode()}
+    write_tar(tmp_path / "train.tar", files)
+    source = read_webdataset(DataConfig(name="webdataset", root=str(tmp_path)))
+    assert source.classes == classes
+    assert [classes[label] for _, label in source.train] == labels.split() * 10
+
+
 def test_a_class_that_cannot_be_is_named(tmp_path: Path) -> None:
     write_set(tmp_path)
-    write_tar(tmp_path / "train-02.tar", {"a.png": encoded(1), "a.cls": b"123456"})
-    with pytest.raises(ValueError, match=r"123456 is no label: .* from 0 to 99,999"):
-        load(tmp_path)
-    write_set(tmp_path)
+    write_tar(tmp_path / "train-04.tar", {"a.png": encoded(1), "a.cls": b"123456"})
+    assert load(tmp_path).classes == ["0", "1", "2", "123456"]
+    (tmp_path / "train-04.tar").unlink()
     write_tar(tmp_path / "test-02.tar", {"a.png": encoded(1), "a.cls": b"3"})
     with pytest.raises(ValueError, match=r"test-02.tar: a.png has the class 3, which no train"):
         load(tmp_path)
@@ -291,6 +359,33 @@ def test_an_index_is_remembered_until_its_shard_changes(
         numbers(data.train)
     assert numbers(load(tmp_path).train) == [*range(31), *range(30, 37)]
     assert indexed[7:] == ["train-02.tar"]
+
+
+@pytest.mark.parametrize("content", [b"", b"no JSON", b"[]", b"{}", b"\xff", b'{"samples": []}'])
+def test_a_damaged_index_is_made_again(content: bytes, tmp_path: Path) -> None:
+    write_set(tmp_path / "data")
+    load(tmp_path / "data")
+    files = list((tmp_path / "cache/vision_xformer/index").glob("*.bin"))
+    sound = files[0].read_bytes()
+    files[0].write_bytes(content)
+    files[1].write_bytes(files[2].read_bytes())
+    data = load(tmp_path / "data")
+    assert [len(part) for part in (data.train, data.val, data.test)] == [37, 6, 11]
+    assert files[0].read_bytes() == sound
+
+
+def test_a_sample_that_makes_images_grayscale_is_mentioned(tmp_path: Path) -> None:
+    def notes(count: int, mode: str) -> list[str]:
+        file = io.BytesIO()
+        Image.new(mode, (8, 8)).save(file, "PNG")
+        files: dict[str, bytes] = {}
+        for i in range(count):
+            files |= {f"{i:04}.png": file.getvalue(), f"{i:04}.cls": b"%d" % (i % 2)}
+        write_tar(tmp_path / "0.tar", files)
+        return [note for note in load(tmp_path).notes if "grayscale" in note]
+
+    assert notes(60, "L") == notes(200, "RGB") == []
+    assert notes(200, "L") == ["images are read as grayscale, as the 67 that were looked at are"]
 
 
 # The order of an epoch

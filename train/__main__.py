@@ -37,7 +37,7 @@ _OUT_OF_MEMORY = (
     "python -m train benchmark plan computes what fits"
 )
 _EVALUATION = ("data.root", "data.image_size", "data.batch_size", "data.in_memory", "data.workers",
-               "train.device", "train.precision")  # fmt: skip
+               "data.skip_broken", "train.device", "train.precision")  # fmt: skip
 _PREDICTION = ("data.batch_size",)
 
 

@@ -66,8 +66,8 @@ def evaluate(folder: Path, config: RunConfig, split: str) -> str:
 
     Args:
         folder: of the run.
-        config: of the run; ``data.root`` and ``data.image_size`` may differ. Position tables are
-            resized to the image size.
+        config: of the run; ``data.root``, ``data.image_size`` and ``data.skip_broken`` may differ.
+            Position tables are resized to the image size.
         split: "test" or "val".
 
     Raises:
@@ -106,7 +106,8 @@ def evaluate(folder: Path, config: RunConfig, split: str) -> str:
 def _changed(folder: Path, config: RunConfig, data: Splits) -> str:
     """Return a warning if images that a run was trained on may now be in another split."""
     state, root = folder / "state.pt", read_yaml(folder / "config.yaml")["data"]["root"]
-    if config.data.root != root or not state.is_file():
+    here, there = (Path(name).expanduser().resolve() for name in (config.data.root, root))
+    if here != there or not state.is_file():
         return ""
     *_, train, _, _ = read_state(state)["data"]
     if train == data.train.fingerprint():

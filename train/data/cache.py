@@ -30,12 +30,29 @@ def remembered(key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any
 
     Args:
         key: what the value depends on.
-        compute: called if there is no file yet; if it raises an error, none is written.
+        compute: called if there is no file yet, or a damaged one; if it raises an error, none is
+            written.
     """
     path = _path("index", key)
-    _make(path, lambda part: part.write_text(json.dumps(compute()), encoding="utf-8"))
-    found: dict[str, Any] = read_json(path, dict)
+
+    def write(part: Path) -> None:
+        part.write_text(json.dumps({"key": key, "value": compute()}), encoding="utf-8")
+
+    found = _value(path, key)
+    if found is None:
+        _make(path, write, lambda path: _value(path, key) is not None)
+        found = _value(path, key)
+        assert found is not None
     return found
+
+
+def _value(path: Path, key: str) -> dict[str, Any] | None:
+    """Return the value in a file of :func:`remembered`; None without a file or if it is damaged."""
+    try:
+        found = read_json(path, dict)
+    except (FileNotFoundError, ValueError):
+        return None
+    return found.get("value") if found.get("key") == key else None
 
 
 def open_copy(key: str, write: Callable[[Path], Any]) -> IO[bytes]:
@@ -60,17 +77,19 @@ def _path(kind: str, key: str) -> Path:
     return cache_folder() / kind / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.bin"
 
 
-def _make(path: Path, write: Callable[[Path], Any]) -> bool:
+def _make(
+    path: Path, write: Callable[[Path], Any], is_there: Callable[[Path], bool] = Path.is_file
+) -> bool:
     """Write a file unless there is one; return whether it was written by this process.
 
     Raises:
         ShardError: if it cannot be written; ``write`` may raise one, too.
     """
-    if path.is_file():
+    if is_there(path):
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):  # of several processes, one writes
-        if path.is_file():
+        if is_there(path):
             return False
         try:
             replace(path, write)

@@ -44,9 +44,14 @@ def read_cifar(config: DataConfig, dataset: type[CIFAR10]) -> Source:
     try:
         sets = [dataset(root, train=train, download=download) for train in (True, False)]
     except (RuntimeError, OSError, EOFError) as error:
+        problem = (
+            f"and it could not be downloaded: {error}"
+            if download
+            else "which is incomplete: if you remove it, it is downloaded again"
+        )
         raise ValueError(
             f"{root} has no complete {config.name} (expected {folder}, as unpacked from "
-            f"{dataset.filename}), and it could not be downloaded: {error}"
+            f"{dataset.filename}), {problem}"
         ) from error
     train, test = map(_samples, sets)
     return Source(train, list(sets[0].classes), image_size=32, test=test)

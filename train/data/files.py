@@ -43,7 +43,7 @@ def list_images(folder: Path, left_out: Counter[str] | None = None) -> list[Path
     """
     found: list[Path] = []
     counts: Counter[str] = Counter() if left_out is None else left_out
-    for entry in _files(folder, set()):
+    for entry in walk(folder):
         if not is_image(entry.name):
             counts[_ending(entry.name) or "no extension"] += 1
         elif entry.is_file():
@@ -53,17 +53,25 @@ def list_images(folder: Path, left_out: Counter[str] | None = None) -> list[Path
     return sorted(found)
 
 
-def _files(folder: Path | str, seen: set[tuple[int, int]]) -> Iterator[os.DirEntry[str]]:
-    """Yield all entries that are not folders; every folder is visited once, even with links."""
+def walk(
+    folder: Path | str, seen: set[tuple[int, int]] | None = None
+) -> Iterator[os.DirEntry[str]]:
+    """Yield all entries in a folder and its subfolders that are not folders; links are followed.
+
+    Args:
+        folder: where to look; hidden files and folders are skipped.
+        seen: folders that were visited: each is visited once, even with links.
+    """
+    seen = set() if seen is None else seen
     status = os.stat(folder)
     if (status.st_dev, status.st_ino) in seen:
         return
     seen.add((status.st_dev, status.st_ino))
     with os.scandir(folder) as entries:
         shown = [entry for entry in entries if visible(entry.name)]
-    for entry in shown:
+    for entry in sorted(shown, key=lambda entry: entry.name):
         if entry.is_dir():
-            yield from _files(entry.path, seen)
+            yield from walk(entry.path, seen)
         else:
             yield entry
 

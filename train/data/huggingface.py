@@ -11,9 +11,10 @@ from typing import Any, Literal
 from vision_xformer.options import check_options
 
 from ..config import DataConfig
-from .images import Item, count_item_channels
+from ..text import reason
+from .images import Item, item_channels
 from .registry import Source, parse_options, register
-from .streaming import Streams
+from .streaming import Streams, check_labels
 
 SPLITS = {"train": ("train",), "val": ("validation", "val", "valid"), "test": ("test",)}
 LABELS = ("label", "labels")  # names of columns with a label, if none is a ClassLabel
@@ -26,18 +27,21 @@ def read_huggingface(config: DataConfig) -> Source:
     ``data.root`` is a folder written by ``save_to_disk``; nothing is downloaded. With
     ``huggingface:streaming=true`` it is a folder of Parquet or Arrow files or a name on the Hub,
     from which a few files at a time are copied to this machine. Columns are found by their type; if
-    there are several, name them: ``huggingface:label=fine_label``. The validation split is
-    the test set if there is no test split or all of its labels are -1, that is, not public.
+    there are several, name them: ``huggingface:label=fine_label``. The labels of each split are
+    mapped by name to the classes of the training split. A split is left out if it is empty or all
+    of its labels are -1, that is, not public. Without a test split, the validation split is the
+    test set.
 
     Raises:
-        ValueError: if ``datasets`` is not installed, if ``data.root`` is not such a folder, or if
-            the columns of the image and the label are ambiguous.
+        ValueError: if ``datasets`` is not installed, if ``data.root`` is not such a folder, if the
+            columns of the image and the label are ambiguous or missing in a split, if the training
+            split is empty, or if a label is missing or not a class of the training split.
     """
     library = _library()
     options = parse_options(config.name.split(":")[1:])
     check_options("huggingface", options, ("image", "label", "streaming", "config"))
     read: Callable[[Any, str, str], tuple[list[Item], list[Any]]] = _read_saved
-    if options.get("streaming") == "true":
+    if options.get("streaming") is True:
         streams = Streams(library, config.root, options.get("config"))
         splits, read = streams.splits, streams.read
     elif {"streaming", "config"} & options.keys():
@@ -45,25 +49,34 @@ def read_huggingface(config: DataConfig) -> Source:
     else:
         splits = _load(library, Path(config.root).expanduser())
     parts = _parts(splits, config.root)
-    features = parts["train"].features
-    image = _find_column(features, "image", options.get("image"))
-    label = _find_column(features, "label", options.get("label"))
-    found = {part: read(split, image, label) for part, split in parts.items()}
-    if "test" in found and set(found["test"][1]) == {-1}:
-        del found["test"]
-    if "test" not in found and "val" in found:
-        found["test"] = found.pop("val")
-    classes = _class_names(features[label], found["train"][1])
-    samples = {
-        part: list(zip(items, _numbers(features[label], values, classes), strict=True))
-        for part, (items, values) in found.items()
-    }
+    train = splits[parts["train"]].features
+    image = _find_column(train, "image", options.get("image"))
+    _check_column(train, "image", image, f"split 'train' of {config.root}")
+    label = _find_column(train, "label", options.get("label"))
+    samples: dict[str, list[tuple[Item, int]]] = {}
+    classes: list[str] = []
+    for part, name in parts.items():  # the training split is the first
+        split, where = splits[name], f"split {name!r} of {config.root}"
+        _check_column(split.features, "image", image, where)
+        _check_column(split.features, "label", label, where)
+        items, values = read(split, image, label)
+        if part == "train":
+            classes = _class_names(split.features[label], values)
+        numbers = _numbers(split.features[label], values, classes, where)
+        if numbers:
+            samples[part] = list(zip(items, numbers, strict=True))
+        elif part == "train":
+            raise ValueError(f"{where} has no labeled images")
+    if "test" not in samples and "val" in samples:
+        samples["test"] = samples.pop("val")
+    channels, notes = item_channels(samples["train"])
     return Source(
         samples["train"],
         classes,
         test=samples.get("test", []),
         val=samples.get("val", []),
-        channels=count_item_channels(samples["train"]),
+        channels=channels,
+        notes=notes,
     )
 
 
@@ -83,18 +96,19 @@ def _load(library: Any, root: Path) -> dict[str, Any]:
         raise ValueError(f"data.root {root} is not a folder")
     try:
         loaded = library.load_from_disk(str(root))
+    except IndexError as error:  # datasets writes no file for a split without rows
+        raise ValueError(f"{root} has a split without rows, which datasets cannot read") from error
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"{root} is not a folder written by save_to_disk of a Dataset or DatasetDict: {error}"
+            f"{root} is not a folder written by save_to_disk of a Dataset or DatasetDict: "
+            f"{reason(error)}"
         ) from error
     return loaded if isinstance(loaded, dict) else {"train": loaded}
 
 
-def _parts(splits: dict[str, Any], root: str) -> dict[str, Any]:
-    """Return those of the splits "train", "val" and "test" that exist."""
-    parts = {
-        part: splits[name] for part, names in SPLITS.items() for name in names if name in splits
-    }
+def _parts(splits: dict[str, Any], root: str) -> dict[str, str]:
+    """Return the names of the splits that are "train", "val" and "test", if they exist."""
+    parts = {part: name for part, names in SPLITS.items() for name in names if name in splits}
     if "train" not in parts:
         raise ValueError(f"{root} has no split 'train', only {', '.join(splits) or 'none'}")
     return parts
@@ -102,22 +116,18 @@ def _parts(splits: dict[str, Any], root: str) -> dict[str, Any]:
 
 def _read_saved(dataset: Any, image: str, label: str) -> tuple[list[Item], list[Any]]:
     """Return the images and labels of a split that is on this machine."""
+    dataset = dataset.with_format(None)  # it may have been saved to return tensors
     encoded = type(dataset.features[image])(decode=False)  # our reader decodes all images
     images = dataset.select_columns([image]).cast_column(image, encoded)
     read = functools.partial(_image, images, image)
     labels = list(dataset[label])
-    if None in labels:
-        raise ValueError(f"row {labels.index(None)} of the dataset has no {label}")
+    check_labels(labels, label, "the dataset")
     return [Item(read, i) for i in range(len(dataset))], labels
 
 
 def _find_column(features: Any, kind: Literal["image", "label"], name: str | int | None) -> str:
     """Return the column with the images or labels: the one named, or the only one of its type."""
     if name is not None:
-        if name not in features:
-            raise ValueError(f"no column {name!r}; the columns are {', '.join(features)}")
-        if kind == "image" and type(features[name]).__name__ != "Image":
-            raise ValueError(f"column {name!r} holds {features[name]}, not images")
         return str(name)
     wanted = {"image": "Image", "label": "ClassLabel"}[kind]
     found = [key for key, feature in features.items() if type(feature).__name__ == wanted]
@@ -131,18 +141,42 @@ def _find_column(features: Any, kind: Literal["image", "label"], name: str | int
     return found[0]
 
 
+def _check_column(features: Any, kind: Literal["image", "label"], column: str, where: str) -> None:
+    """Raise a ValueError unless a split has this column, with images or one label per image."""
+    if column not in features:
+        raise ValueError(f"{where} has no column {column!r}; the columns are {', '.join(features)}")
+    types, what = {
+        "image": (("Image",), "images"),
+        "label": (("ClassLabel", "Value"), "one label per image"),
+    }[kind]
+    if type(features[column]).__name__ not in types:
+        raise ValueError(f"{where}: column {column!r} holds {features[column]}, not {what}")
+
+
 def _class_names(feature: Any, values: Sequence[Any]) -> list[str]:
     """Return the names of a ClassLabel, or the distinct values of another column, sorted."""
     names = getattr(feature, "names", None)
     return list(names) if names is not None else [str(v) for v in sorted(set(values))]
 
 
-def _numbers(feature: Any, values: Sequence[Any], classes: list[str]) -> list[int]:
-    """Return labels as indices of classes; -1 for a value that is not one of them."""
-    if getattr(feature, "names", None) is not None:
-        return list(values)
+def _numbers(feature: Any, values: Sequence[Any], classes: list[str], where: str) -> list[int]:
+    """Return labels as indices of the classes of their names; none if all are -1.
+
+    Raises:
+        ValueError: for a label that is not a class; it names the split and the label.
+    """
+    names = getattr(feature, "names", None)
+    labels = {value: str(value) for value in set(values)}
+    if names is not None:
+        labels = {i: name for i, name in enumerate(names) if i in labels}
     numbers = {name: i for i, name in enumerate(classes)}
-    return [numbers.get(str(value), -1) for value in values]
+    known = {value: numbers[name] for value, name in labels.items() if name in numbers}
+    unknown = [labels.get(value, value) for value in values if value not in known]
+    if unknown and set(values) != {-1}:
+        raise ValueError(
+            f"{where} has the label {unknown[0]!r}, which is not a class of the training split"
+        )
+    return [] if unknown else [known[value] for value in values]
 
 
 def _image(dataset: Any, column: str, index: int) -> Path | io.BytesIO:

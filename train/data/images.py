@@ -182,7 +182,8 @@ class Images(Dataset[tuple[Tensor, int]]):
         except ValueError as error:  # its text contains the traceback of the worker process
             sentence = str(error).split("ValueError: ")[-1].strip()
             # the frames of the error would keep the workers alive
-            raise ValueError(f"{sentence}; {SKIP_HINT}") from error.with_traceback(None)
+            hint = f"{SKIP_HINT}, in training only in a new run"
+            raise ValueError(f"{sentence}; {hint}") from error.with_traceback(None)
         except ShardError as error:
             sentence = str(error).split("ShardError: ")[-1].strip()
             raise ShardError(sentence) from error.with_traceback(None)
@@ -260,23 +261,34 @@ def open_image(image: Path | Item, reading: Reading | None = None) -> Image.Imag
         raise image_error(image, error) from error
 
 
-def as_items(read: Callable[[int], Encoded], labels: Sequence[int]) -> list[Sample]:
+def as_items(read: Callable[[int], Encoded], labels: Sequence[int]) -> list[tuple[Item, int]]:
     """Return one sample per label, whose image ``read(index)`` is read when it is needed."""
     return [(Item(read, i), label) for i, label in enumerate(labels)]
 
 
 def count_channels(read: Callable[[int], Encoded], count: int) -> int:
     """Return 1 if ``count`` images, of which some are read, are grayscale, otherwise 3."""
-    indices = range(0, count, max(1, count // MODE_SAMPLES))
-    modes = {_mode(read, index) for index in indices} - {None}
+    modes = {_mode(read, index) for index in _looked_at(count)} - {None}
     return 1 if modes and modes <= set(GRAYSCALE_MODES) else 3
 
 
-def count_item_channels(samples: Sequence[tuple[Item, int]]) -> int:
-    """Return 1 if some images, in the first and last shard if there are any, are all grayscale."""
-    ends = samples[0][0].shard, samples[-1][0].shard  # others may have to be fetched
+def _looked_at(count: int) -> range:
+    """Return the indices of those of ``count`` images whose modes are read."""
+    return range(0, count, max(1, count // MODE_SAMPLES))
+
+
+def item_channels(samples: Sequence[tuple[Item, int]]) -> tuple[int, list[str]]:
+    """Return 1 if some images are all grayscale, otherwise 3; and a note if they decide on others.
+
+    They are in the first and last shard if there are any.
+    """
+    ends = {item.shard for item, _ in (*samples[:1], *samples[-1:])}  # others must be fetched
     some = [item for item, _ in samples if item.shard in ends]
-    return count_channels(lambda i: some[i].read(some[i].index), len(some))
+    channels = count_channels(lambda i: some[i].read(some[i].index), len(some))
+    count = len(_looked_at(len(some)))
+    if channels == 3 or count == len(samples):
+        return channels, []
+    return 1, [f"images are read as grayscale, as the {count:,} that were looked at are"]
 
 
 def _mode(read: Callable[[int], Encoded], index: int) -> str | None:

@@ -90,7 +90,9 @@ def find_reader(name: str) -> Reader:
 
 
 def parse_options(words: Iterable[str]) -> dict[str, str | int]:
-    """Parse ``["split=letters", "partition=2"]``; values made of digits are integers.
+    """Parse ``["split=letters", "partition=2", "background=false"]``.
+
+    Values made of digits are integers; "true" and "false", in any case, are booleans.
 
     Raises:
         ValueError: if a word is not of the form ``option=value``.
@@ -100,5 +102,6 @@ def parse_options(words: Iterable[str]) -> dict[str, str | int]:
         option, equals, value = word.partition("=")
         if not (option.isidentifier() and equals and value):
             raise ValueError(f"data.name: {word!r} must have the form option=value")
-        options[option] = int(value) if value.isdecimal() else value
+        known = {"true": True, "false": False}.get(value.lower(), value)
+        options[option] = int(value) if value.isdecimal() else known
     return options

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import io
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -147,6 +147,12 @@ def _labels(column: Callable[[], Any], label: str, number: int, name: str) -> di
             found += rows[label]
     except Exception as error:  # those of the network and of the file format
         raise ValueError(f"{name} cannot be read: {reason(error)}") from error
-    if None in found:
-        raise ValueError(f"row {found.index(None)} of {name} has no {label}")
+    check_labels(found, label, name)
     return {"labels": found}
+
+
+def check_labels(values: Sequence[Any], label: str, name: str) -> None:
+    """Raise a ValueError for a row without a label: None or not a number."""
+    for row, value in enumerate(values):
+        if value is None or value != value:
+            raise ValueError(f"row {row} of {name} has no {label}")

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from vision_xformer.options import check_options
 
 from ..config import DataConfig
-from .images import Sample, as_items, count_channels
+from .images import as_items, item_channels
 from .reading import image_error
 from .registry import Source, parse_options, register
 
@@ -35,6 +35,7 @@ SPLITS = {
     "test": ("test",),
 }
 LABELS = ("targets", "labels", "_labels", "y")  # attributes that may hold all labels
+CLASSES = ("classes", "categories", "bin_classes")  # attributes that may hold the class names
 SAMPLES = ("samples", "_samples")  # and attributes that may hold (file, label)
 # Neither these nor the modules of stereo matching and optical flow label images with a class.
 OTHER_TASKS = {
@@ -73,22 +74,22 @@ def read_torchvision(config: DataConfig) -> Source:
     root = Path(config.root).expanduser()
     parts = _read_parts(dataset, root, parameters, options)
     labels = {part: _labels(found, name) for part, found in parts.items()}
-    train = parts["train"]
-    channels = count_channels(functools.partial(_image, train), len(train))
-    samples: dict[str, list[Sample]] = {
+    samples = {
         part: as_items(functools.partial(_image, found), labels[part])
         for part, found in parts.items()
     }
     if "test" not in samples and "val" in samples:
         samples["test"] = samples.pop("val")
+    channels, notes = item_channels(samples["train"])
     highest = max(max(part, default=0) for part in labels.values())
     return Source(
         samples["train"],
-        _class_names(train, highest + 1),
+        _class_names(parts["train"], highest + 1),
         test=samples.get("test", []),
         val=samples.get("val", []),
         channels=channels,
         mirror=name not in NOT_MIRRORED,
+        notes=notes,
     )
 
 
@@ -234,9 +235,13 @@ def _listed_labels(dataset: VisionDataset) -> list[list[int]]:
 
 
 def _class_names(dataset: VisionDataset, count: int) -> list[str]:
-    """Return the dataset's class names, or numbers if it names fewer than ``count`` classes."""
-    for key in ("classes", "categories"):
-        names = getattr(dataset, key, None)
-        if names is not None and len(names) >= count:
-            return [name if isinstance(name, str) else ", ".join(name) for name in names]
-    return [str(label) for label in range(count)]
+    """Return the dataset's class names, or numbers if it names fewer than ``count`` classes.
+
+    Of several lists, the one of this length is that of the labels: Oxford-IIIT Pet has two.
+    """
+    lists = [getattr(dataset, key, None) or [] for key in CLASSES]
+    fitting = [names for names in lists if len(names) >= count]
+    if not fitting:
+        return [str(label) for label in range(count)]
+    names = min(fitting, key=lambda names: len(names) != count)
+    return [name if isinstance(name, str) else ", ".join(name) for name in names]

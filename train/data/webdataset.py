@@ -21,14 +21,14 @@ from tqdm import tqdm
 
 from ..config import DataConfig
 from ..text import reason
-from .archives import check_inside
+from .archives import COMPRESSED, check_end, check_inside
 from .cache import cache_folder, open_copy, remembered
-from .files import SPLIT_NAMES, is_image, shorten, visible
-from .images import Item, ShardError, count_item_channels
+from .files import SPLIT_NAMES, is_image, shorten, walk
+from .images import Item, ShardError, item_channels
 from .registry import Source, register
 
 URLS = ("http://", "https://", "s3://", "gs://", "hf://")
-MOST_CLASSES = 100_000  # a larger label is taken for a mistake
+_INTEGER = re.compile("0|-?[1-9][0-9]{0,17}")  # as Python prints it
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,7 +67,7 @@ class Index(NamedTuple):
 
     shard: TarShard
     names: list[str]
-    classes: list[int | str]
+    classes: list[str]
 
 
 @register("webdataset")
@@ -75,13 +75,15 @@ def read_webdataset(config: DataConfig) -> Source:
     """Read the tar files below ``root``, or those that a pattern of paths or URLs names.
 
     A sample is one image ``KEY.jpg`` (or of another format) next to its label ``KEY.cls``, the
-    index of a class or its name. A file with train, val (or valid, or validation) or test in its
-    name, or in a folder of that name, belongs to that set, any other to the training set. A
-    validation set is the test set if there is no test set. The shards are indexed once.
+    index of a class or its name: labels are indices if all of the training set are integers, and at
+    least half of those from 0 to the largest occur. A file with train, val (or valid, or
+    validation) or test in its name, or in a folder of that name, belongs to that set, any other to
+    the training set. A validation set is the test set if there is no test set. The shards are
+    indexed once.
 
     Raises:
-        ValueError: if ``webdataset`` is not installed, if a shard is missing or truncated, or if a
-            sample has no label or not exactly one image; it names the shard.
+        ValueError: if ``webdataset`` is not installed, if a shard is missing, truncated, damaged or
+            compressed, or if a sample has no label or not exactly one image; it names the shard.
     """
     found = _find_shards(config.root)
     count = sum(map(len, found.values()))
@@ -91,28 +93,38 @@ def read_webdataset(config: DataConfig) -> Source:
         indices["test"] = indices.pop("val")
     numbers = _number_classes(indices["train"])
     samples = {part: _samples(shards, numbers) for part, shards in indices.items()}
+    channels, notes = item_channels(samples["train"])
     return Source(
         samples["train"],
-        list(map(str, numbers)),
+        list(numbers),
         test=samples.get("test", []),
         val=samples.get("val", []),
-        channels=count_item_channels(samples["train"]),
+        channels=channels,
+        notes=notes,
     )
 
 
 def _find_shards(root: str) -> dict[str, list[str]]:
-    """Return the paths or URLs of the shards of "train", "val" and "test"."""
+    """Return the paths or URLs of the shards of "train", "val" and "test", each shard once."""
     folder = Path(root).expanduser()
     if folder.is_dir():
-        files = sorted(path for path in folder.rglob("*.tar") if visible(path.name))
-        named = {str(path): path.relative_to(folder).parts for path in files}
+        files = sorted(Path(entry.path) for entry in walk(folder))
+        for file in files:
+            if file.name.lower().endswith(COMPRESSED):
+                raise ValueError(f"{file} is compressed: decompress it, or move it elsewhere")
+        shards = [file for file in files if file.name.lower().endswith(".tar")]
+        named = {str(file): file.relative_to(folder).parts for file in shards}
     else:
         named = {path: Path(path).parts for path in _expand(root)}
     if not named:
         raise ValueError(f"data.root {root} has no shards, files *.tar")
     parts: dict[str, list[str]] = {}
+    seen: set[str] = set()
     for path, names in named.items():
-        parts.setdefault(_set_of(names), []).append(path)
+        real = path if path.startswith(URLS) else os.path.realpath(path)
+        if real not in seen:
+            parts.setdefault(_set_of(names), []).append(path)
+        seen.add(real)
     if "train" not in parts:
         raise ValueError(f"data.root {root} has shards of {', '.join(parts)}, but none of train")
     return parts
@@ -176,7 +188,7 @@ def _indexed(path: str, progress: tqdm[Any]) -> Index:
     rows: list[tuple[str, int, int, str]] = found["samples"]
     spans = np.array([span for _, *span, _ in rows], np.int64).reshape(-1, 2)
     shard = TarShard(path, found["stamp"], spans)
-    return Index(shard, [row[0] for row in rows], [_class_of(row[3]) for row in rows])
+    return Index(shard, [row[0] for row in rows], [sys.intern(row[3]) for row in rows])
 
 
 def _stamp(path: str, file: IO[bytes]) -> str:
@@ -191,13 +203,13 @@ def _index(path: str) -> dict[str, Any]:
     """Find the images and labels of a shard.
 
     Raises:
-        ValueError: if it is truncated, compressed or not a tar file, or if a sample is incomplete.
+        ValueError: if it is truncated, damaged, compressed or not a tar file, or if a sample is
+            incomplete.
     """
     try:
         with _open(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             members = tar.getmembers()
-            if file.seek(0, os.SEEK_END) < tar.offset + tarfile.BLOCKSIZE:  # no mark of the end
-                raise ValueError(f"{path} is truncated")
+            check_end(path, tar)
             groups = itertools.groupby(_keyed(path, members), key=lambda found: found[0])
             samples = [_sample(path, tar, key, [m for _, m in group]) for key, group in groups]
             stamp = _stamp(path, file)
@@ -239,27 +251,27 @@ def _sample(
     return images[0].name, images[0].offset_data, images[0].size, label
 
 
-def _class_of(label: str) -> int | str:
-    return int(label) if label.isascii() and label.isdigit() else sys.intern(label)
+def _number_classes(indices: Sequence[Index]) -> dict[str, int]:
+    """Return the classes of the training set and their numbers.
 
-
-def _number_classes(indices: Sequence[Index]) -> dict[int | str, int]:
-    """Return the classes of the training set and their numbers: indices from 0, or sorted names."""
+    They are all indices up to the largest if at least half of these occur; otherwise the labels are
+    names, which are sorted: as integers if all of them are, like years.
+    """
     classes = {name for index in indices for name in index.classes}
     if not classes:
         paths = [index.shard.path for index in indices]
         raise ValueError(f"{shorten(paths)}: there are no images")
-    numbers = [name for name in classes if isinstance(name, int)]
-    if len(numbers) < len(classes):
-        return {name: i for i, name in enumerate(sorted(classes, key=str))}
-    if max(numbers) >= MOST_CLASSES:
-        raise ValueError(
-            f"{max(numbers)} is no label: indices of classes are from 0 to {MOST_CLASSES - 1:,}"
-        )
-    return {i: i for i in range(max(numbers) + 1)}
+    if not all(map(_INTEGER.fullmatch, classes)):  # "007" is a name
+        names = sorted(classes)
+    else:
+        names = sorted(classes, key=int)
+        count = int(names[-1]) + 1
+        if int(names[0]) >= 0 and 2 * len(names) >= count:
+            names = list(map(str, range(count)))
+    return {name: i for i, name in enumerate(names)}
 
 
-def _samples(indices: Sequence[Index], numbers: dict[int | str, int]) -> list[tuple[Item, int]]:
+def _samples(indices: Sequence[Index], numbers: dict[str, int]) -> list[tuple[Item, int]]:
     """Return the images of all shards with the numbers of their classes."""
     samples: list[tuple[Item, int]] = []
     for number, (shard, names, classes) in enumerate(indices):
@@ -267,7 +279,7 @@ def _samples(indices: Sequence[Index], numbers: dict[int | str, int]) -> list[tu
         for i, (name, found) in enumerate(zip(names, classes, strict=True)):
             if found not in numbers:
                 raise ValueError(
-                    f"{shard.path}: {name} has the class {found!r}, which no training image has"
+                    f"{shard.path}: {name} has the class {found}, which no training image has"
                 )
             samples.append((Item(read, i, f"{file}/{name}", number), numbers[found]))
     return samples
