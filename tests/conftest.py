@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import presets  # noqa: F401 - registers the sizes
 import pytest
 import torch
+
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 
 @pytest.fixture(autouse=True)
