@@ -394,6 +394,20 @@ def test_masks_are_never_dropped() -> None:
 FAMILIES = [name for name in MODELS if name.startswith("hf ")]
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("size", [SQUARE, (32, 32)])
+def test_attn_implementation_takes_every_kernel(kernel: str, size: tuple[int, int]) -> None:
+    """Also those that are sized by the grid of the images."""
+    vx.register_transformers()
+    model = build("hf vit", size)
+    model.set_attn_implementation(f"vx_{kernel}")
+    for _ in range(2):
+        run(model, images_of(size)).sum().backward()
+    assert all(p.grad.isfinite().all() for k in kernels_of(model) for p in k.parameters())
+    grid = vx.TokenGrid((size[0] // 4, size[1] // 4), 1)
+    assert [k.inner.site.keys for k in kernels_of(model)] == [grid] * 2
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_attn_implementation_calls_our_kernels(name: str) -> None:
     names = vx.register_transformers()

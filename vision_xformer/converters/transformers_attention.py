@@ -164,21 +164,23 @@ def _attention_of(
             f"attn_implementation vx_{mixer}: the {type(module).__name__} is converted to "
             f"{module.kernel.recipe['mixer']}: call vx.revert(model) first"
         )
+    if not TransformersAttention().matches(module):
+        raise ValueError(
+            f"attn_implementation vx_{mixer}: {type(module).__name__} is not one of the layers "
+            f"that can be converted: {', '.join(_CLASSES.values())}"
+        )
+    prefix = _prefix(module.config)
+    patches = query.shape[2] - prefix
+    shape = _shape(module.config, patches)
     if not hasattr(module, "kernel") or module.kernel.recipe != recipe:
-        if not TransformersAttention().matches(module):
-            raise ValueError(
-                f"attn_implementation vx_{mixer}: {type(module).__name__} is not one of the layers "
-                f"that can be converted: {', '.join(_CLASSES.values())}"
-            )
-        heads, tokens, width = query.shape[1:]
-        grid = TokenGrid((tokens - _prefix(module.config),), _prefix(module.config))
+        heads, _, width = query.shape[1:]
+        grid = TokenGrid(shape or (patches,), prefix)
         inner = KERNELS.create(mixer, Site(heads, width, width, grid, grid), options=options)
         inner.start_from_softmax()
         scale = 1.0 if scaling is None else scaling * width**0.5
         kernel = ConvertedKernel(inner, GridTracker(), scale, needs_centered_keys(inner), recipe)
         module.kernel = kernel.to(query.device, query.dtype).train(module.training)
-    patches = query.shape[2] - _prefix(module.config)
-    module.kernel.tracker.note(_shape(module.config, patches))
+    module.kernel.tracker.note(shape)
     return attention(module, query, key, *args, **kwargs)
 
 
