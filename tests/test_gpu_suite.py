@@ -97,26 +97,33 @@ def test_the_suite_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_the_full_suite_has_what_it_says() -> None:
     found = suite.full(Path("images"))
-    assert [*found.cases] == ["mixers", "models", "models-by-size"]
-    mixers = found.cases["mixers"]
+    order = [(name, cases[0].mode, cases[0].dtype) for name, cases in found.cases]
+    assert order == [
+        ("mixers", "eager", "bf16"), ("models", "eager", "bf16"),
+        ("models-by-size", "eager", "bf16"), ("models", "eager", "fp32"),
+        ("mixers", "eager", "fp32"), ("mixers", "compiled", "bf16"), ("mixers", "compiled", "fp32"),
+    ]  # fmt: skip
+    every = {file: [c for name, cases in found.cases if name == file for c in cases]
+             for file in ("mixers", "models", "models-by-size")}  # fmt: skip
+    mixers = every["mixers"]
     assert {(c.size, c.dtype, c.mode) for c in mixers} == {
         (size, dtype, mode) for size in (64, 256, 1024, 4096, 16384)
         for dtype in ("bf16", "fp32") for mode in ("eager", "compiled")
     }  # fmt: skip
     assert [c.mode for c in mixers] == sorted((c.mode for c in mixers), reverse=True)
-    assert {c.name for c in found.cases["models"]} >= {
+    assert {c.name for c in every["models"]} >= {
         "hybrid_vin",
         "levip",
         "cvt",
         "ccn",
         "fnet2d",
     }
-    sized = found.cases["models-by-size"]
+    sized = every["models-by-size"]
     assert {c.size for c in sized} == {224, 384, 512, 1024}
     assert {c.name for c in sized} == {
         f"vi{letter}_{size}" for letter in "tlpnf" for size in ("tiny", "small")
     }
-    for cases in found.cases.values():
+    for cases in every.values():
         assert len(set(cases)) == len(cases)
         assert {c.checkpointing for c in cases} == {False}
     config = parse([*found.recipe, "--model.name", "CCN"])
@@ -138,7 +145,7 @@ def test_what_does_not_fit_is_left_to_the_next_call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cases = [Case("mixer", "fourier", size, 1) for size in (1, 4, 9, 16, 25)]
-    monkeypatch.setattr(suite, "toy", lambda: suite.Suite({"mixers": cases}, (), [], 1))
+    monkeypatch.setattr(suite, "toy", lambda: suite.Suite([("mixers", cases)], (), [], 1))
     seen = measuring_takes(monkeypatch, 30)
     words = ["--minutes", "1.5", "--parts", "mixers"]
     for done in (2, 4, 5):  # 30 of 90 seconds each; the third would need 45 of the last 30
@@ -166,13 +173,13 @@ def test_a_call_without_time_measures_nothing(
 def test_the_budget_learns_how_long_cases_take(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     budget = Budget(10)
-    eager = [Case("mixer", "fourier", 16, n) for n in range(1, 20)]
+    eager = [Case("mixer", "fourier", 16, n) for n in range(1, 50)]
     compiled = [dataclasses.replace(case, mode="compiled") for case in eager]
-    assert budget.take(eager) == 6  # a call that is killed loses no more
-    clock.pass_(6 * 40)
-    assert budget.take(eager) == 6  # 360 seconds are left, 60 are expected for each
-    clock.pass_(6 * 50)
-    assert budget.take(eager) == 0  # 60 left, 75 expected
+    assert budget.take(eager) == 16
+    clock.pass_(16 * 20)
+    assert budget.take(eager) == 9  # 280 seconds are left, 30 are expected for each
+    clock.pass_(9 * 30)
+    assert budget.take(eager) == 0  # 10 left, 45 expected
     assert budget.take(compiled[:3]) == 0
     clock.now -= 100
     assert budget.take([*compiled[:2], *eager]) == 2
@@ -211,7 +218,7 @@ def test_an_interrupt_or_a_full_disk_leaves_what_was_measured(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     cases = [Case("mixer", "fourier", size, 1) for size in (1, 4)]
-    monkeypatch.setattr(suite, "toy", lambda: suite.Suite({"mixers": cases}, (), [], 1))
+    monkeypatch.setattr(suite, "toy", lambda: suite.Suite([("mixers", cases)], (), [], 1))
     measuring_takes(monkeypatch, 1)
     write, count = measuring.write_csv, 0
 
@@ -291,7 +298,7 @@ def test_another_machine_or_another_suite_in_the_folder_is_refused(tmp_path: Pat
 def test_without_images_nothing_is_trained_and_that_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(suite, "toy", lambda: dataclasses.replace(suite.full(None), cases={}))
+    monkeypatch.setattr(suite, "toy", lambda: dataclasses.replace(suite.full(None), cases=[]))
     gpu(tmp_path / "out", "--parts", "training")
     said = capsys.readouterr().out
     assert "training: skipped, as --data names no folder with CIFAR-10" in said

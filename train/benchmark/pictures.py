@@ -185,7 +185,7 @@ def headline(rows: Sequence[Row], device: str) -> Figure:
         rows, "step_ms_p50"
     ):
         raise ValueError("headline() needs rows of fused softmax, one batch size and one precision")
-    cpu = " (CPU)" if all(row["device_mib"] is None for row in rows) else ""
+    cpu = " (CPU)" if all(row["reserved_mib"] is None for row in rows) else ""
     panels = [("step_ms_p50", "Time (ms)"), ("peak_mib", "Peak memory (MiB)")]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(12.5, 4.7))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,41 +40,39 @@ class Suite:
     """What is measured.
 
     Args:
-        cases: cases of each CSV file, by its name.
+        cases: names of CSV files and the cases measured next for each, the most useful ones first.
         trained: models to train.
         recipe: other arguments of ``python -m train fit``; none without images.
         most_epochs: largest number of epochs.
     """
 
-    cases: dict[str, list[Case]]
+    cases: Sequence[tuple[str, list[Case]]]
     trained: Sequence[str]
     recipe: Sequence[str]
     most_epochs: int
 
 
 def full(data: Path | None) -> Suite:
-    """All measurements; the slow starts of compiled layers come after all eager ones.
+    """All measurements: training in bf16 first, and the slow starts of compiled layers last.
 
     Args:
         data: folder with CIFAR-10, if there is one.
     """
     names, lengths = [*vx.list_mixers(), *CONTROLS], (64, 256, 1024, 4096, 16384)
     recipe = ["--config", str(ROOT / "configs" / "cifar10" / "base.yaml"), "--data.root"]
+    mixers = {
+        (mode, dtype): ("mixers", mixer_cases(names, lengths, BATCH, dtype, [mode]))
+        for mode in MODES
+        for dtype in PRECISIONS
+    }
+    models = [("models", model_cases(PAPER, [32], BATCH, dtype)) for dtype in PRECISIONS]
+    by_size = ("models-by-size", model_cases(SIZED, (224, 384, 512, 1024), BATCH, "bf16"))
     return Suite(
-        {
-            "mixers": [
-                case for mode in MODES for dtype in PRECISIONS
-                for case in mixer_cases(names, lengths, BATCH, dtype, [mode])
-            ],
-            "models": [
-                case for dtype in PRECISIONS for case in model_cases(PAPER, [32], BATCH, dtype)
-            ],
-            "models-by-size": model_cases(SIZED, (224, 384, 512, 1024), BATCH, "bf16"),
-        },
+        [mixers.pop(("eager", "bf16")), models[0], by_size, *models[1:], *mixers.values()],
         TRAINED,
         [] if data is None else [*recipe, str(data)],
         40,  # those of the recipe
-    )  # fmt: skip
+    )
 
 
 def toy() -> Suite:
@@ -81,13 +80,12 @@ def toy() -> Suite:
     recipe = ["--model.options", "{dim: 8, depth: 1, mlp_ratio: 2.0}", "--data.name", "digits",
               "--data.batch_size", "500", "--data.workers", "0"]  # fmt: skip
     return Suite(
-        {
-            "mixers": [
-                case for dtype in PRECISIONS for case in mixer_cases(["fourier"], [16], 1, dtype)
-            ],
-            "models": model_cases(["vif"], [8], 1, "bf16"),
-            "models-by-size": model_cases(["vif_tiny"], [16, 32], 1, "bf16"),
-        },
+        [
+            ("mixers", mixer_cases(["fourier"], [16], 1, "bf16")),
+            ("models", model_cases(["vif"], [8], 1, "bf16")),
+            ("models-by-size", model_cases(["vif_tiny"], [16, 32], 1, "bf16")),
+            ("mixers", mixer_cases(["fourier"], [16], 1, "fp32")),
+        ],
         ("ViF",),
         recipe,
         1,
@@ -132,12 +130,14 @@ def gpu(
         if "tests" in parts:
             text, missing = run_tests(out / "tests.csv", budget.left, command)
             said.append(f"tests: {text}")
-        for name, cases in suite.cases.items():
+        found, wanted = defaultdict[str, list[Row]](list), Counter[str]()
+        for name, cases in suite.cases:
             if name.partition("-")[0] in parts:
                 file = out / f"{name}.csv"
-                rows = run(cases, file, command, retry=False, take=budget.take)
-                missing += len(cases) - len(rows)
-                said.append(counted(name, rows, len(cases)))
+                found[name] += run(cases, file, command, retry=False, take=budget.take)
+                wanted[name] += len(cases)
+        said += [counted(name, found[name], count) for name, count in wanted.items()]
+        missing += wanted.total() - sum(map(len, found.values()))
         if "training" in parts and not suite.recipe:
             said.append("training: skipped, as --data names no folder with CIFAR-10")
         elif "training" in parts and missing:

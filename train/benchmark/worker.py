@@ -72,6 +72,8 @@ def _memory(subject: Subject, device: str) -> dict[str, Any]:
         found["peak_mib"] = (peak_bytes() - before) / MIB
     if device == "cuda":
         found["reserved_mib"] = torch.cuda.max_memory_reserved() / MIB
+        if (used := _driver_bytes()) is not None:
+            found["device_mib"] = used / MIB
     return found
 
 
@@ -96,12 +98,18 @@ def _seconds(function: Callable[[], None], repeats: int, device: str) -> list[fl
     return found
 
 
-def _device_bytes() -> int | None:
-    """Return the GPU memory used by all processes according to the driver, if it is known."""
-    try:
-        return torch.cuda.device_memory_used(0)
-    except Exception:  # nvidia-ml-py is missing or lacks permission
-        return None
+def _driver_bytes() -> int | None:
+    """Return the GPU memory of this process according to the driver, if it is known."""
+    with contextlib.suppress(Exception):  # nvidia-ml-py is missing or lacks permission
+        import pynvml
+
+        pynvml.nvmlInit()
+        card = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+        handle = pynvml.nvmlDeviceGetHandleByUUID(card)
+        for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
+            if process.pid == os.getpid():  # not in containers with process numbers of their own
+                return process.usedGpuMemory
+    return None
 
 
 def _is_large(row: dict[str, Any]) -> bool:
@@ -132,7 +140,8 @@ def _end_with_parent() -> None:
 def work(case: Case, device: str, threads: int, pipe: Connection) -> None:
     """Measure a case in a worker process.
 
-    Waits for a message, and answers it with the memory of a step. Then receives numbers of repeats
+    Builds the case, and runs it once on a GPU: this is slow, and all processes do it at once. Then
+    waits for a message, and answers it with the memory of a step. Then receives numbers of repeats
     and answers each with the times of inference and of training steps, until it receives None. An
     error is sent as the status of the row.
 
@@ -151,10 +160,13 @@ def work(case: Case, device: str, threads: int, pipe: Connection) -> None:
             _malloc(2**16)  # makes resident memory follow the size of the tensors
             _limit_memory()
         known = facts(case) | computed(case, device)
+        subject = build(case, device)
+        if device == "cuda":  # loads libraries and compiles kernels
+            subject.step()
+            torch.cuda.empty_cache()
         pipe.recv()
         if device == "cpu":
             _limit_memory()  # available memory may have changed
-        subject = build(case, device)
         memory = _memory(subject, device)
         pipe.send(known | memory | {"status": "ok"})
         while (repeats := pipe.recv()) is not None:
@@ -192,7 +204,6 @@ class Worker:
         self.pipe, theirs = context.Pipe()
         arguments = (case, device, torch.get_num_threads(), theirs)
         self.process = context.Process(target=work, args=arguments)
-        self.device = device
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent
         self.process.start()
         signal.signal(signal.SIGINT, handler)
@@ -200,16 +211,11 @@ class Worker:
 
     def prepare(self) -> None:
         """Measure the memory of a step, then let the process release unused memory."""
-        held = _device_bytes() if self.device == "cuda" else None
         self._tell(True)
         self.row |= self._receive()
         if not self.alive:
             self.process.join()
             return
-        after = None if held is None else _device_bytes()
-        # less if another process has released memory meanwhile
-        if held is not None and after is not None and after > held:
-            self.row["device_mib"] = (after - held) / MIB
         self._ask(0)
 
     @property
