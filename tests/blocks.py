@@ -7,6 +7,7 @@ Run it to write them anew: ``PYTHONPATH=. python tests/blocks.py``. A block stan
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from train.benchmark.pictures import savings, series, wins
 from train.benchmark.rows import (
     Row,
     column_table,
+    label,
     number,
     package_table,
     read_csv,
@@ -34,11 +36,14 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results" / "benchmark"
 DEVICE = "intel-xeon-2-threads-torch-2.15.0"  # the one that the documentation is about
 AMD = "amd-epyc-2-threads-torch-2.15.0"
+GPU = "nvidia-h200-torch-2.11.0"
 MIXERS = ("fourier", "linformer", "nystrom", "performer")  # those of the papers
 NEWER = (
     "agent", "circulant", "gfnet", "inline", "linear", "lite_mla", "mala", "mhla", "rala", "ttt",
     "xca",
 )  # fmt: skip
+OTHERS = ("conv", "efficient", "external", "gmlp", "mlp", "softmax_eager", "talking_heads")
+ALL = tuple(sorted((*MIXERS, *NEWER, *OTHERS)))
 WINS = (
     "mixer", "time grows as N to the power", "memory grows as N to the power",
     "faster than fused softmax from", "less memory than fused softmax from",
@@ -68,8 +73,21 @@ def by_tokens(column: str, names: Sequence[str], faster: bool, device: str = DEV
         ratios = {
             n: base[n] / y if faster else y / base[n] for n, y in lines[name].items() if n in base
         }
-        rows.append([name, *(number(ratios[n]) if n in ratios else "" for n in base)])
+        rows.append([name, *(cell(ratios[n]) if n in ratios else "" for n in base)])
     return Table(["tokens", *(f"{n:,}" for n in base)], rows)
+
+
+def cell(ratio: float) -> str:
+    """A ratio; one side may have run out of memory."""
+    return "OOM" if ratio in (0, math.inf) else number(ratio)
+
+
+def models_on_gpu() -> Table:
+    """Time and memory of ViT-Tiny with each mixer, on images of 224 pixels."""
+    rows = [row for row in measured("models-by-size", GPU) if row["size"] == 224]
+    cells = [[label(r), number(r["step_ms_p50"]), number(r["infer_ms_p50"]), number(r["peak_mib"])]
+             for r in rows]  # fmt: skip
+    return Table(["224 pixels", "training step, ms", "inference, ms", "peak, MiB"], cells)
 
 
 def learned_errors() -> dict[tuple[str, int], list[float]]:
@@ -158,6 +176,10 @@ def blocks() -> dict[str, dict[str, str]]:
             "memory": by_tokens("peak_mib", MIXERS, faster=False).markdown(),
             "ratios": package_table(mixers).markdown(),
             "ratios amd": package_table([r for r in layers(AMD) if r["size"] <= 4096]).markdown(),
+            "gains gpu": by_tokens("step_ms_p50", ALL, faster=True, device=GPU).markdown(),
+            "memory gpu": by_tokens("peak_mib", ALL, faster=False, device=GPU).markdown(),
+            "ratios gpu": package_table(layers(GPU)).markdown(),
+            "models gpu": models_on_gpu().markdown(),
             "gains newer": by_tokens("step_ms_p50", NEWER, faster=True, device=AMD).markdown(),
             "memory newer": by_tokens("peak_mib", NEWER, faster=False, device=AMD).markdown(),
             "savings": savings(layers(), "softmax", "softmax_eager", 1024).markdown(),

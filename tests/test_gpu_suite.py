@@ -497,6 +497,24 @@ def test_steps_on_a_gpu_are_timed_with_events(monkeypatch: pytest.MonkeyPatch) -
 def test_a_driver_that_does_not_answer_is_unknown() -> None:
     if not torch.cuda.is_available():
         assert provenance.driver_version() == "unknown"
+        assert worker._driver_bytes() is None
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_the_driver_is_asked_for_this_process(known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container has process numbers of its own, which the driver does not know."""
+    found = [SimpleNamespace(pid=1, usedGpuMemory=5), SimpleNamespace(pid=2, usedGpuMemory=7)]
+    driver = SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=lambda card: {"GPU-abc": "handle"}[card],
+        nvmlDeviceGetComputeRunningProcesses=lambda handle: {"handle": found}[handle],
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", driver)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="abc")
+    )
+    monkeypatch.setattr(worker.os, "getpid", lambda: 2 if known else 3)
+    assert worker._driver_bytes() == (7 if known else None)
 
 
 def test_the_page_leaves_out_files_without_figures(

@@ -15,7 +15,14 @@ import reference
 import torch
 from reference import relative_error
 
-from vision_xformer import TokenGrid, create_mixer, load_weights
+from vision_xformer import (
+    TokenGrid,
+    create_mixer,
+    create_model,
+    load_model,
+    load_weights,
+    save_model,
+)
 
 with warnings.catch_warnings():  # performer_pytorch compares versions with distutils at import
     warnings.simplefilter("ignore", DeprecationWarning)
@@ -278,3 +285,11 @@ def test_linformer_rotates_keys_and_not_values(one_kv_head, share_kv, grid):
         (x, *mixer.parameters()),
     )
     assert relative_error(mixer(x, grid), mixer(x, grid, rope)) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["linformer-pytorch", "nystrom-attention", "performer-pytorch"])
+def test_models_with_packages_are_saved_and_loaded(name, tmp_path):
+    model = create_model("vit_test", mixer=name).eval()
+    save_model(model, tmp_path / "model.safetensors")
+    x = torch.randn(2, *model.config.input_shape)
+    assert torch.equal(load_model(tmp_path / "model.safetensors").eval()(x), model(x))

@@ -20,8 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .forms import device_type
 from .options import unknown_name_error
-from .planning import planned_for, workspace
+from .planning import BODIES, planned_for, workspace
 
 MIB = 2**20
 _PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -60,8 +61,7 @@ def _forward(
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         output = forward()
-    seen = {_storage(t) for t in own}
-    found: Counter[str] = Counter()
+    seen, found = {_storage(t) for t in own}, Counter[str]()
     for reference, place in held:
         tensor = reference()  # those of a branch that the output does not need are already freed
         if tensor is not None and _storage(tensor) not in seen:
@@ -171,12 +171,10 @@ def memory(
         with fake, planned_for(device):
             dtype = next((p.dtype for p in own if p.is_floating_point()), torch.float32)
             x = torch.empty(shape, dtype=dtype, device="cpu")
-            labels = torch.empty(shape[:1], dtype=torch.long, device="cpu")
-            inputs = [x, labels]
+            inputs = [x, labels := torch.empty(shape[:1], dtype=torch.long, device="cpu")]
             step = _Step(twin, [*own, *inputs])
-            autocast = torch.autocast(
-                "cpu", _PRECISIONS[precision], enabled=_PRECISIONS[precision] is not None
-            )
+            lower = _PRECISIONS[precision]
+            autocast = torch.autocast("cpu", lower, enabled=lower is not None)
             try:
                 with torch.set_grad_enabled(training), step.counter:
                     for _ in range(1 + (accumulate and training)):
@@ -296,7 +294,7 @@ class StorageCounter(TorchDispatchMode):
         for x in tree_leaves(output):
             if isinstance(x, Tensor):
                 self._add(x)
-        self._reach(self.live + workspace(func, args))
+        self._reach(self.live + workspace(func, args) + _inside(func, args, output))
         return output
 
     def _reuse(self, *gradients: Any) -> None:
@@ -322,6 +320,15 @@ class StorageCounter(TorchDispatchMode):
 
         self.alive[key] = weakref.ref(x.untyped_storage(), free)
         self.live += size
+
+
+def _inside(func: Any, args: tuple[Any, ...], output: Any) -> int:
+    """Bytes of the intermediate tensors of an operator of ours; on a CPU, blocks are small."""
+    if func not in BODIES or device_type(args[0]) == "cpu":
+        return 0
+    with StorageCounter(x for x in args if isinstance(x, Tensor)) as counter:
+        BODIES[func](*args)
+    return counter.peak - sum(map(_rounded, output))
 
 
 @contextlib.contextmanager

@@ -102,25 +102,54 @@ def planned_for(device: str) -> Iterator[None]:
         plan_for(before)
 
 
-_FFTS = (
-    torch.ops.aten._fft_r2c.default, torch.ops.aten._fft_c2c.default,
-    torch.ops.aten._fft_c2r.default,
-)  # fmt: skip
+_ATEN = torch.ops.aten
+_FFTS = (_ATEN._fft_r2c.default, _ATEN._fft_c2c.default, _ATEN._fft_c2r.default)
+# operators of ours and the functions that compute them, whose intermediate tensors are counted
+BODIES: dict[Any, Callable[..., Any]] = {}
 
 
 def workspace(func: Any, inputs: tuple[Any, ...]) -> int:
-    """Bytes that an operator uses beside its inputs and outputs, if a CPU is planned for.
+    """Bytes that an operator uses beside its inputs and outputs, on the device planned for.
 
-    oneDNN copies the operands of a grouped convolution to blocks of channels, which it pads. An FFT
-    copies its input unless its axes are the last ones.
+    An FFT copies its input unless its axes are the last ones.
     """
-    if func not in (*_FFTS, torch.ops.aten.convolution.default) or device_type(inputs[0]) != "cpu":
-        return 0
     x = inputs[0]
     if func in _FFTS:
         return 0 if max(inputs[1]) == x.ndim - 1 else int(x.nbytes)
-    if inputs[8] == 1:
+    if func not in _WORKSPACES:
         return 0
+    device, size = _WORKSPACES[func]
+    return size(*inputs) if device_type(x) == device else 0
+
+
+def _grouped_convolution(x: Tensor, *rest: Any) -> int:
+    """Bytes that oneDNN copies operands to: blocks of channels, which it pads."""
     block = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
     more = -x.shape[1] % block
-    return 2 * x.nbytes // x.shape[1] * (x.shape[1] + more) - x.nbytes if more else 0
+    grouped = rest[-1] > 1 and more
+    return 2 * x.nbytes // x.shape[1] * (x.shape[1] + more) - x.nbytes if grouped else 0
+
+
+def _softmax_backward(gradient: Tensor, *_: Any) -> int:
+    """Bytes of the product of gradient and output."""
+    return int(gradient.nbytes)
+
+
+def _attention_backward(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> int:
+    """Bytes in which the flash kernel sums the gradients of q, and those of the output."""
+    if rest[0] is not None or q.dtype.itemsize > 2:  # not computed by this kernel
+        return 0
+    batch, heads, tokens, width = q.shape
+    return 4 * batch * heads * _up(tokens, 128) * (_up(width, 32) + 1)
+
+
+def _up(size: int, multiple: int) -> int:
+    """Round up to a multiple."""
+    return -(-size // multiple) * multiple
+
+
+_WORKSPACES = {
+    _ATEN.convolution.default: ("cpu", _grouped_convolution),
+    _ATEN._softmax_backward_data.default: ("cuda", _softmax_backward),
+    _ATEN._scaled_dot_product_efficient_attention_backward.default: ("cuda", _attention_backward),
+}

@@ -29,7 +29,6 @@ PAIRS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "linformer": ("linformer-pytorch", {"rank": 64}, {"rank": 64}),
     "fourier": ("fft2", {}, {}),
 }
-NEEDS_DATA = {"performer-pytorch"}  # cannot be built on the meta device
 _OPTIONS = {
     name: options
     for ours, (peer, own, theirs) in PAIRS.items()
@@ -193,6 +192,15 @@ def make(case: Case, batch: int) -> tuple[nn.Module, Tensor, tuple[vx.TokenGrid,
     return model, torch.randn(batch, *model.config.input_shape), ()
 
 
+def sketch(case: Case) -> tuple[nn.Module, Tensor, tuple[vx.TokenGrid, ...]]:
+    """Build the module and the input of a case as :func:`make` does, but without data."""
+    with torch.device("meta"):
+        if case.kind == "model":
+            return make(case, 1)
+        mixer = build_mixer(case.name, case.size)
+        return mixer, torch.empty(1, case.size, DIM), (grid_of(case.size),)
+
+
 def facts(case: Case) -> dict[str, Any]:
     """Compute the columns that need no measurement.
 
@@ -206,15 +214,14 @@ def facts(case: Case) -> dict[str, Any]:
         if "tokens" not in found:
             found.update(tokens=inputs[0].shape[1], width=mixer.dim, heads=mixer.heads)
 
-    sketch, x, rest = make(case, 1)
-    if isinstance(sketch, vx.VisionModel):
-        found["backbone"] = sketch.config.to_dict()["backbone"]
-    sketch.to("meta")  # built on the CPU first: performer-pytorch cannot be built on meta
-    for part in sketch.modules():
+    module, x, rest = sketch(case)
+    if isinstance(module, vx.VisionModel):
+        found["backbone"] = module.config.to_dict()["backbone"]
+    for part in module.modules():
         if isinstance(part, vx.Mixer):
             part.register_forward_pre_hook(look)
-    found["flops"] = vx.count_flops(sketch, x.to("meta"), *rest)
-    return found | {"parameters": sum(p.numel() for p in sketch.parameters())}
+    found["flops"] = vx.count_flops(module, x, *rest)
+    return found | {"parameters": sum(p.numel() for p in module.parameters())}
 
 
 def build(case: Case, device: str) -> Subject:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import vision_xformer as vx
 from vision_xformer.memory_use import (
     MIB,
     StorageCounter,
@@ -19,7 +17,7 @@ from vision_xformer.memory_use import (
 from vision_xformer.planning import planned_for
 
 from ..html import Table
-from .cases import DIM, NEEDS_DATA, Case, build_mixer, grid_of, make, ready
+from .cases import Case, ready, sketch
 from .rows import Row, label, number
 
 
@@ -67,14 +65,3 @@ def computed_table(rows: Sequence[Row]) -> Table:
             lines.append([label(row), f"{row['size']:,}", *cells])
     headings = ["", "size", "computed, MiB", "measured, MiB", "computed / measured"]
     return Table(headings, lines, "peak memory of a training step, eager")
-
-
-def sketch(case: Case) -> tuple[nn.Module, torch.Tensor, tuple[vx.TokenGrid, ...]]:
-    """Build the module and the input of a case (see :func:`make`), if possible without data."""
-    if {case.name, case.mixer} & NEEDS_DATA:
-        return make(case, 1)
-    with torch.device("meta"):
-        if case.kind == "model":
-            return make(case, 1)
-        mixer = build_mixer(case.name, case.size)
-        return mixer, torch.empty(1, case.size, DIM), (grid_of(case.size),)

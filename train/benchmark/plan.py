@@ -21,7 +21,7 @@ from ..commands import output_file
 from ..config import ModelConfig
 from ..html import Table
 from ..model import Sizes, build_base, timm_name
-from .cases import CLASSES, DTYPES, NEEDS_DATA, Case, mixer_of
+from .cases import CLASSES, DTYPES, Case, mixer_of
 from .rows import Row, check_replaced, machine, write_csv
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -54,12 +54,12 @@ class Planned:
         return ", ".join(filter(None, (self.name, self.mixer)))
 
     def build(self) -> torch.nn.Module:
-        """Build the model, without data where its mixer allows that.
+        """Build the model without data.
 
         Raises:
             ValueError: if model, mixer and image size do not fit together.
         """
-        with torch.device("cpu" if self.mixer in NEEDS_DATA else "meta"):
+        with torch.device("meta"):
             model: Any = build_base(
                 ModelConfig(self.name, self.mixer or None), Sizes(self.size, 3, CLASSES)
             )

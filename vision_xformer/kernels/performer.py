@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..forms import device_type, needs_plain, plain_second
 from ..grid import TokenGrid
 from ..options import check_at_least
+from ..planning import BODIES
 from ..precision import to_accumulate, without_autocast
 from .base import KERNELS, Kernel, Site
 
@@ -215,6 +216,8 @@ def _gradients(ctx: Any, d_out: Tensor | None, *_: None) -> tuple[Tensor | None,
 
 
 _blocked.register_autograd(_gradients, setup_context=_save)
+BODIES[torch.ops.vision_xformer.performer.default] = _blocked._init_fn
+BODIES[torch.ops.vision_xformer.performer_backward.default] = _blocked_backward._init_fn
 
 
 @KERNELS.register("performer")

@@ -121,15 +121,18 @@ class PerformerPytorch(_Package):
         with warnings.catch_warnings():  # it compares versions with distutils at import
             warnings.simplefilter("ignore", DeprecationWarning)
             from performer_pytorch import SelfAttention
-        self.module = SelfAttention(
-            dim,
-            heads=heads,
-            dim_head=head_dim,
-            nb_features=features,
-            generalized_attention=feature_map == "relu",
-            dropout=proj_dropout,
-            qkv_bias=qkv_bias,
-        )
+        device = torch.get_default_device()
+        with torch.device("cpu"):  # its random features are copied to the CPU: impossible from meta
+            module = SelfAttention(
+                dim,
+                heads=heads,
+                dim_head=head_dim,
+                nb_features=features,
+                generalized_attention=feature_map == "relu",
+                dropout=proj_dropout,
+                qkv_bias=qkv_bias,
+            )
+        self.module = module.to(device)
 
 
 @MIXERS.register("nystrom-attention")
