@@ -8,6 +8,8 @@ from typing import Any
 
 import blocks
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 
 import vision_xformer as vx
 from train import league
@@ -177,11 +179,18 @@ def test_table_and_figure() -> None:
 def test_names_in_the_figure_cover_neither_each_other_nor_dots() -> None:
     times = {"softmax": 100, "linear": 105, "efficient": 110, "mhla": 10, "agent": 1000}
     tops = {"softmax": 0.83, "linear": 0.831, "efficient": 0.829, "mhla": 0.8, "agent": 0.86}
+    crowd = ("mala", "rala", "inline", "xca", "performer", "nystrom")
+    times |= dict.fromkeys(crowd, 102)
+    tops |= dict.fromkeys(crowd, 0.83)
     runs = [run(name, top) for name, top in tops.items()]
     layers = [layer(name, n, ms, 20.0) for n in league.SHOWN for name, ms in times.items()]
     drawn = league.figure(runs, layers)
+    renderer = FigureCanvasAgg(drawn).get_renderer()
     for axis in drawn.axes:
-        boxes = [text.get_window_extent() for text in axis.texts]
+        for text in axis.texts:
+            text.update_positions(renderer)
+        assert {text.get_text() for text in axis.texts} == set(times)
+        boxes = [Text.get_window_extent(text) for text in axis.texts]  # without lines to dots
         dots = [axis.transData.transform(dot.get_offsets()) for dot in axis.collections]
         for i, box in enumerate(boxes):
             assert not any(box.overlaps(other) for other in boxes[:i])

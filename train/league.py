@@ -7,6 +7,7 @@ width of the MLPs makes up for the parameters of the mixers, as far as it can.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import statistics
@@ -43,6 +44,10 @@ TOKENS = {  # model options and epochs
     64: ({}, 30),
     256: ({"patch_size": 2, "stem_options": {"layers": 1}}, 10),
 }
+
+
+# of a name from its dot: above, below, right, left, then the diagonals
+_DIRECTIONS = ((0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (-1, -1), (1, -1), (-1, 1))
 
 
 class Entry(NamedTuple):
@@ -207,7 +212,7 @@ def _panel(
 def _label(
     axis: Any, tops: Mapping[str, Sequence[float]], cost: Mapping[str, tuple[float, float]]
 ) -> None:
-    """Write the name of each dot above, below or next to it, where it covers no other."""
+    """Write the name of each dot next to it or, with a line to the dot, where there is room."""
     points = {name: (cost[name][0], statistics.mean(seeds)) for name, seeds in tops.items()}
     radii = {name: _area(cost[name][1]) ** 0.5 / 2 for name in points}
     taken = []
@@ -216,23 +221,23 @@ def _label(
         pixels = radii[name] * axis.figure.dpi / 72
         taken.append(Bbox.from_bounds(x - pixels, y - pixels, 2 * pixels, 2 * pixels))
     for name, point in points.items():
-        away = 3 + radii[name]
-        texts = [
-            axis.annotate(
-                name, point, xytext=(x * away, y * away),
-                textcoords="offset points", fontsize=10, ha=ha, va=va,
-            )
-            for x, y, ha, va in (
-                (0, 1, "center", "bottom"), (0, -1, "center", "top"), (1, 0, "left", "center"),
-                (-1, 0, "right", "center"),
-            )
-        ]  # fmt: skip
-        covered = [sum(t.get_window_extent().overlaps(box) for box in taken) for t in texts]
-        best = texts[covered.index(min(covered))]
-        for text in texts:
-            if text is not best:
-                text.remove()
-        taken.append(best.get_window_extent())
+        for more, (x, y) in itertools.product((0, 10, 20, 35, 50, 70), _DIRECTIONS):
+            away = 3 + radii[name] + more
+            write = functools.partial(
+                axis.annotate, name, point, xytext=(x * away, y * away),
+                textcoords="offset points", fontsize=10, ha=("right", "center", "left")[x + 1],
+                va=("top", "center", "bottom")[y + 1],
+            )  # fmt: skip
+            text = write()
+            place = text.get_window_extent()
+            inside = axis.bbox.padded(place.height).count_contains(place.corners()) == 4
+            if inside and not any(place.overlaps(box) for box in taken):
+                break
+            text.remove()
+        if more:
+            text.remove()
+            write(arrowprops={"arrowstyle": "-", "color": GREY, "lw": 0.6, "shrinkA": 0})
+        taken.append(place)
 
 
 def _area(mib: float) -> float:
