@@ -289,6 +289,16 @@ def test_what_is_said_of_the_gpu_is_in_the_results() -> None:
     longer = [step["fourier"][n] / step["fft2"][n] for n in (64, 256, 1024, 4096)]
     assert f"Fourier takes {min(longer):.1f} to {max(longer):.1f} times as long as the com" in said
     assert 100 - round(100 * peak["fourier"][4096] / peak["fft2"][4096]) == 42
+    claims = [
+        [peak[base][1024] / peak[name][1024] for name in MEASURED]
+        for base in ("softmax_eager", "softmax")
+    ]
+    words = (
+        "Fourier takes {:.1f} times less than materialized softmax, Linformer {:.1f}, "
+        "Nyströmformer {:.1f} and Performer {:.1f} times; against fused softmax it is {:.1f}, "
+        "{:.1f}, {:.1f} and {:.1f} times."
+    )
+    assert words.format(*claims[0], *claims[1]) in said
     both = [r for r in measured("models-by-size", GPU) if r["size"] == 224]
     assert max(both, key=lambda row: row["step_ms_p50"])["name"] == "vin_tiny"
 
