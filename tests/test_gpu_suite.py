@@ -188,6 +188,16 @@ def test_the_budget_learns_how_long_cases_take(monkeypatch: pytest.MonkeyPatch) 
     assert GUESSES["compiled"] > GUESSES["eager"]
 
 
+@pytest.mark.parametrize(("gib", "count"), [(1, 1), (8, 4), (24, 12), (139, 16)])
+def test_a_small_gpu_holds_fewer_processes(
+    gib: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "DEVICE", "cuda")
+    card = SimpleNamespace(total_memory=gib * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    assert Budget(100).take([Case("mixer", "fourier", 16, n) for n in range(1, 50)]) == count
+
+
 # what goes wrong
 
 

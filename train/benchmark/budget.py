@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from .cases import Case
-from .measuring import AT_ONCE
+from .measuring import at_once
 
 GUESSES = {"eager": 6.0, "compiled": 25.0}  # seconds of a case, before any has been measured
 MARGIN = 1.5
@@ -43,7 +43,7 @@ class Budget:
         mode = cases[0].mode
         alike = sum(1 for _ in itertools.takewhile(lambda case: case.mode == mode, cases))
         each = MARGIN * self._longest.get(mode, self._guesses[mode])
-        count = min(alike, AT_ONCE, int(max(0.0, self.left) // each))
+        count = min(alike, at_once(), int(max(0.0, self.left) // each))
         if count:
             self._group = mode, count, time.monotonic()
         return count

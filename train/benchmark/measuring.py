@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from .cases import Case
@@ -16,7 +17,8 @@ from .rows import COLUMNS, DEVICE, METHOD, Row, key, revision, take_up, write_cs
 from .worker import Worker
 
 TURNS = 6
-AT_ONCE = 16  # interleaved processes; each of them holds its own CUDA context
+AT_ONCE = 16  # interleaved processes
+_CONTEXT_BYTES = 2**31  # of GPU memory, for a CUDA context and a small case
 
 Take = Callable[[Sequence[Case]], int]  # how many of these cases, sorted, to measure next
 
@@ -27,7 +29,7 @@ def measure(cases: Sequence[Case], bar: Any) -> list[Row]:
     Processes hold memory while they wait, so cases that run out of memory are measured again alone.
 
     Args:
-        cases: at most ``AT_ONCE`` cases of one size.
+        cases: at most :func:`at_once` cases of one size.
         bar: progress bar, advanced ``1 + TURNS`` times per measurement.
 
     Returns:
@@ -76,9 +78,17 @@ def measure_memory(bar: Any, case: Case) -> Row:
         bar.update()
 
 
+def at_once() -> int:
+    """The number of processes that may be interleaved: fewer on a GPU with little memory."""
+    if DEVICE == "cpu":
+        return AT_ONCE
+    total = torch.cuda.get_device_properties(0).total_memory
+    return max(1, min(AT_ONCE, total // _CONTEXT_BYTES))
+
+
 def all_of(cases: Sequence[Case]) -> int:
     """Take as many cases as may be interleaved."""
-    return AT_ONCE
+    return at_once()
 
 
 def run(
