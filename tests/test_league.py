@@ -9,6 +9,7 @@ from typing import Any
 import blocks
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 import vision_xformer as vx
@@ -174,6 +175,14 @@ def test_table_and_figure() -> None:
     for axis, front in ((few, [1.0, 2.0]), (many, [5.0])):
         assert [text.get_text() for text in axis.texts] == ["linear", "softmax"]
         assert list(axis.lines[0].get_xdata()) == front
+
+
+def test_a_figure_without_room_still_has_all_names() -> None:
+    names = [f"a mixer with a long name, number {i}" for i in range(60)]
+    axis = Figure().add_subplot()
+    tops, cost = {name: [80.0] for name in names}, dict.fromkeys(names, (1.0, 20.0))
+    league._label(axis, tops, cost)
+    assert [text.get_text() for text in axis.texts] == names
 
 
 def test_names_in_the_figure_cover_neither_each_other_nor_dots() -> None:

@@ -44,12 +44,13 @@ def off(row: Row, column: str) -> float:
     return abs(found / row[column] - 1)
 
 
-def unknown(row: Row) -> bool:
-    """Whether the GPU needs more for a row, by up to 75%, 33% and 13%.
+# of estimates for a GPU; cuDNN and cuFFT choose the workspace of the first two
+_LARGER = {"conv": 0.45, "fft2": 0.26, "xca": 0.13}
 
-    cuDNN and cuFFT choose the workspace of the first two.
-    """
-    return bool(row["reserved_mib"]) and row["name"] in ("conv", "fft2", "xca")
+
+def largest(row: Row) -> float:
+    """The largest error that the estimate of a row may have."""
+    return _LARGER.get(row["name"], 0.1) if row["reserved_mib"] else 0.1
 
 
 @pytest.mark.parametrize("tokens", [4096, pytest.param(16384, marks=pytest.mark.slow)])
@@ -60,19 +61,41 @@ def test_estimates_are_near_the_measurement_of_every_mixer(tokens: int) -> None:
         some = [row for row in rows if bool(row["reserved_mib"]) == on_gpu]
         missing = {*vx.list_mixers(), *CONTROLS} - without - {row["name"] for row in some}
         assert not missing, "measure them: python -m train benchmark mixers --only ..."
-        errors = {row["name"]: off(row, "peak_mib") for row in some if not unknown(row)}
-        assert max(errors.values()) < 0.1, errors
+        errors = {row["name"]: off(row, "peak_mib") / largest(row) for row in some}
+        assert max(errors.values()) < 1, errors
         kept = {row["name"]: off(row, "kept_mib") for row in some if on_gpu and row["kept_mib"] > 1}
         assert max(kept.values(), default=0) < 1e-3, kept
 
 
 @pytest.mark.slow
 def test_estimates_are_near_all_measurements() -> None:
-    rows = [row for row in measured(200) if not unknown(row)]
+    rows = measured(200)
     assert len(rows) > 110
     errors = [off(row, "peak_mib") for row in rows]
     assert statistics.median(errors) < 0.01
-    assert max(errors) < 0.1
+    assert all(error < largest(row) for error, row in zip(errors, rows, strict=True))
+
+
+def test_estimates_of_the_gpu_are_those_of_the_results() -> None:
+    """What the documentation says of their errors is computed from the files."""
+    files = (RESULTS / "nvidia-h200-torch-2.11.0").glob("*.csv")
+    rows = [row for file in sorted(files) for row in read_rows(file)[1] if row["size"] <= 256]
+    assert len(rows) > 60
+    for row in rows:
+        found = estimate(Case(**{name: row[name] for name in KEY}), "cuda")
+        assert found["peak_mib"] == pytest.approx(row["computed_mib"], rel=1e-4), row["name"]
+        assert row["kept_mib"] <= 1 or found["kept_mib"] == pytest.approx(row["kept_mib"], rel=1e-3)
+
+
+def test_operators_without_tensors_or_axes_have_no_workspace() -> None:
+    class Plain(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(torch.fft.fftn(x, dim=()).real)
+
+    assert vx.memory(Plain(4, 4), (2, 4)).peak > 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "device_type", lambda x: "cuda")
+        assert planning.workspace(torch.ops.aten.zeros.default, ()) == 0
 
 
 @pytest.mark.parametrize("name", ["vit_test", "levit_test", "swin_test", "vip_test", "cvt_test"])

@@ -234,6 +234,8 @@ def _label(
             if inside and not any(place.overlaps(box) for box in taken):
                 break
             text.remove()
+        else:  # no room: where it covers others
+            text, more = write(), 0
         if more:
             text.remove()
             write(arrowprops={"arrowstyle": "-", "color": GREY, "lw": 0.6, "shrinkA": 0})

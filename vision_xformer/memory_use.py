@@ -133,8 +133,8 @@ def memory(
     """Compute the memory of a training step or of inference from shapes, without running it.
 
     The model is executed symbolically, with tensors that have no data (``FakeTensorMode``), so the
-    time and memory that this takes do not grow with those of the model, and no GPU is needed. The
-    CUDA context and the workspaces of libraries (about 0.5 GiB) and fragmentation are not counted.
+    time and memory that this takes do not grow with those of the model, and no GPU is needed. Not
+    counted are the CUDA context, workspaces of libraries and fragmentation, together about 1 GiB.
 
     Args:
         model: any model of images, on any device, also "meta". It is not changed. Activation

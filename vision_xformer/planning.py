@@ -113,13 +113,13 @@ def workspace(func: Any, inputs: tuple[Any, ...]) -> int:
 
     An FFT copies its input unless its axes are the last ones.
     """
-    x = inputs[0]
     if func in _FFTS:
-        return 0 if max(inputs[1]) == x.ndim - 1 else int(x.nbytes)
+        x, axes, *_ = inputs
+        return int(x.nbytes) if axes and max(axes) < x.ndim - 1 else 0
     if func not in _WORKSPACES:
         return 0
     device, size = _WORKSPACES[func]
-    return size(*inputs) if device_type(x) == device else 0
+    return size(*inputs) if device_type(inputs[0]) == device else 0
 
 
 def _grouped_convolution(x: Tensor, *rest: Any) -> int:

@@ -25,6 +25,7 @@ class Budget:
         self.seconds, self.start = 60 * minutes, time.monotonic()
         self._guesses, self._longest = guesses, dict[str, float]()
         self._group: tuple[str, int, float] | None = None  # mode, number and start of those running
+        self._spent = False  # something did not fit: what comes later is less useful
 
     @property
     def left(self) -> float:
@@ -38,12 +39,13 @@ class Budget:
             each = (time.monotonic() - start) / count
             self._longest[mode] = max(each, self._longest.get(mode, 0.0))
             self._group = None
-        if not cases:
+        if not cases or self._spent:
             return 0
         mode = cases[0].mode
         alike = sum(1 for _ in itertools.takewhile(lambda case: case.mode == mode, cases))
         each = MARGIN * self._longest.get(mode, self._guesses[mode])
         count = min(alike, at_once(), int(max(0.0, self.left) // each))
+        self._spent = not count
         if count:
             self._group = mode, count, time.monotonic()
         return count

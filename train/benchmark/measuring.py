@@ -26,7 +26,7 @@ Take = Callable[[Sequence[Case]], int]  # how many of these cases, sorted, to me
 def measure(cases: Sequence[Case], bar: Any) -> list[Row]:
     """Measure cases whose processes are interleaved.
 
-    Processes hold memory while they wait, so cases that run out of memory are measured again alone.
+    Processes hold memory while they wait, so cases that fail are measured again alone.
 
     Args:
         cases: at most :func:`at_once` cases of one size.
@@ -36,7 +36,7 @@ def measure(cases: Sequence[Case], bar: Any) -> list[Row]:
         One row per case, in order.
     """
     rows = _interleaved(cases, bar)
-    lost = [i for i, row in enumerate(rows) if row["status"] == "out of memory"]
+    lost = [i for i, row in enumerate(rows) if row["status"] != "ok"]  # libraries name it variously
     if len(cases) > 1:
         bar.total += len(lost) * (1 + TURNS)
         for i in lost:

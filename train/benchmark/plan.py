@@ -289,7 +289,7 @@ def plan(
 
     The memory per image is the growth of the peak between the two batch sizes, but at least the
     memory saved for backward: with a small batch, gradients may dominate a peak that then hardly
-    grows. Weights, gradients and the moments of AdamW are added; the CUDA context (about 0.5 GiB)
+    grows. Weights, gradients and the moments of AdamW are added; the CUDA context (about 1 GiB)
     is not.
 
     Args:

@@ -40,7 +40,8 @@ class Suite:
     """What is measured.
 
     Args:
-        cases: names of CSV files and the cases measured next for each, the most useful ones first.
+        cases: pairs of a CSV file's name and cases for it, in the order in which they are measured;
+            a name may come several times.
         trained: models to train.
         recipe: other arguments of ``python -m train fit``; none without images.
         most_epochs: largest number of epochs.
@@ -53,7 +54,7 @@ class Suite:
 
 
 def full(data: Path | None) -> Suite:
-    """All measurements: training in bf16 first, and the slow starts of compiled layers last.
+    """All measurements: bf16 first, and the slow starts of compiled layers last.
 
     Args:
         data: folder with CIFAR-10, if there is one.

@@ -162,6 +162,7 @@ def work(case: Case, device: str, threads: int, pipe: Connection) -> None:
         known = facts(case) | computed(case, device)
         subject = build(case, device)
         if device == "cuda":  # loads libraries and compiles kernels
+            os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # in each process
             subject.step()
             torch.cuda.empty_cache()
         pipe.recv()
