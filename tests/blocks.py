@@ -16,6 +16,8 @@ from typing import Any
 from matrix import markdown
 
 from train import convert_page, league
+from train.benchmark.cases import BASE, PAIRS
+from train.benchmark.controls import CONTROLS
 from train.benchmark.pictures import savings, series, wins
 from train.benchmark.rows import (
     Row,
@@ -42,8 +44,6 @@ NEWER = (
     "agent", "circulant", "gfnet", "inline", "linear", "lite_mla", "mala", "mhla", "rala", "ttt",
     "xca",
 )  # fmt: skip
-OTHERS = ("conv", "efficient", "external", "gmlp", "mlp", "softmax_eager", "talking_heads")
-ALL = tuple(sorted((*MIXERS, *NEWER, *OTHERS)))
 WINS = (
     "mixer", "time grows as N to the power", "memory grows as N to the power",
     "faster than fused softmax from", "less memory than fused softmax from",
@@ -158,6 +158,8 @@ def blocks() -> dict[str, dict[str, str]]:
     mixers, models = measured("mixers"), measured("models")
     vix = [row for row in models if row["name"].startswith("vi") and row["mode"] == "eager"]
     [plan] = RESULTS.rglob("plan-*.txt")
+    others = {BASE, *CONTROLS, *(package for package, *_ in PAIRS.values())}
+    on_gpu = sorted({row["name"] for row in layers(GPU)} - others)
     return {
         "docs/mixers.md": {"support matrix": markdown().strip()},
         "docs/converting.md": {
@@ -176,8 +178,8 @@ def blocks() -> dict[str, dict[str, str]]:
             "memory": by_tokens("peak_mib", MIXERS, faster=False).markdown(),
             "ratios": package_table(mixers).markdown(),
             "ratios amd": package_table([r for r in layers(AMD) if r["size"] <= 4096]).markdown(),
-            "gains gpu": by_tokens("step_ms_p50", ALL, faster=True, device=GPU).markdown(),
-            "memory gpu": by_tokens("peak_mib", ALL, faster=False, device=GPU).markdown(),
+            "gains gpu": by_tokens("step_ms_p50", on_gpu, faster=True, device=GPU).markdown(),
+            "memory gpu": by_tokens("peak_mib", on_gpu, faster=False, device=GPU).markdown(),
             "ratios gpu": package_table(layers(GPU)).markdown(),
             "models gpu": models_on_gpu().markdown(),
             "gains newer": by_tokens("step_ms_p50", NEWER, faster=True, device=AMD).markdown(),

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from blocks import GPU, RESULTS
 from matrix import QUADRATIC
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -27,8 +28,6 @@ from train.benchmark.rows import KEY, Row, read_rows
 from vision_xformer import planning
 from vision_xformer.memory_use import bytes_kept
 from vision_xformer.precision import autocasts
-
-RESULTS = Path(__file__).parents[1] / "results" / "benchmark"
 
 
 def measured(least: float) -> list[Row]:
@@ -78,7 +77,7 @@ def test_estimates_are_near_all_measurements() -> None:
 
 def test_estimates_of_the_gpu_are_those_of_the_results() -> None:
     """What the documentation says of their errors is computed from the files."""
-    files = (RESULTS / "nvidia-h200-torch-2.11.0").glob("*.csv")
+    files = (RESULTS / GPU).glob("*.csv")
     rows = [row for file in sorted(files) for row in read_rows(file)[1] if row["size"] <= 256]
     assert len(rows) > 60
     for row in rows:

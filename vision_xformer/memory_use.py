@@ -22,13 +22,12 @@ from torch.utils._pytree import tree_leaves
 
 from .forms import device_type
 from .options import unknown_name_error
-from .planning import BODIES, planned_for, workspace
+from .planning import BODIES, planned_for, round_up, workspace
 
 MIB = 2**20
 _PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # moments of a matrix or kernel, and of a vector
 _MOMENTS = {"adamw": (2, 2), "sgd": (1, 1), "muon": (1, 2), "none": (0, 0)}
-_ROUNDED = 512
 
 
 def _storage(x: Tensor) -> int:
@@ -37,7 +36,7 @@ def _storage(x: Tensor) -> int:
 
 def _rounded(x: Tensor) -> int:
     """Bytes of the storage of ``x`` in the allocator of CUDA."""
-    return -(-x.untyped_storage().nbytes() // _ROUNDED) * _ROUNDED
+    return round_up(x.untyped_storage().nbytes(), 512)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
@@ -171,7 +170,8 @@ def memory(
         with fake, planned_for(device):
             dtype = next((p.dtype for p in own if p.is_floating_point()), torch.float32)
             x = torch.empty(shape, dtype=dtype, device="cpu")
-            inputs = [x, labels := torch.empty(shape[:1], dtype=torch.long, device="cpu")]
+            labels = torch.empty(shape[:1], dtype=torch.long, device="cpu")
+            inputs = [x, labels]
             step = _Step(twin, [*own, *inputs])
             lower = _PRECISIONS[precision]
             autocast = torch.autocast("cpu", lower, enabled=lower is not None)

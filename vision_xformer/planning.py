@@ -140,11 +140,11 @@ def _attention_backward(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest
     if rest[0] is not None or q.dtype.itemsize > 2:  # not computed by this kernel
         return 0
     batch, heads, tokens, width = q.shape
-    return 4 * batch * heads * _up(tokens, 128) * (_up(width, 32) + 1)
+    return 4 * batch * heads * round_up(tokens, 128) * (round_up(width, 32) + 1)
 
 
-def _up(size: int, multiple: int) -> int:
-    """Round up to a multiple."""
+def round_up(size: int, multiple: int) -> int:
+    """Return the least multiple that is at least ``size``."""
     return -(-size // multiple) * multiple
 
 
