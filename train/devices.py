@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from accelerate import Accelerator, DistributedType
+from torch import nn
 
 from vision_xformer.precision import has_bf16
 
@@ -87,3 +89,12 @@ def part_size(config: RunConfig, batch_size: int, accelerator: Accelerator) -> i
     if batch_size == parts and (config.augment.mixup or config.augment.cutmix):
         raise ValueError("augment.mixup and augment.cutmix mix images of a part: it has only 1")
     return batch_size // parts
+
+
+def compiled(net: nn.Module, how: bool | str) -> nn.Module:
+    """Return the module that ``train.compile`` makes of one."""
+    if how is False:
+        return net
+    if how == "cudagraphs":
+        return cast(nn.Module, torch.compile(net, backend=how))
+    return cast(nn.Module, torch.compile(net, mode=None if how is True else how))

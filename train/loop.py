@@ -28,7 +28,7 @@ from .balance import class_weights, cross_entropy, epoch_order
 from .checkpoint import mean_over_processes, save_epoch, save_result, save_state, take_up
 from .config import RunConfig
 from .data import Images, load_data
-from .devices import make_accelerator, part_size
+from .devices import compiled, make_accelerator, part_size
 from .evaluation import Accuracy, accuracy, predict
 from .finetune import start_model, train_mode
 from .lock import hold
@@ -76,7 +76,7 @@ class Run:
         self.mix = mixing(config.augment, len(self.data.classes))
         self.class_weights = class_weights(self.data, config.data.balance, self.device)
         net: Any = matching(self.model, self.teacher, c.loss)
-        net = torch.compile(net) if c.compile else net
+        net = compiled(net, c.compile)
         self.net, self.optimizer = self.accelerator.prepare(net, make_optimizer(self.model, c))
         self.signals, self.pixels = Signals(self.accelerator), pixels_of(self.model)
         self.step, self.best, self.images_seen, self.seconds = 0, -1.0, 0, 0.0
