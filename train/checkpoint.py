@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 
 # Options that may change when a run is resumed: they affect where it runs and how long, but not the
 # steps that are already done.
-FREE = ("train.epochs", "train.patience", "train.device", "train.save_every", "data.root",
-        "data.mirror", "data.in_memory", "data.workers", "data.skip_broken")  # fmt: skip
+FREE = ("train.epochs", "train.patience", "train.compile", "train.device", "train.save_every",
+        "data.root", "data.mirror", "data.in_memory", "data.workers",
+        "data.skip_broken")  # fmt: skip
 
 
 def resolved(config: RunConfig) -> str:
