@@ -36,6 +36,8 @@ pytestmark = [
     # of cuBLAS in the thread of the backward pass, and of torch.compile
     pytest.mark.filterwarnings("ignore:.*no current CUDA context"),
     pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning"),
 ]
 each_test_model = pytest.mark.parametrize(
     "name", [name for name in TEST_MODELS if not _is_like_another(name)]
@@ -46,8 +48,8 @@ each_mixer = pytest.mark.parametrize("name", vx.list_mixers())
 @contextmanager
 def refusing_to_wait() -> Iterator[None]:
     """An operator that waits for the GPU is an error."""
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -157,6 +159,18 @@ def test_a_run_trains_on_the_gpu(tmp_path: Path) -> None:
     assert session["device"] == torch.cuda.get_device_name()
     assert session["versions"]["cuda"] == torch.version.cuda
     assert session["precision"] in ("bf16", "fp16")
+
+
+def test_cuda_graphs_train_the_same(tmp_path: Path) -> None:
+    losses = []
+    for compile_ in (False, "cudagraphs"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        config = config_for(tmp_path / str(compile_))
+        config.train.compile, config.train.precision = compile_, "fp32"
+        run = Run(config)
+        run.fit()
+        losses.append([row["train_loss"] for row in run.rows])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 def test_a_row_has_the_memory_of_the_gpu() -> None:

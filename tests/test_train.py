@@ -359,6 +359,8 @@ def test_the_command_line_goes_over_the_file() -> None:
             ["--train.device", "cpu", "--train.precision", "fp16"],
             "train.precision fp16 needs a GPU",
         ),
+        (["--train.compile", "cudagraph"], "train.compile cudagraph"),
+        (["--train.compile", "cudagraphs"], "train.compile cudagraphs needs a CUDA GPU, not cpu"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_sentence_and_exit_code_2(

@@ -178,8 +178,8 @@ class TrainConfig:
             weights are trained to match the teacher's last features and attention outputs. Dropout
             is then off.
         grad_checkpointing: recompute the blocks in the backward pass, for less memory.
-        compile: use torch.compile, with its backend "cudagraphs" or its mode "reduce-overhead";
-            both replay CUDA graphs, for small models on a GPU.
+        compile: use torch.compile, with "cudagraphs" as its backend: on a CUDA GPU, it replays the
+            kernels of a step instead of launching each of them, for small models.
         device: "auto" is a GPU if there is one: "cuda" (selected by CUDA_VISIBLE_DEVICES) or "mps"
             (Apple GPU).
         precision: "auto" is bf16 on a CUDA GPU or CPU with native support, fp16 on other CUDA GPUs,
@@ -203,7 +203,7 @@ class TrainConfig:
     teacher: str | None = None
     loss: Literal["labels", "attention", "features"] = "labels"
     grad_checkpointing: bool = False
-    compile: bool | Literal["cudagraphs", "reduce-overhead"] = False
+    compile: bool | Literal["cudagraphs"] = False
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     save_every: PositiveInt = 500

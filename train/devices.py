@@ -91,10 +91,14 @@ def part_size(config: RunConfig, batch_size: int, accelerator: Accelerator) -> i
     return batch_size // parts
 
 
-def compiled(net: nn.Module, how: bool | str) -> nn.Module:
-    """Return the module that ``train.compile`` makes of one."""
-    if how is False:
+def compiled(net: nn.Module, how: bool | str, device: torch.device) -> nn.Module:
+    """Compile a module as ``train.compile`` says.
+
+    Raises:
+        ValueError: for CUDA graphs on another device.
+    """
+    if not how:
         return net
-    if how == "cudagraphs":
-        return cast(nn.Module, torch.compile(net, backend=how))
-    return cast(nn.Module, torch.compile(net, mode=None if how is True else how))
+    if how == "cudagraphs" and device.type != "cuda":
+        raise ValueError(f"train.compile cudagraphs needs a CUDA GPU, not {device.type}; use false")
+    return cast(nn.Module, torch.compile(net, backend="inductor" if how is True else how))
