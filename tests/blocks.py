@@ -120,11 +120,12 @@ def classifiers() -> list[dict[str, Any]]:
     return read_runs([ROOT / "results" / data for data in ("cifar10", "tiny_imagenet")])
 
 
-def league_runs() -> list[dict[str, Any]]:
+def league_runs(tokens: int = 64) -> list[dict[str, Any]]:
     """The runs that the league is made of: the first ones have folders of their own."""
     first = [run for run in classifiers() if run["config"]["model"]["name"].endswith("_2_3x2")]
-    first = [run for run in first if "sequence" not in run["folder"].name]
-    return first + read_runs([ROOT / "results" / "league"])
+    first = [run for run in first if "sequence" not in run["folder"].name and tokens == 64]
+    others = read_runs([ROOT / "results" / "league"])
+    return first + [run for run in others if f"-{tokens}-" in run["folder"].name]
 
 
 def league_table() -> str:
@@ -166,7 +167,10 @@ def blocks() -> dict[str, dict[str, str]]:
             "conversions": convert_page.table(conversions()).markdown(),
             "conversion cost": convert_page.cost_table(conversions()["cost"]).markdown(),
         },
-        "docs/league.md": {"league": league_table()},
+        "docs/league.md": {
+            "league": league_table(),
+            "256 tokens": league.table(league_runs(256), []).markdown(),
+        },
         "docs/training.md": {"training": table(classifiers()).markdown()},
         "docs/memory.md": {
             "plan": f"```text\n{plan.read_text(encoding='utf-8')}```",

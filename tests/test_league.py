@@ -14,6 +14,7 @@ from matplotlib.text import Text
 
 import vision_xformer as vx
 from train import league
+from train.checkpoint import settings_of
 from train.commands import read_run
 from train.model import Sizes, build_model
 from train.recipes import parse
@@ -82,7 +83,7 @@ def test_runs_are_skipped_or_resumed(
     words = ["--root", "images", "--out", str(tmp_path), "--seeds", "1"]
     league.main([*words, "--only", "softmax", "linear", "mala"])
     resumed, new = started
-    assert resumed == ["resume", str(stopped), "--data.root", "images"]
+    assert resumed[:4] == ["resume", str(stopped), "--data.root", "images"]
     config = parse(new[1:])
     assert (config.seed, config.data.root) == (1, "images")
     assert config.run_dir == str(tmp_path / "mala-64-1")
@@ -90,6 +91,10 @@ def test_runs_are_skipped_or_resumed(
     started.clear()
     league.main([*words, "--only", "softmax", "--tokens", "256"])  # another run
     assert parse(started[0][1:]).model.options["patch_size"] == 2
+    started.clear()
+    league.main([*words, "--only", "linear", "mala", "--compile", "true"])
+    assert started[0][4:] == ["--train.compile", "true"]
+    assert parse(started[1][1:]).train.compile is True
     with pytest.raises(SystemExit):
         league.main([*words, "--only", "attention"])
 
@@ -140,8 +145,17 @@ def test_the_recipe_is_that_of_the_first_runs(mixer: str, folder: str, tmp_path:
     assert build_model(now.model, Sizes(32, 3, 10)).config == old.config
 
 
+@pytest.mark.parametrize("folder", sorted((RESULTS / "league").iterdir()), ids=lambda f: f.name)
+def test_runs_had_the_recipe(folder: Path, tmp_path: Path) -> None:
+    mixer, tokens, seed = folder.name.rsplit("-", 2)
+    words = league.command(tmp_path, mixer, int(tokens), int(seed), "", "imagefolder")[1:]
+    assert settings_of(parse([], folder / "config.yaml")) == settings_of(parse(words))
+    *_, last = (folder / "metrics.csv").read_text().splitlines()
+    assert int(last.split(",")[0]) == league.TOKENS[int(tokens)][1]
+
+
 def test_all_runs_had_the_same_precision() -> None:
-    for run in blocks.league_runs():
+    for run in (*blocks.league_runs(), *blocks.league_runs(256)):
         sessions = json.loads((run["folder"] / "sessions.json").read_text())
         assert {session["precision"] for session in sessions} == {"bf16"}
 

@@ -361,6 +361,10 @@ def test_the_command_line_goes_over_the_file() -> None:
         ),
         (["--train.compile", "cudagraph"], "train.compile cudagraph"),
         (["--train.compile", "cudagraphs"], "train.compile cudagraphs needs a CUDA GPU, not cpu"),
+        (
+            ["--train.compile", "cudagraphs", "--train.accumulate", "2"],
+            "train.accumulate 2 cannot be used with train.compile cudagraphs",
+        ),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_sentence_and_exit_code_2(

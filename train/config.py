@@ -242,6 +242,11 @@ class RunConfig:
         for name in ("options", "mixer_options"):
             if not isinstance(getattr(self.model, name), dict):
                 raise ValueError(f"model.{name} must be names with values, such as {{depth: 6}}")
+        if self.train.compile == "cudagraphs" and self.train.accumulate > 1:
+            raise ValueError(  # each part would overwrite the gradients of the one before
+                f"train.accumulate {self.train.accumulate} cannot be used with train.compile "
+                "cudagraphs: use 1, or train.compile true"
+            )
         if self.train.loss != "labels":
             self._check_alignment()
         if self.run_dir == "":

@@ -94,7 +94,13 @@ ENTRIES = {
 
 
 def command(
-    folder: Path, mixer: str, tokens: int, seed: int, root: str, data: str = "cifar10"
+    folder: Path,
+    mixer: str,
+    tokens: int,
+    seed: int,
+    root: str,
+    data: str = "cifar10",
+    compile_: str = "false",
 ) -> list[str]:
     """The arguments of ``python -m train`` that start or resume a run of the league.
 
@@ -105,9 +111,10 @@ def command(
         seed: of the run.
         root: folder of the images.
         data: name of their data set.
+        compile_: ``train.compile`` of the run.
     """
     if (folder / "config.yaml").is_file():
-        return ["resume", str(folder), "--data.root", root]
+        return ["resume", str(folder), "--data.root", root, "--train.compile", compile_]
     entry, (options, epochs) = ENTRIES[mixer], TOKENS[tokens]
     options = {"drop_path": 0.0, "mlp_ratio": entry.mlp_ratio, **options}
     return [
@@ -115,6 +122,7 @@ def command(
         "--data.name", data, "--data.root", root, "--data.image_size", "32",
         "--model.mixer", mixer, "--model.mixer_options", json.dumps(entry.options),
         "--model.options", json.dumps(options), "--train.epochs", str(epochs),
+        "--train.compile", compile_,
     ]  # fmt: skip
 
 
@@ -266,6 +274,10 @@ def command_line() -> argparse.ArgumentParser:
         "--tokens", type=int, choices=TOKENS, default=64,
         help="number of tokens: 64 for 30 epochs, 256 (patches of 2 x 2 pixels) for 10",
     )  # fmt: skip
+    parser.add_argument(
+        "--compile", choices=("false", "true", "cudagraphs"), default="false",
+        help="as fit --train.compile; cudagraphs needs a CUDA GPU",
+    )  # fmt: skip
     return parser
 
 
@@ -282,7 +294,7 @@ def main(arguments: list[str] | None = None) -> None:
                                  "another --out")  # fmt: skip
         if not (folder / "result.json").is_file():
             try:
-                train(command(folder, mixer, args.tokens, seed, args.root, args.data))
+                train(command(folder, mixer, args.tokens, seed, args.root, args.data, args.compile))
             except SystemExit as stop:
                 if stop.code != FAILED:  # a signal
                     raise
