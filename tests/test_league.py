@@ -146,7 +146,7 @@ def test_the_recipe_is_that_of_the_first_runs(mixer: str, folder: str, tmp_path:
 
 
 @pytest.mark.parametrize("folder", sorted((RESULTS / "league").iterdir()), ids=lambda f: f.name)
-def test_runs_had_the_recipe(folder: Path, tmp_path: Path) -> None:
+def test_every_run_had_its_recipe(folder: Path, tmp_path: Path) -> None:
     mixer, tokens, seed = folder.name.rsplit("-", 2)
     words = league.command(tmp_path, mixer, int(tokens), int(seed), "", "imagefolder")[1:]
     assert settings_of(parse([], folder / "config.yaml")) == settings_of(parse(words))

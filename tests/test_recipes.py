@@ -19,7 +19,6 @@ from test_train import ROOT
 from torch import nn
 
 import vision_xformer as vx
-from train import league
 from train.__main__ import parse
 from train.config import AugmentConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
 from train.data import dataset_names
@@ -128,15 +127,6 @@ def assert_same_recipe(config: RunConfig, ran: dict[str, Any]) -> None:
     assert config.seed == ran["seed"]
     for name in ("batch_size", "val_fraction"):
         assert getattr(config.data, name) == ran["data"][name]
-
-
-def test_every_run_of_the_league_has_its_recipe() -> None:
-    runs = sorted(p.parent for p in (RESULTS / "league").glob("*/result.json"))
-    assert runs
-    for run in runs:
-        mixer, tokens, seed = run.name.rsplit("-", 2)
-        config = parse(league.command(Path("new"), mixer, int(tokens), int(seed), "images")[1:])
-        assert_same_recipe(config, yaml.safe_load((run / "config.yaml").read_text()))
 
 
 def test_every_result_has_its_recipe() -> None:
