@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import blocks
@@ -143,6 +144,46 @@ def test_the_recipe_is_that_of_the_first_runs(mixer: str, folder: str, tmp_path:
     model = then["model"]
     old = vx.create_model(model["name"], mixer_options=model["mixer_options"], **model["options"])
     assert build_model(now.model, Sizes(32, 3, 10)).config == old.config
+
+
+def test_the_page_says_what_the_tables_show() -> None:
+    page = " ".join((RESULTS.parent / "docs" / "league.md").read_text().split())
+    runs = blocks.league_runs()
+    tops = {name: 100 * mean(seeds) for name, seeds in league.accuracies(runs).items()}
+    equal = [name for name in tops if name not in LARGER]
+    one, two, three, four = equal[:4]
+    assert f"`{one}`, `{two}`, `{three}` and `{four}` are the highest" in page
+    low, high, base = (f"{tops[name]:.1f}%" for name in (four, one, "softmax"))
+    assert f"with {low} to {high}; softmax has {base}" in page
+    longer = {n: 100 * mean(s) for n, s in league.accuracies(blocks.league_runs(256)).items()}
+    (first, top), (second, next_top), *_ = longer.items()
+    above = f"{top - longer['softmax']:.1f} points above softmax"
+    assert f"`{first}` is {above} and `{second}` {next_top - longer['softmax']:.1f}." in page
+    cost = [row for row in blocks.layers(blocks.AMD) if row["size"] == 1024]
+    found = {row["name"]: row["step_ms_p50"] for row in cost if row["name"] in tops}
+    best = sorted(found, key=found.__getitem__)[:3]
+    x, y, z = (f"{found['softmax'] / found[name]:.0f}" for name in best)
+    claim = f"`{best[0]}` is the fastest, {x} times as fast as fused softmax, then come "
+    assert f"{claim}`{best[1]}` and `{best[2]}`, {y} and {z} times as fast" in page
+    steps = {
+        row["name"]: row["step_ms_p50"] for row in blocks.layers(blocks.GPU) if row["size"] == 1024
+    }
+    gains = sorted(steps["softmax"] / steps[name] for name in best)
+    assert f"H200 these three are {gains[0]:.1f} to {gains[2]:.1f} times as fast" in page
+    assert all(steps[name] >= steps["softmax"] for name in vx.KERNELS if name in steps)
+    found = {row["name"]: row["peak_mib"] for row in cost if row["name"] in tops}
+    best = sorted(found, key=found.__getitem__)[:3]
+    x, y, z = (f"{found[name] / found['softmax']:.2f}" for name in best)
+    claim = f"`{best[0]}` needs the least, {x} of what fused softmax needs, then come "
+    assert f"{claim}`{best[1]}` and `{best[2]}` with {y} and {z}" in page
+    seeds = league.accuracies(runs)["softmax"]
+    assert len(seeds) == 3
+    assert (
+        f"the three runs of softmax are {100 * (max(seeds) - min(seeds)):.1f} points apart" in page
+    )
+    eager, package = tops["softmax_eager"], tops["nystrom-attention"]
+    assert f"is {tops['softmax'] - eager:.1f} points below their mean" in page
+    assert f"`nystrom-attention` is {tops['nystrom'] - package:.1f} points below `nystrom`" in page
 
 
 @pytest.mark.parametrize("folder", sorted((RESULTS / "league").iterdir()), ids=lambda f: f.name)
