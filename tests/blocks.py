@@ -122,10 +122,12 @@ def classifiers() -> list[dict[str, Any]]:
 
 def league_runs(tokens: int = 64) -> list[dict[str, Any]]:
     """The runs that the league is made of: the first ones have folders of their own."""
+    found = read_runs([ROOT / "results" / "league"])
+    found = [run for run in found if f"-{tokens}-" in run["folder"].name]
+    if tokens != 64:
+        return found
     first = [run for run in classifiers() if run["config"]["model"]["name"].endswith("_2_3x2")]
-    first = [run for run in first if "sequence" not in run["folder"].name and tokens == 64]
-    others = read_runs([ROOT / "results" / "league"])
-    return first + [run for run in others if f"-{tokens}-" in run["folder"].name]
+    return [run for run in first if "sequence" not in run["folder"].name] + found
 
 
 def league_table() -> str:
@@ -147,6 +149,16 @@ def exports() -> dict[str, dict[str, str]]:
             numbers.append(f"{float(row['difference']):.0e}")
         cells.append([f"`{row['name']}`", row["size"], *numbers])
     return {"docs/export.md": {"onnx": Table(head, cells).markdown()}}
+
+
+def cuda_graphs() -> str:
+    """The table of training steps with and without CUDA graphs."""
+    steps: dict[str, list[str]] = {}
+    for row in read_csv(ROOT / "results" / "cudagraphs.csv")[1]:
+        steps.setdefault(row["mixer"], []).append(number(float(row["step_ms"])))
+    return Table(
+        ["mixer", "eager", "CUDA graphs"], [[name, *both] for name, both in steps.items()]
+    ).markdown()
 
 
 def conversions() -> dict[str, Any]:
@@ -171,7 +183,10 @@ def blocks() -> dict[str, dict[str, str]]:
             "league": league_table(),
             "256 tokens": league.table(league_runs(256), []).markdown(),
         },
-        "docs/training.md": {"training": table(classifiers()).markdown()},
+        "docs/training.md": {
+            "training": table(classifiers()).markdown(),
+            "cuda graphs": cuda_graphs(),
+        },
         "docs/memory.md": {
             "plan": f"```text\n{plan.read_text(encoding='utf-8')}```",
             "sizes": column_table(measured("models-vit-tiny"), "peak_mib", "").markdown(),

@@ -88,7 +88,7 @@ def test_recipes_are_merged_key_by_key(tmp_path: Path) -> None:
         ("seed", "x", "seed x must be a whole number, at least 0"),
         ("data.image_size", "big", "data.image_size big must be a whole number, above 0, or null"),
         ("data.in_memory", "x", "data.in_memory x must be true or false, or null"),
-        ("train.compile", "x", "train.compile x must be true or false"),
+        ("train.compile", "x", "train.compile x must be 'cudagraphs', or true or false"),
         ("train.device", "x", "train.device x must be one of 'auto', 'cpu', 'cuda', 'mps'"),
         ("model.options", "3", "model.options 3 must be names with values, such as {depth: 6}"),
     ],
@@ -205,6 +205,23 @@ def test_patience_ends_a_run_early(tmp_path: Path, capsys: pytest.CaptureFixture
     # without patience, all of them
     main(["resume", str(tmp_path / "run"), "--train.patience", "0", "--train.epochs", "6"])
     assert len((tmp_path / "run" / "metrics.csv").read_text("utf-8").splitlines()) == 1 + 6
+
+
+def test_a_run_with_cuda_graphs_is_resumed_without_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    folder = tmp_path / "run"
+    Run(config_for(folder)).fit()
+    recipe = folder / "config.yaml"
+    recipe.write_text(recipe.read_text().replace("compile: false", "compile: cudagraphs"))
+    sentence = fails(["resume", str(folder), "--train.epochs", "3"], capsys)
+    assert sentence == (
+        "train.compile cudagraphs needs a CUDA GPU, not cpu: add --train.compile false"
+    )
+    main(["evaluate", str(folder)])  # which compiles nothing
+    main(["resume", str(folder), "--train.epochs", "3", "--train.compile", "false"])
+    assert len((folder / "metrics.csv").read_text().splitlines()) == 1 + 3
 
 
 # commands that use runs

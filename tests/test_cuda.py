@@ -23,6 +23,8 @@ from test_contract import (
 )
 from test_train import config_for
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch._inductor.cudagraph_trees import get_manager
 
 import vision_xformer as vx
 from train.benchmark.cases import Case
@@ -163,6 +165,7 @@ def test_a_run_trains_on_the_gpu(tmp_path: Path) -> None:
 
 def test_cuda_graphs_train_the_same(tmp_path: Path) -> None:
     losses = []
+    counters.clear()
     for compile_ in (False, "cudagraphs"):
         AcceleratorState._reset_state(reset_partial_state=True)
         config = config_for(tmp_path / str(compile_))
@@ -171,6 +174,8 @@ def test_cuda_graphs_train_the_same(tmp_path: Path) -> None:
         run.fit()
         losses.append([row["train_loss"] for row in run.rows])
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert counters["inductor"]["cudagraph_skips"] == 0
+    assert get_manager(0, create_if_none_exists=False) is not None
 
 
 def test_a_row_has_the_memory_of_the_gpu() -> None:

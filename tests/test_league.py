@@ -22,6 +22,7 @@ from train.recipes import parse
 
 RESULTS = Path(__file__).parents[1] / "results"
 LARGER = {"gmlp", "lite_mla", "ttt"}  # their own parameters alone exceed those of attention
+PAGE = " ".join((RESULTS.parent / "docs" / "league.md").read_text(encoding="utf-8").split())
 SHORT = ("softmax", "linformer", "performer", "nystrom", "linear", "agent", "mhla", "xca")
 
 
@@ -84,7 +85,7 @@ def test_runs_are_skipped_or_resumed(
     words = ["--root", "images", "--out", str(tmp_path), "--seeds", "1"]
     league.main([*words, "--only", "softmax", "linear", "mala"])
     resumed, new = started
-    assert resumed[:4] == ["resume", str(stopped), "--data.root", "images"]
+    assert resumed == ["resume", str(stopped), "--data.root", "images"]
     config = parse(new[1:])
     assert (config.seed, config.data.root) == (1, "images")
     assert config.run_dir == str(tmp_path / "mala-64-1")
@@ -146,44 +147,83 @@ def test_the_recipe_is_that_of_the_first_runs(mixer: str, folder: str, tmp_path:
     assert build_model(now.model, Sizes(32, 3, 10)).config == old.config
 
 
-def test_the_page_says_what_the_tables_show() -> None:
-    page = " ".join((RESULTS.parent / "docs" / "league.md").read_text().split())
-    runs = blocks.league_runs()
-    tops = {name: 100 * mean(seeds) for name, seeds in league.accuracies(runs).items()}
-    equal = [name for name in tops if name not in LARGER]
-    one, two, three, four = equal[:4]
-    assert f"`{one}`, `{two}`, `{three}` and `{four}` are the highest" in page
-    low, high, base = (f"{tops[name]:.1f}%" for name in (four, one, "softmax"))
-    assert f"with {low} to {high}; softmax has {base}" in page
-    longer = {n: 100 * mean(s) for n, s in league.accuracies(blocks.league_runs(256)).items()}
-    (first, top), (second, next_top), *_ = longer.items()
-    above = f"{top - longer['softmax']:.1f} points above softmax"
-    assert f"`{first}` is {above} and `{second}` {next_top - longer['softmax']:.1f}." in page
-    cost = [row for row in blocks.layers(blocks.AMD) if row["size"] == 1024]
-    found = {row["name"]: row["step_ms_p50"] for row in cost if row["name"] in tops}
-    best = sorted(found, key=found.__getitem__)[:3]
-    x, y, z = (f"{found['softmax'] / found[name]:.0f}" for name in best)
-    claim = f"`{best[0]}` is the fastest, {x} times as fast as fused softmax, then come "
-    assert f"{claim}`{best[1]}` and `{best[2]}`, {y} and {z} times as fast" in page
-    steps = {
-        row["name"]: row["step_ms_p50"] for row in blocks.layers(blocks.GPU) if row["size"] == 1024
-    }
-    gains = sorted(steps["softmax"] / steps[name] for name in best)
-    assert f"H200 these three are {gains[0]:.1f} to {gains[2]:.1f} times as fast" in page
-    assert all(steps[name] >= steps["softmax"] for name in vx.KERNELS.names())
-    found = {row["name"]: row["peak_mib"] for row in cost if row["name"] in tops}
-    best = sorted(found, key=found.__getitem__)[:3]
-    x, y, z = (f"{found[name] / found['softmax']:.2f}" for name in best)
-    claim = f"`{best[0]}` needs the least, {x} of what fused softmax needs, then come "
-    assert f"{claim}`{best[1]}` and `{best[2]}` with {y} and {z}" in page
-    seeds = league.accuracies(runs)["softmax"]
-    assert len(seeds) == 3
-    assert (
-        f"the three runs of softmax are {100 * (max(seeds) - min(seeds)):.1f} points apart" in page
+def means(tokens: int) -> dict[str, float]:
+    """The mean accuracy of each mixer in percent, the highest first."""
+    tops = league.accuracies(blocks.league_runs(tokens))
+    return {name: 100 * mean(seeds) for name, seeds in tops.items()}
+
+
+def loss(mixer: str) -> float:
+    """The training loss of a mixer in the last epoch, the mean of its runs."""
+    runs = [run for run in blocks.league_runs() if league.mixer_trained(run) == mixer]
+    return mean(run["rows"][-1]["train_loss"] for run in runs)
+
+
+def test_the_page_says_how_accurate_mixers_are() -> None:
+    tops, longer = means(64), means(256)
+    assert set(tops) == set(vx.list_mixers())
+    base = tops["softmax"]
+    one, two, three, four = [name for name in tops if name not in LARGER][:4]
+    assert max(tops.values()) < base + 2
+    assert f"more than 2 points above softmax ({base:.1f}%): `{one}`, `{two}`, `{three}`" in PAGE
+    assert f"and `{four}` have {tops[four]:.1f}% to {tops[one]:.1f}%" in PAGE
+    (lowest,) = (name for name in tops if tops[name] < base - 2)
+    assert f"Only `{lowest}` is more than 2 points below" in PAGE
+    gaps = {name: top - longer["softmax"] for name, top in longer.items()}
+    (best,) = (name for name, gap in gaps.items() if gap > 2)
+    high, low = (name for name, gap in gaps.items() if gap < -2)
+    assert f"with 256, `{best}` is the most accurate" in PAGE
+    assert f"`{best}` is {gaps[best]:.1f} points above softmax, with 23% more" in PAGE
+    assert f"`{high}` and `{low}` are {-gaps[high]:.1f} and {-gaps[low]:.1f} points below" in PAGE
+    sizes = {run["config"]["model"]["mixer"]: run["result"] for run in blocks.league_runs(256)}
+    more = [sizes[name]["parameters"] / sizes["softmax"]["parameters"] for name in (best, low)]
+    assert f"`{best}` the model has {more[0] - 1:.0%} more parameters" in PAGE
+    assert f"with `{low}` {more[1] - 1:.0%}" in PAGE
+
+
+def test_the_page_says_which_layers_are_cheap() -> None:
+    names = set(vx.list_mixers())
+    cpu, gpu = (
+        {row["name"]: row for row in blocks.layers(device) if row["size"] == 1024}
+        for device in (blocks.AMD, blocks.GPU)
     )
-    eager, package = tops["softmax_eager"], tops["nystrom-attention"]
-    assert f"is {tops['softmax'] - eager:.1f} points below their mean" in page
-    assert f"`nystrom-attention` is {tops['nystrom'] - package:.1f} points below `nystrom`" in page
+    faster = {
+        name: gpu["softmax"]["step_ms_p50"] / gpu[name]["step_ms_p50"] for name in names & set(gpu)
+    }
+    faster = {name: ratio for name, ratio in faster.items() if ratio > 1}
+    assert set(faster) == {"conv", "fourier", "gfnet", "mlp", "gmlp", "external"}
+    low, high = min(faster.values()), max(faster.values())
+    assert f"faster than fused softmax, {low:.1f} to {high:.1f} times" in PAGE
+    assert f"and `{max(faster, key=faster.__getitem__)}` on an NVIDIA H200" in PAGE
+    gains = {n: cpu["softmax"]["step_ms_p50"] / cpu[n]["step_ms_p50"] for n in names & set(cpu)}
+    one, two, three = sorted(gains, key=gains.__getitem__)[:-4:-1]
+    assert f"`{one}` is the fastest on a CPU" in PAGE
+    assert f"`{one}` is {gains[one]:.0f} times as fast as fused softmax, followed by" in PAGE
+    assert f"`{two}` and `{three}` ({gains[two]:.0f} and {gains[three]:.0f} times)" in PAGE
+    here, there = (
+        {name: rows[name]["peak_mib"] / rows["softmax"]["peak_mib"] for name in names & set(rows)}
+        for rows in (cpu, gpu)
+    )
+    one, two, three = sorted(here, key=here.__getitem__)[:3]
+    assert f"`{one}` needs {here[one]:.2f} times the memory of fused softmax on a CPU" in PAGE
+    assert f"and {there[one]:.2f} times on the H200" in PAGE
+    assert f"`{two}` ({here[two]:.2f} and {there[two]:.2f})" in PAGE
+    assert f"`{three}` ({here[three]:.2f} and {there[three]:.2f})" in PAGE
+
+
+def test_the_page_says_which_differences_count() -> None:
+    seeds = league.accuracies(blocks.league_runs())["softmax"]
+    assert len(seeds) == 3
+    spread, gap = 100 * (max(seeds) - min(seeds)), means(64)["softmax"] - means(64)["softmax_eager"]
+    assert f"the three runs of softmax are {spread:.1f} points apart" in PAGE
+    assert f"is {gap:.1f} points below their mean" in PAGE
+    losses = [loss(name) for name in ("conv", "gfnet", "softmax")]
+    sentence = (
+        "the training loss is {:.2f} with `conv`, {:.2f} with `gfnet` and {:.2f} with softmax"
+    )
+    assert sentence.format(*losses) in PAGE
+    widths = {league.ENTRIES[name].mlp_ratio for name in ("conv", "gfnet", "mlp", "fourier")}
+    assert f"are {min(widths)} to {max(widths):.0f} times as wide as with softmax" in PAGE
 
 
 @pytest.mark.parametrize("folder", sorted((RESULTS / "league").iterdir()), ids=lambda f: f.name)

@@ -23,6 +23,7 @@ from blocks import (
     classifiers,
     conversions,
     layers,
+    league_runs,
     league_table,
     learned_errors,
     measured,
@@ -416,11 +417,10 @@ def test_what_is_said_of_the_approximations_is_in_the_results() -> None:
 def test_what_is_said_of_accuracy_is_in_the_results() -> None:
     runs = {run["folder"].name: run for run in classifiers()}
     top1 = {name: f"{run['result']['test_top1']:.2%}" for name, run in runs.items()}
-    words = (
-        "after 30 epochs reaches {cct_2_3x2} with softmax, {ccn_2_3x2} with Nyströmformer, "
-        "{ccl_2_3x2} with Linformer and {ccp_2_3x2} with Performer"
-    )
-    assert words.format_map(top1) in words_of("README.md")
+    seeds = league.accuracies(league_runs())
+    base = statistics.mean(seeds.pop("softmax"))
+    near = sum(abs(statistics.mean(tops) - base) < 0.02 for tops in seeds.values())
+    assert f"{near} of the {len(seeds)} other mixers are within 2 points" in words_of("README.md")
     words = "reached {ccn_2_3x2} with patches and {ccn_2_3x2_sequence} with strips after 30 epochs"
     assert words.format_map(top1) in words_of("docs/benchmark.md")
     for run in runs.values():

@@ -359,7 +359,6 @@ def test_the_command_line_goes_over_the_file() -> None:
             ["--train.device", "cpu", "--train.precision", "fp16"],
             "train.precision fp16 needs a GPU",
         ),
-        (["--train.compile", "cudagraph"], "train.compile cudagraph"),
         (["--train.compile", "cudagraphs"], "train.compile cudagraphs needs a CUDA GPU, not cpu"),
         (
             ["--train.compile", "cudagraphs", "--train.accumulate", "2"],

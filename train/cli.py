@@ -71,7 +71,7 @@ def type_sentence(name: str, message: str, bounds: str = "") -> str | None:
     expected, value = found.groups()
     kinds = [words for word, words in _KINDS.items() if f"'{word}'" in expected]
     if listed := re.search(r"Literal\[(.*?)\]", expected):
-        kinds.insert(0, f"one of {listed[1]}")
+        kinds.insert(0, f"one of {listed[1]}" if "," in listed[1] else listed[1])
     if not kinds:
         return None
     if bounds and "number" in kinds[0]:

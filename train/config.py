@@ -178,8 +178,9 @@ class TrainConfig:
             weights are trained to match the teacher's last features and attention outputs. Dropout
             is then off.
         grad_checkpointing: recompute the blocks in the backward pass, for less memory.
-        compile: use torch.compile, with "cudagraphs" as its backend: on a CUDA GPU, it replays the
-            kernels of a step instead of launching each of them, for small models.
+        compile: true uses torch.compile; "cudagraphs" uses its backend of that name, which replays
+            the kernels of the model instead of launching each of them. It needs a CUDA GPU and
+            accumulate 1, and helps small models.
         device: "auto" is a GPU if there is one: "cuda" (selected by CUDA_VISIBLE_DEVICES) or "mps"
             (Apple GPU).
         precision: "auto" is bf16 on a CUDA GPU or CPU with native support, fp16 on other CUDA GPUs,

@@ -47,11 +47,15 @@ def pick_precision(precision: str, device: str) -> str:
 
 
 def make_accelerator(config: TrainConfig, folder: Path | None = None) -> Accelerator:
-    """Set up device, precision and processes; with a folder, events for TensorBoard if installed.
+    """Set up device, precision and processes.
+
+    Args:
+        config: of the run.
+        folder: of a run that is trained, for events for TensorBoard if installed.
 
     Raises:
-        ValueError: for a device that is missing, a precision that it does not support, or a
-            launcher that shards the model.
+        ValueError: for a device that is missing, a precision or CUDA graphs that it does not
+            support, or a launcher that shards the model.
     """
     device = pick_device(config.device)
     precision = pick_precision(config.precision, device)
@@ -59,6 +63,10 @@ def make_accelerator(config: TrainConfig, folder: Path | None = None) -> Acceler
         raise ValueError("train.precision fp16 needs a GPU; use auto, bf16 or fp32")
     if precision == "bf16" and device == "mps" and not torch.backends.mps.is_macos_or_newer(14, 0):
         raise ValueError("train.precision bf16 needs macOS 14; use auto, fp16 or fp32")
+    if folder is not None and config.compile == "cudagraphs" and device != "cuda":
+        raise ValueError(
+            f"train.compile cudagraphs needs a CUDA GPU, not {device}: add --train.compile false"
+        )
     accelerator = Accelerator(
         cpu=device == "cpu",
         mixed_precision=precision,
@@ -91,14 +99,8 @@ def part_size(config: RunConfig, batch_size: int, accelerator: Accelerator) -> i
     return batch_size // parts
 
 
-def compiled(net: nn.Module, how: bool | str, device: torch.device) -> nn.Module:
-    """Compile a module as ``train.compile`` says.
-
-    Raises:
-        ValueError: for CUDA graphs on another device.
-    """
+def compiled(net: nn.Module, how: bool | str) -> nn.Module:
+    """Compile a module as ``train.compile`` says."""
     if not how:
         return net
-    if how == "cudagraphs" and device.type != "cuda":
-        raise ValueError(f"train.compile cudagraphs needs a CUDA GPU, not {device.type}; use false")
     return cast(nn.Module, torch.compile(net, backend="inductor" if how is True else how))

@@ -100,7 +100,7 @@ def command(
     seed: int,
     root: str,
     data: str = "cifar10",
-    compile_: str = "false",
+    compile_: str | None = None,
 ) -> list[str]:
     """The arguments of ``python -m train`` that start or resume a run of the league.
 
@@ -111,18 +111,18 @@ def command(
         seed: of the run.
         root: folder of the images.
         data: name of their data set.
-        compile_: ``train.compile`` of the run.
+        compile_: ``train.compile``; None for that of the run.
     """
+    more = [] if compile_ is None else ["--train.compile", compile_]
     if (folder / "config.yaml").is_file():
-        return ["resume", str(folder), "--data.root", root, "--train.compile", compile_]
+        return ["resume", str(folder), "--data.root", root, *more]
     entry, (options, epochs) = ENTRIES[mixer], TOKENS[tokens]
     options = {"drop_path": 0.0, "mlp_ratio": entry.mlp_ratio, **options}
     return [
         "fit", "--config", str(RECIPE), "--seed", str(seed), "--run_dir", str(folder),
         "--data.name", data, "--data.root", root, "--data.image_size", "32",
         "--model.mixer", mixer, "--model.mixer_options", json.dumps(entry.options),
-        "--model.options", json.dumps(options), "--train.epochs", str(epochs),
-        "--train.compile", compile_,
+        "--model.options", json.dumps(options), "--train.epochs", str(epochs), *more,
     ]  # fmt: skip
 
 
@@ -275,8 +275,7 @@ def command_line() -> argparse.ArgumentParser:
         help="number of tokens: 64 for 30 epochs, 256 (patches of 2 x 2 pixels) for 10",
     )  # fmt: skip
     parser.add_argument(
-        "--compile", choices=("false", "true", "cudagraphs"), default="false",
-        help="as fit --train.compile; cudagraphs needs a CUDA GPU",
+        "--compile", choices=("false", "true", "cudagraphs"), help="as fit --train.compile",
     )  # fmt: skip
     return parser
 

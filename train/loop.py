@@ -76,7 +76,7 @@ class Run:
         self.mix = mixing(config.augment, len(self.data.classes))
         self.class_weights = class_weights(self.data, config.data.balance, self.device)
         net: Any = matching(self.model, self.teacher, c.loss)
-        net = compiled(net, c.compile, self.device)
+        net = compiled(net, c.compile)
         self.net, self.optimizer = self.accelerator.prepare(net, make_optimizer(self.model, c))
         self.signals, self.pixels = Signals(self.accelerator), pixels_of(self.model)
         self.step, self.best, self.images_seen, self.seconds = 0, -1.0, 0, 0.0
