@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from math import dist
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -299,3 +300,9 @@ def test_names_in_the_figure_cover_neither_each_other_nor_dots() -> None:
         for i, box in enumerate(boxes):
             assert not any(box.overlaps(other) for other in boxes[:i])
             assert not any(box.contains(*point) for points in dots for point in points)
+        for text, box in zip(axis.texts, boxes, strict=True):
+            name, middle = text.get_text(), (box.p0 + box.p1) / 2
+            to = {
+                n: dist(middle, axis.transData.transform((times[n], 100 * tops[n]))) for n in tops
+            }
+            assert text.arrow_patch or min(to, key=to.__getitem__) == name

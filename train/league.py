@@ -10,6 +10,7 @@ import argparse
 import functools
 import itertools
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -212,7 +213,7 @@ def _panel(
         color = colors([name])[name] if name == BASE else BLUE
         axis.scatter(ms, means[name], s=_area(mib), color=color, alpha=0.6, zorder=2)
     axis.set_xscale("log")
-    axis.margins(0.1)
+    axis.margins(x=0.16, y=0.1)
     log_scale(axis.xaxis)
     axis.grid(color="#eaeef2")
 
@@ -220,12 +221,15 @@ def _panel(
 def _label(
     axis: Any, tops: Mapping[str, Sequence[float]], cost: Mapping[str, tuple[float, float]]
 ) -> None:
-    """Write the name of each dot next to it or, with a line to the dot, where there is room."""
+    """Write the name of each dot next to it or, with a line to the dot, where there is room.
+
+    A name without a line is nearer to its own dot than to any other.
+    """
     points = {name: (cost[name][0], statistics.mean(seeds)) for name, seeds in tops.items()}
     radii = {name: _area(cost[name][1]) ** 0.5 / 2 for name in points}
     taken = []
-    for name, point in points.items():
-        x, y = axis.transData.transform(point)
+    centers = {name: axis.transData.transform(point) for name, point in points.items()}
+    for name, (x, y) in centers.items():
         pixels = radii[name] * axis.figure.dpi / 72
         taken.append(Bbox.from_bounds(x - pixels, y - pixels, 2 * pixels, 2 * pixels))
     for name, point in points.items():
@@ -239,7 +243,10 @@ def _label(
             text = write()
             place = text.get_window_extent()
             inside = axis.bbox.padded(place.height).count_contains(place.corners()) == 4
-            if inside and not any(place.overlaps(box) for box in taken):
+            free = inside and not any(place.overlaps(box) for box in taken)
+            middle = (place.p0 + place.p1) / 2
+            _, nearest = min((math.dist(middle, center), n) for n, center in centers.items())
+            if free and (more or nearest == name):
                 break
             text.remove()
         else:  # no room: where it covers others
