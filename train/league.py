@@ -44,6 +44,7 @@ FAILED = 2  # exit code of a run that cannot work
 TOKENS = {  # model options and epochs
     64: ({}, 30),
     256: ({"patch_size": 2, "stem_options": {"layers": 1}}, 10),
+    1024: ({"patch_size": 1, "stem": "conv", "stem_options": {}}, 10),  # that of hybrid models
 }
 
 
@@ -279,7 +280,8 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="a run for each of them")
     parser.add_argument(
         "--tokens", type=int, choices=TOKENS, default=64,
-        help="number of tokens: 64 for 30 epochs, 256 (patches of 2 x 2 pixels) for 10",
+        help="number of tokens: 64 for 30 epochs; 256 (patches of 2 x 2 pixels) or 1024 (of one "
+        "pixel, with the stem of hybrid models) for 10",
     )  # fmt: skip
     parser.add_argument(
         "--compile", choices=("false", "true", "cudagraphs"), help="as fit --train.compile",
