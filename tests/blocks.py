@@ -130,9 +130,16 @@ def league_runs(tokens: int = 64) -> list[dict[str, Any]]:
     return [run for run in first if "sequence" not in run["folder"].name] + found
 
 
+def league_costs() -> list[dict[str, Any]]:
+    """Time and memory of the models of the league."""
+    rows = read_csv(ROOT / "results" / "league_cost.csv")[1]
+    names = ("tokens", "ms", "mib")
+    return [row | {name: float(row[name]) for name in names} for row in rows]
+
+
 def league_table() -> str:
     """The table of the league; its figure has a hash of it."""
-    return league.table(league_runs(), layers(AMD)).markdown()
+    return league.table(league_runs(), league_costs()).markdown()
 
 
 def exports() -> dict[str, dict[str, str]]:
@@ -233,7 +240,7 @@ def write() -> None:
     save(convert_page.accuracy_figure(conversions()), ROOT / "docs" / "conversions.png", source)
     cost = convert_page.cost_figure(conversions()["cost"])
     save(cost, ROOT / "docs" / "conversion-cost.png", source)
-    front = league.figure(league_runs(), layers(AMD))
+    front = league.figure(league_runs(), league_costs())
     save(front, ROOT / "docs" / "league.png", digest(league_table().encode()))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from math import dist
 from pathlib import Path
 from statistics import mean
@@ -15,7 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 import vision_xformer as vx
-from train import league
+from train import league, league_cost
+from train.benchmark.rows import read_csv
 from train.checkpoint import settings_of
 from train.commands import read_run
 from train.model import Sizes, build_model
@@ -42,8 +44,8 @@ def run(mixer: str, top1: float, seed: int = 0) -> dict[str, Any]:
     return {"config": {"model": model, "seed": seed}, "result": result}
 
 
-def layer(mixer: str, tokens: int, ms: float, mib: float) -> dict[str, Any]:
-    return {"name": mixer, "size": tokens, "mode": "eager", "step_ms_p50": ms, "peak_mib": mib}
+def cost(mixer: str, tokens: int, ms: float, mib: float) -> dict[str, Any]:
+    return {"mixer": mixer, "tokens": tokens, "ms": ms, "mib": mib}
 
 
 def test_every_mixer_takes_part() -> None:
@@ -182,34 +184,38 @@ def test_the_page_says_how_accurate_mixers_are() -> None:
     assert f"with `{low}` {more[1] - 1:.0%}" in PAGE
 
 
-def test_the_page_says_which_layers_are_cheap() -> None:
-    names = set(vx.list_mixers())
-    cpu, gpu = (
-        {row["name"]: row for row in blocks.layers(device) if row["size"] == 1024}
-        for device in (blocks.AMD, blocks.GPU)
+def test_the_page_says_which_models_are_cheap() -> None:
+    few, many = (
+        {row["mixer"]: row for row in blocks.league_costs() if row["tokens"] == tokens}
+        for tokens in (64, 1024)
     )
-    faster = {
-        name: gpu["softmax"]["step_ms_p50"] / gpu[name]["step_ms_p50"] for name in names & set(gpu)
-    }
-    faster = {name: ratio for name, ratio in faster.items() if ratio > 1}
-    assert set(faster) == {"conv", "fourier", "gfnet", "mlp", "gmlp", "external"}
-    low, high = min(faster.values()), max(faster.values())
-    assert f"faster than fused softmax, {low:.1f} to {high:.1f} times" in PAGE
-    assert f"and `{max(faster, key=faster.__getitem__)}` on an NVIDIA H200" in PAGE
-    gains = {n: cpu["softmax"]["step_ms_p50"] / cpu[n]["step_ms_p50"] for n in names & set(cpu)}
+    least = min(row["ms"] for row in few.values()) / few["softmax"]["ms"]
+    assert f"no mixer saves more than {1 - least:.0%} of the time of fused softmax" in PAGE
+    gains = {name: many["softmax"]["ms"] / row["ms"] for name, row in many.items()}
     one, two, three = sorted(gains, key=gains.__getitem__)[:-4:-1]
-    assert f"`{one}` is the fastest on a CPU" in PAGE
-    assert f"`{one}` is {gains[one]:.0f} times as fast as fused softmax, followed by" in PAGE
-    assert f"`{two}` and `{three}` ({gains[two]:.0f} and {gains[three]:.0f} times)" in PAGE
-    here, there = (
-        {name: rows[name]["peak_mib"] / rows["softmax"]["peak_mib"] for name in names & set(rows)}
-        for rows in (cpu, gpu)
-    )
-    one, two, three = sorted(here, key=here.__getitem__)[:3]
-    assert f"`{one}` needs {here[one]:.2f} times the memory of fused softmax on a CPU" in PAGE
-    assert f"and {there[one]:.2f} times on the H200" in PAGE
-    assert f"`{two}` ({here[two]:.2f} and {there[two]:.2f})" in PAGE
-    assert f"`{three}` ({here[three]:.2f} and {there[three]:.2f})" in PAGE
+    assert f"`{one}` is {gains[one]:.1f} times as fast, followed by `{two}` and `{three}`" in PAGE
+    assert f"({gains[two]:.1f} and {gains[three]:.1f} times)" in PAGE
+    needs = {name: row["mib"] / many["softmax"]["mib"] for name, row in many.items()}
+    least, two, three, *rest = sorted(needs, key=needs.__getitem__)
+    assert least == one
+    assert f"`{least}` needs {needs[least]:.2f} times the memory of fused softmax" in PAGE
+    assert f"followed by `{two}` ({needs[two]:.2f}) and `{three}` ({needs[three]:.2f})" in PAGE
+    assert min(needs[name] for name in rest) > 0.99
+    assert f"which stores the attention map, {needs['softmax_eager']:.1f} times as much" in PAGE
+
+
+def test_models_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = partial(league_cost.measure, mixers=("softmax", "talking_heads"))
+    monkeypatch.setattr(league_cost, "measure", few)
+    monkeypatch.setattr(league_cost, "TOKENS", (256,))
+    monkeypatch.setattr(league_cost, "_ROUNDS", 1)
+    league_cost.main(["--out", str(tmp_path / "cost.csv")])
+    comments, rows = read_csv(tmp_path / "cost.csv")
+    assert comments[-1] == "command: python -m train.league_cost --out cost.csv"
+    softmax, heads = rows
+    assert (softmax["mixer"], softmax["tokens"]) == ("softmax", "256")
+    assert float(softmax["ms"]) > 0
+    assert 10 < float(softmax["mib"]) < float(heads["mib"]) - 16  # two maps of 8 MiB in two layers
 
 
 def test_the_page_says_which_differences_count() -> None:
@@ -229,8 +235,6 @@ def test_the_page_says_which_differences_count() -> None:
         "the training loss is {:.2f} with `conv`, {:.2f} with `gfnet` and {:.2f} with softmax"
     )
     assert sentence.format(*losses) in PAGE
-    widths = {league.ENTRIES[name].mlp_ratio for name in ("conv", "gfnet", "mlp", "fourier")}
-    assert f"are {min(widths)} to {max(widths):.0f} times as wide as with softmax" in PAGE
 
 
 @pytest.mark.parametrize("folder", sorted((RESULTS / "league").iterdir()), ids=lambda f: f.name)
@@ -251,10 +255,9 @@ def test_all_runs_had_the_same_precision() -> None:
 def test_table_and_figure() -> None:
     runs = [run("linear", 0.8), run("linear", 0.9, 1), run("softmax", 0.84)]
     runs.append({**run("agent", 0.9), "result": {}})  # not complete
-    layers = [layer("linear", 64, 2.0, 30.0), layer("linear", 1024, 5.0, 70.0)]
-    layers += [layer("softmax", 1024, 9.0, 60.0), layer("softmax", 64, 1.0, 9.0)]
-    layers.append({**layer("linear", 256, 0.0, 0.0), "step_ms_p50": None})
-    table = league.table(runs, layers)
+    costs = [cost("linear", 64, 2.0, 30.0), cost("linear", 1024, 5.0, 70.0)]
+    costs += [cost("softmax", 1024, 9.0, 60.0), cost("softmax", 64, 1.0, 9.0)]
+    table = league.table(runs, costs)
     assert list(table.headings) == [
         "mixer", "test top-1", "seeds", "range", "parameters", "ms at 64", "ms at 1,024",
         "MiB at 64", "MiB at 1,024",
@@ -267,13 +270,12 @@ def test_table_and_figure() -> None:
     unknown = [{**one, "result": {"test_top1": 0.8, "parameters": None}} for one in runs[2:3]]
     assert league.table(unknown, []).rows == [["softmax", "80.00%", "1"]]
     stopped = {**run("softmax", 0.9, 1), "result": {}}
-    assert league.table([*runs, stopped], layers).rows == table.rows
-    rows = [*layers[1:], {**layers[0], "peak_mib": None}]
-    few, many = league.figure(runs, rows).axes
+    assert league.table([*runs, stopped], costs).rows == table.rows
+    few, many = league.figure(runs, costs[1:]).axes  # without linear at 64 tokens
     assert [[text.get_text() for text in axis.texts] for axis in (few, many)] == [
         ["softmax"], ["linear", "softmax"],
     ]  # fmt: skip
-    few, many = league.figure(runs, layers).axes
+    few, many = league.figure(runs, costs).axes
     for axis, front in ((few, [1.0, 2.0]), (many, [5.0])):
         assert [text.get_text() for text in axis.texts] == ["linear", "softmax"]
         assert list(axis.lines[0].get_xdata()) == front
@@ -294,8 +296,8 @@ def test_names_in_the_figure_cover_neither_each_other_nor_dots() -> None:
     times |= dict.fromkeys(crowd, 102)
     tops |= dict.fromkeys(crowd, 0.83)
     runs = [run(name, top) for name, top in tops.items()]
-    layers = [layer(name, n, ms, 20.0) for n in league.SHOWN for name, ms in times.items()]
-    drawn = league.figure(runs, layers)
+    costs = [cost(name, n, ms, 40.0) for n in league.SHOWN for name, ms in times.items()]
+    drawn = league.figure(runs, costs)
     renderer = FigureCanvasAgg(drawn).get_renderer()
     for axis in drawn.axes:
         for text in axis.texts:

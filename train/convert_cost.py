@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import statistics
-import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from vision_xformer.memory_use import MIB, bytes_kept
 
 from .config import ConvertConfig, RunConfig
 from .devices import pick_device, pick_precision
+from .measure import step_seconds
 from .model import Sizes, build_model
 
 TEACHER = "softmax"  # the model before conversion
@@ -69,29 +67,10 @@ def measure_cost(
             for name, conversion in every.items()
         }
         images = torch.randn(_BATCH, data.channels, size, size, device=device)
-        times: dict[str, list[float]] = {name: [] for name in models}
-        for _ in range(_ROUNDS + 1):
-            for name, model in models.items():
-                times[name].append(_seconds(model.to(device), images, autocast))
+        seconds = step_seconds(models, images, autocast, _ROUNDS)
         for name, model in models.items():
             with autocast:
                 kept = bytes_kept(model, partial(model, images))
-            seconds = statistics.median(times[name][1:])
-            rows.append({"name": name, "tokens": tokens, "ms": 1e3 * seconds, "mib": kept / MIB})
+            ms = 1e3 * seconds[name]
+            rows.append({"name": name, "tokens": tokens, "ms": ms, "mib": kept / MIB})
     return rows
-
-
-def _seconds(model: nn.Module, images: torch.Tensor, autocast: Any) -> float:
-    """Time a forward and a backward pass."""
-    device = images.device
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    with autocast:
-        loss = model(images).float().logsumexp(1).mean()
-    loss.backward()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    taken = time.perf_counter() - start
-    model.zero_grad()
-    return taken

@@ -30,7 +30,7 @@ from vision_xformer.names import name_to_config
 from .__main__ import main as train
 from .benchmark.cases import BASE
 from .benchmark.pictures import colors
-from .benchmark.rows import Row, number
+from .benchmark.rows import number
 from .commands import read_run
 from .html import Table
 from .plots import BLUE, GREY, STYLE, log_scale
@@ -38,8 +38,7 @@ from .recipes import parse
 from .report import front
 
 RECIPE = Path(__file__).parents[1] / "configs" / "cifar10" / "cct_2_3x2.yaml"
-LENGTHS = (64, 256, 1024)  # tokens of the layers whose time and memory are tabulated
-SHOWN = (64, 1024)  # and plotted
+SHOWN = (64, 1024)  # numbers of tokens of the panels
 FAILED = 2  # exit code of a run that cannot work
 TOKENS = {  # model options and epochs
     64: ({}, 30),
@@ -143,37 +142,37 @@ def accuracies(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
     return dict(sorted(tops.items(), key=lambda item: -statistics.mean(item[1])))
 
 
-def table(runs: Sequence[Mapping[str, Any]], layers: Sequence[Row]) -> Table:
-    """Tabulate accuracy, parameters, and the cost of a single layer; empty columns are left out.
+def table(runs: Sequence[Mapping[str, Any]], costs: Sequence[Mapping[str, Any]]) -> Table:
+    """Tabulate accuracy, parameters, time and memory; empty columns are left out.
 
     Args:
         runs: as :func:`train.commands.read_run` returns them.
-        layers: rows of ``python -m train.benchmark mixers``.
+        costs: rows of ``python -m train.league_cost``.
     """
     known = [run for run in runs if run["result"].get("parameters") is not None]
     parameters = {mixer_trained(run): run["result"]["parameters"] for run in known}
-    cost = {(row["name"], row["size"]): row for row in layers if row["mode"] == "eager"}
+    cost = {(row["mixer"], row["tokens"]): row for row in costs}
     heads = ["mixer", "test top-1", "seeds", "range", "parameters"]
-    heads += [f"ms at {n:,}" for n in LENGTHS] + [f"MiB at {n:,}" for n in LENGTHS]
+    heads += [f"ms at {n:,}" for n in TOKENS] + [f"MiB at {n:,}" for n in TOKENS]
     rows = []
     for name, tops in accuracies(runs).items():
         spread = f"{min(tops):.2%} to {max(tops):.2%}" if len(tops) > 1 else ""
         cells = [name, f"{statistics.mean(tops):.2%}", str(len(tops)), spread]
         cells.append(f"{parameters[name]:,}" if name in parameters else "")
-        for column in ("step_ms_p50", "peak_mib"):
-            found = (cost.get((name, n)) for n in LENGTHS)
-            cells += [number(row[column]) if row and row[column] else "" for row in found]
+        for column in ("ms", "mib"):
+            found = (cost.get((name, n)) for n in TOKENS)
+            cells += [number(row[column]) if row else "" for row in found]
         rows.append(cells)
     kept = [i for i in range(len(heads)) if i == 0 or any(row[i] for row in rows)]
     return Table([heads[i] for i in kept], [[row[i] for i in kept] for row in rows])
 
 
-def figure(runs: Sequence[Mapping[str, Any]], layers: Sequence[Row]) -> Figure:
-    """Plot accuracy against the time of a layer; the area of a dot is its memory.
+def figure(runs: Sequence[Mapping[str, Any]], costs: Sequence[Mapping[str, Any]]) -> Figure:
+    """Plot accuracy against the time of a training step; the area of a dot is its memory.
 
     Args:
         runs: as :func:`train.commands.read_run` returns them.
-        layers: rows of ``python -m train.benchmark mixers``.
+        costs: rows of ``python -m train.league_cost``.
     """
     tops = {name: [100 * top for top in seeds] for name, seeds in accuracies(runs).items()}
     with mpl.rc_context(STYLE):
@@ -182,18 +181,13 @@ def figure(runs: Sequence[Mapping[str, Any]], layers: Sequence[Row]) -> Figure:
         panels = []
         for axis, tokens in zip(axes, SHOWN, strict=True):
             cost = {
-                row["name"]: (row["step_ms_p50"], row["peak_mib"])
-                for row in layers
-                if row["mode"] == "eager"
-                and row["size"] == tokens
-                and row["step_ms_p50"]
-                and row["peak_mib"]
+                row["mixer"]: (row["ms"], row["mib"]) for row in costs if row["tokens"] == tokens
             }
             panels.append((axis, {name: tops[name] for name in tops if name in cost}, cost))
             _panel(*panels[-1])
-            axis.set_xlabel(f"training step of one layer at {tokens:,} tokens, ms")
+            axis.set_xlabel(f"forward and backward pass with {tokens:,} tokens, ms")
         axes[0].set_ylabel("test top-1, %")
-        for mib in (5, 50, 500):
+        for mib in (10, 100, 500):
             axes[0].scatter([], [], s=_area(mib), color=BLUE, alpha=0.6, label=f"{mib} MiB at peak")
         drawn.legend(ncols=3, loc="upper left", frameon=False)
         drawn.tight_layout(rect=(0, 0, 1, 0.9))
@@ -259,7 +253,7 @@ def _label(
 
 
 def _area(mib: float) -> float:
-    return 2 * mib
+    return mib
 
 
 def command_line() -> argparse.ArgumentParser:
