@@ -132,7 +132,7 @@ def league_runs(tokens: int = 64) -> list[dict[str, Any]]:
 
 def league_costs() -> list[dict[str, Any]]:
     """Time and memory of the models of the league."""
-    rows = read_csv(ROOT / "results" / "league_cost.csv")[1]
+    rows = read_csv(RESULTS / AMD / "league.csv")[1]
     names = ("tokens", "ms", "mib")
     return [row | {name: float(row[name]) for name in names} for row in rows]
 

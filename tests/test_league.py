@@ -16,7 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 import vision_xformer as vx
-from train import league, league_cost
+from train import league
+from train.benchmark import __main__ as benchmark
+from train.benchmark.league import measure_league
 from train.benchmark.rows import read_csv
 from train.checkpoint import settings_of
 from train.commands import read_run
@@ -205,17 +207,20 @@ def test_the_page_says_which_models_are_cheap() -> None:
 
 
 def test_models_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    few = partial(league_cost.measure, mixers=("softmax", "talking_heads"))
-    monkeypatch.setattr(league_cost, "measure", few)
-    monkeypatch.setattr(league_cost, "TOKENS", (256,))
-    monkeypatch.setattr(league_cost, "_ROUNDS", 1)
-    league_cost.main(["--out", str(tmp_path / "cost.csv")])
-    comments, rows = read_csv(tmp_path / "cost.csv")
-    assert comments[-1] == "command: python -m train.league_cost --out cost.csv"
+    few = partial(measure_league, mixers=("softmax", "talking_heads"), lengths=(256,))
+    monkeypatch.setattr(benchmark, "measure_league", few)
+    out = tmp_path / "league.csv"
+    benchmark.main(["league", "--out", str(out)])
+    comments, rows = read_csv(out)
+    assert comments[-1] == f"command: python -m train.benchmark league --out {out}"
     softmax, heads = rows
     assert (softmax["mixer"], softmax["tokens"]) == ("softmax", "256")
     assert float(softmax["ms"]) > 0
-    assert 10 < float(softmax["mib"]) < float(heads["mib"]) - 16  # two maps of 8 MiB in two layers
+    assert 10 < float(softmax["mib"]) < float(heads["mib"]) - 16  # two maps of 8 MiB
+    out.write_text("# a\n# b\nname\nlinear\n")
+    with pytest.raises(SystemExit):
+        benchmark.main(["league", "--out", str(out)])
+    assert "linear" in out.read_text()
 
 
 def test_the_page_says_which_differences_count() -> None:

@@ -552,5 +552,5 @@ def test_commands_of_the_league_are_there() -> None:
 def test_benchmark_commands_are_there() -> None:
     found = [words[1:] for words in commands("python -m train") if words[0] == "benchmark"]
     assert {benchmark_line().parse_args(words).command for words in found} == {
-        "mixers", "models", "onnx", "plan", "errors", "compare", "page", "gpu"
+        "mixers", "models", "onnx", "league", "plan", "errors", "compare", "page", "gpu"
     }  # fmt: skip

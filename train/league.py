@@ -94,6 +94,22 @@ ENTRIES = {
 }
 
 
+def recipe(mixer: str, tokens: int) -> list[str]:
+    """The options of ``python -m train fit`` for a mixer.
+
+    Args:
+        mixer: name of the mixer.
+        tokens: number of tokens N, one of :data:`TOKENS`.
+    """
+    entry, (options, epochs) = ENTRIES[mixer], TOKENS[tokens]
+    options = {"drop_path": 0.0, "mlp_ratio": entry.mlp_ratio, **options}
+    return [
+        "--config", str(RECIPE), "--data.image_size", "32", "--model.mixer", mixer,
+        "--model.mixer_options", json.dumps(entry.options),
+        "--model.options", json.dumps(options), "--train.epochs", str(epochs),
+    ]  # fmt: skip
+
+
 def command(
     folder: Path,
     mixer: str,
@@ -117,13 +133,9 @@ def command(
     more = [] if compile_ is None else ["--train.compile", compile_]
     if (folder / "config.yaml").is_file():
         return ["resume", str(folder), "--data.root", root, *more]
-    entry, (options, epochs) = ENTRIES[mixer], TOKENS[tokens]
-    options = {"drop_path": 0.0, "mlp_ratio": entry.mlp_ratio, **options}
     return [
-        "fit", "--config", str(RECIPE), "--seed", str(seed), "--run_dir", str(folder),
-        "--data.name", data, "--data.root", root, "--data.image_size", "32",
-        "--model.mixer", mixer, "--model.mixer_options", json.dumps(entry.options),
-        "--model.options", json.dumps(options), "--train.epochs", str(epochs), *more,
+        "fit", *recipe(mixer, tokens), "--seed", str(seed), "--run_dir", str(folder),
+        "--data.name", data, "--data.root", root, *more,
     ]  # fmt: skip
 
 
@@ -147,7 +159,7 @@ def table(runs: Sequence[Mapping[str, Any]], costs: Sequence[Mapping[str, Any]])
 
     Args:
         runs: as :func:`train.commands.read_run` returns them.
-        costs: rows of ``python -m train.league_cost``.
+        costs: rows of ``python -m train.benchmark league``.
     """
     known = [run for run in runs if run["result"].get("parameters") is not None]
     parameters = {mixer_trained(run): run["result"]["parameters"] for run in known}
@@ -172,7 +184,7 @@ def figure(runs: Sequence[Mapping[str, Any]], costs: Sequence[Mapping[str, Any]]
 
     Args:
         runs: as :func:`train.commands.read_run` returns them.
-        costs: rows of ``python -m train.league_cost``.
+        costs: rows of ``python -m train.benchmark league``.
     """
     tops = {name: [100 * top for top in seeds] for name, seeds in accuracies(runs).items()}
     with mpl.rc_context(STYLE):

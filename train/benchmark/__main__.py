@@ -1,10 +1,10 @@
-"""Command line: ``python -m train.benchmark {mixers,models,onnx,plan,errors,compare,page,gpu}``."""
+"""Command line: ``python -m train.benchmark COMMAND``."""
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..signals import exit_at_once, exit_code, raised
@@ -36,6 +36,9 @@ from .exports import COLUMNS as EXPORT_COLUMNS
 from .exports import METHOD as EXPORT_METHOD
 from .exports import measure_exports
 from .exports import models as exported_models
+from .league import COLUMNS as LEAGUE_COLUMNS
+from .league import ENTRIES, TOKENS, measure_league
+from .league import METHOD as LEAGUE_METHOD
 from .measuring import measure_memory, run
 from .page import write
 from .pictures import wins
@@ -54,10 +57,10 @@ from .rows import (
 from .suite import PARTS, gpu
 
 RESULTS = Path("results") / "benchmark"
-_ON_CPU = ("onnx", "errors")
+_ON_CPU = ("onnx", "errors", "league")
 _KEPT = ("mixers", "models", "gpu")  # commands that measure only what is missing
 _MEASURED = ("name", "image_size", "memory", "precision", "measure")  # options of plan --measure
-_NOT_DRAWN = ("onnx", "tests", "training")  # files of the suite without figures
+_NOT_DRAWN = ("onnx", "league", "tests", "training")  # files of the suite without figures
 
 
 def default_out(command: str) -> Path:
@@ -73,7 +76,8 @@ def _device(command: str) -> str:
 
 def command_line() -> Parser:
     """Build the parser of all subcommands."""
-    mixers, models, exports, planned, errors, compared, page, suite = (Parser() for _ in range(8))
+    mixers, models, exports, planned, errors = (Parser() for _ in range(5))
+    league, compared, page, suite = (Parser() for _ in range(4))
     known = [*vx.list_mixers(), *CONTROLS]
     mixers.add_argument("--only", nargs="+", choices=known, default=known, metavar="MIXER",
                         help="mixers, packages and controls to measure")  # fmt: skip
@@ -99,9 +103,11 @@ def command_line() -> Parser:
     for one in (mixers, models):
         one.add_argument("--dtype", choices=DTYPES, default="fp32",
                          help="precision; bf16 and fp16 use autocast")  # fmt: skip
-    for one in (mixers, models, exports, errors):
+    for one in (mixers, models, exports, errors, league):
         again = (
-            "" if one in (exports, errors) else "; rows that it already has are not measured again"
+            ""
+            if one in (exports, errors, league)
+            else "; rows that it already has are not measured again"
         )
         one.add_argument("--out", type=Path, help="CSV file (default: one for this device in "
                          f"results/benchmark){again}")  # fmt: skip
@@ -134,6 +140,7 @@ def command_line() -> Parser:
             "mixers": ("measure single layers: every mixer at every length", mixers),
             "models": ("measure whole models: inference and training step", models),
             "onnx": ("time models in onnxruntime, eager and compiled PyTorch", exports),
+            "league": ("time the models of python -m train.league", league),
             "plan": ("compute memory and the largest batch size, without a GPU", planned),
             "errors": ("measure the error of approximations of exact attention", errors),
             "compare": ("report regressions; exit code 1 if one exceeds the threshold", compared),
@@ -195,6 +202,26 @@ def measured_plan(args: Namespace) -> str:
     return "\n".join([f"{head}, measured on {where}", table, *notes])
 
 
+def written(out: Path, columns: Sequence[str], lines: Sequence[str], rows: Iterable[Row]) -> str:
+    """Write rows of the CPU to a CSV file, as they come.
+
+    Args:
+        out: file to create or to replace.
+        columns: names of the columns.
+        lines: comment lines after those of the machine.
+        rows: rows.
+
+    Returns:
+        The text to print.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    found: list[Row] = []
+    for row in rows:
+        found.append(row)
+        write_csv(out, [*machine("cpu"), *lines], columns, found)
+    return f"{len(found)} rows in {out}"
+
+
 def answer(command: str, args: Namespace, arguments: Sequence[str]) -> str:
     """Run a command.
 
@@ -232,8 +259,8 @@ def answer(command: str, args: Namespace, arguments: Sequence[str]) -> str:
             if not folder.is_dir():
                 raise ValueError(f"--runs {folder} is not a folder")
         runs = read_runs(args.runs or [Path("results")])
-        written = write(files, cost_sections(runs), args.out)
-        return f"{written[0]} and {len(written) - 1} figures next to it"
+        page, *figures = write(files, cost_sections(runs), args.out)
+        return f"{page} and {len(figures)} figures next to it"
     if command == "plan":
         return measured_plan(args) if args.measure else computed(args)
     out = output_file(args.out) if args.out else default_out(command)
@@ -245,19 +272,16 @@ def answer(command: str, args: Namespace, arguments: Sequence[str]) -> str:
             inputs += trained(folder, parse([], folder / "config.yaml"))
         with tqdm(unit="kernel", disable=None) as bar:
             found = measure_errors(inputs, bar)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        lines = [*machine("cpu"), *ERROR_METHOD, f"command: {asked}"]
-        write_csv(out, lines, ERROR_COLUMNS, found)
-        return f"{len(found)} rows in {out}"
+        return written(out, ERROR_COLUMNS, [*ERROR_METHOD, f"command: {asked}"], found)
     if command == "onnx":
         check_replaced(out, EXPORT_COLUMNS, "exports")
-        names, rows = exported_models(args.names), []
-        out.parent.mkdir(parents=True, exist_ok=True)
-        for row in tqdm(measure_exports(names, args.batch), total=len(names), disable=None):
-            rows.append(row)
-            lines = [*machine("cpu"), *EXPORT_METHOD, f"command: {asked}"]
-            write_csv(out, lines, EXPORT_COLUMNS, rows)
-        return f"{len(rows)} rows in {out}"
+        names = exported_models(args.names)
+        rows = tqdm(measure_exports(names, args.batch), total=len(names), disable=None)
+        return written(out, EXPORT_COLUMNS, [*EXPORT_METHOD, f"command: {asked}"], rows)
+    if command == "league":
+        check_replaced(out, LEAGUE_COLUMNS, "the league")
+        rows = tqdm(measure_league(), total=len(ENTRIES) * len(TOKENS), disable=None)
+        return written(out, LEAGUE_COLUMNS, [*LEAGUE_METHOD, f"command: {asked}"], rows)
     return f"{tables(run(cases_of(command, args), out, asked))}\n\nrows in {out}"
 
 
