@@ -43,7 +43,7 @@ FAILED = 2  # exit code of a run that cannot work
 TOKENS = {  # model options and epochs
     64: ({}, 30),
     256: ({"patch_size": 2, "stem_options": {"layers": 1}}, 10),
-    1024: ({"patch_size": 1, "stem": "conv", "stem_options": {}}, 10),  # that of hybrid models
+    1024: ({"patch_size": 1, "stem": "conv", "stem_options": {}}, 10),  # stem of hybrid models
 }
 
 
