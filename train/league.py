@@ -88,7 +88,7 @@ ENTRIES = {
     "lite_mla": Entry(),
     "talking_heads": Entry(options=_NO_DROPOUT),
     "softmax_eager": Entry(options=_NO_DROPOUT),
-    "linformer-pytorch": Entry(options={"rank": 16}),
+    "linformer-pytorch": Entry(options={"rank": 16, **_NO_DROPOUT}),
     "performer-pytorch": Entry(options={"features": 64}),
     "nystrom-attention": Entry(options={"landmarks": 16}),
 }
