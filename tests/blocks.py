@@ -137,9 +137,17 @@ def league_costs() -> list[dict[str, Any]]:
     return [row | {name: float(row[name]) for name in names} for row in rows]
 
 
-def league_table() -> str:
-    """The table of the league; its figure has a hash of it."""
-    return league.table(league_runs(), league_costs()).markdown()
+def league_tables() -> dict[str, str]:
+    """The tables of the league; its figure has a hash of them."""
+    return {
+        "league": league.table(league_runs(), league_costs()).markdown(),
+        "256 tokens": league.table(league_runs(256), []).markdown(),
+    }
+
+
+def league_digest() -> str:
+    """The hash of the tables of the league."""
+    return digest("".join(league_tables().values()).encode())
 
 
 def exports() -> dict[str, dict[str, str]]:
@@ -186,10 +194,7 @@ def blocks() -> dict[str, dict[str, str]]:
             "conversions": convert_page.table(conversions()).markdown(),
             "conversion cost": convert_page.cost_table(conversions()["cost"]).markdown(),
         },
-        "docs/league.md": {
-            "league": league_table(),
-            "256 tokens": league.table(league_runs(256), []).markdown(),
-        },
+        "docs/league.md": league_tables(),
         "docs/training.md": {
             "training": table(classifiers()).markdown(),
             "cuda graphs": cuda_graphs(),
@@ -240,8 +245,8 @@ def write() -> None:
     save(convert_page.accuracy_figure(conversions()), ROOT / "docs" / "conversions.png", source)
     cost = convert_page.cost_figure(conversions()["cost"])
     save(cost, ROOT / "docs" / "conversion-cost.png", source)
-    front = league.figure(league_runs(), league_costs())
-    save(front, ROOT / "docs" / "league.png", digest(league_table().encode()))
+    front = league.figure({n: league_runs(n) for n in (64, 256)}, league_costs())
+    save(front, ROOT / "docs" / "league.png", league_digest())
 
 
 if __name__ == "__main__":

@@ -38,7 +38,6 @@ from .recipes import parse
 from .report import front
 
 RECIPE = Path(__file__).parents[1] / "configs" / "cifar10" / "cct_2_3x2.yaml"
-SHOWN = (64, 1024)  # numbers of tokens of the panels
 FAILED = 2  # exit code of a run that cannot work
 TOKENS = {  # model options and epochs
     64: ({}, 30),
@@ -179,30 +178,40 @@ def table(runs: Sequence[Mapping[str, Any]], costs: Sequence[Mapping[str, Any]])
     return Table([heads[i] for i in kept], [[row[i] for i in kept] for row in rows])
 
 
-def figure(runs: Sequence[Mapping[str, Any]], costs: Sequence[Mapping[str, Any]]) -> Figure:
-    """Plot accuracy against the time of a training step; the area of a dot is its memory.
+def figure(
+    runs: Mapping[int, Sequence[Mapping[str, Any]]], costs: Sequence[Mapping[str, Any]]
+) -> Figure:
+    """Plot accuracy against the time of a forward and a backward pass, a panel for each length.
+
+    The area of a dot is the memory.
 
     Args:
-        runs: as :func:`train.commands.read_run` returns them.
+        runs: as :func:`train.commands.read_run` returns them, by number of tokens.
         costs: rows of ``python -m train.benchmark league``.
     """
-    tops = {name: [100 * top for top in seeds] for name, seeds in accuracies(runs).items()}
     with mpl.rc_context(STYLE):
         drawn = Figure(figsize=(12, 5.8))
-        axes = drawn.subplots(1, len(SHOWN), sharey=True)
         panels = []
-        for axis, tokens in zip(axes, SHOWN, strict=True):
+        for axis, tokens in zip(drawn.subplots(1, len(runs), squeeze=False)[0], runs, strict=True):
             cost = {
                 row["mixer"]: (row["ms"], row["mib"]) for row in costs if row["tokens"] == tokens
             }
-            panels.append((axis, {name: tops[name] for name in tops if name in cost}, cost))
+            tops = {
+                name: [100 * top for top in seeds]
+                for name, seeds in accuracies(runs[tokens]).items()
+                if name in cost
+            }
+            panels.append((axis, tops, cost))
             _panel(*panels[-1])
-            axis.set_xlabel(f"forward and backward pass with {tokens:,} tokens, ms")
-        axes[0].set_ylabel("test top-1, %")
-        for mib in (10, 100, 500):
-            axes[0].scatter([], [], s=_area(mib), color=BLUE, alpha=0.6, label=f"{mib} MiB at peak")
+            axis.set_title(f"{tokens:,} tokens, {TOKENS[tokens][1]} epochs", loc="left")
+            axis.set_xlabel("forward and backward pass, ms")
+            axis.set_ylabel("test top-1, %")
+        for mib in (10, 30, 100):
+            panels[0][0].scatter(
+                [], [], s=_area(mib), color=BLUE, alpha=0.6, label=f"{mib} MiB at peak"
+            )
         drawn.legend(ncols=3, loc="upper left", frameon=False)
-        drawn.tight_layout(rect=(0, 0, 1, 0.9))
+        drawn.tight_layout(rect=(0, 0, 1, 0.92))
         for panel in panels:  # where the dots are on the page is known now
             _label(*panel)
     return drawn
@@ -239,6 +248,8 @@ def _label(
     for name, (x, y) in centers.items():
         pixels = radii[name] * axis.figure.dpi / 72
         taken.append(Bbox.from_bounds(x - pixels, y - pixels, 2 * pixels, 2 * pixels))
+        low, high = (axis.transData.transform((1, f(tops[name])))[1] for f in (min, max))
+        taken.append(Bbox.from_extents(x - 1, low, x + 1, high))
     for name, point in points.items():
         for more, (x, y) in itertools.product((0, 10, 20, 35, 50, 70), _DIRECTIONS):
             away = 3 + radii[name] + more
@@ -249,7 +260,7 @@ def _label(
             )  # fmt: skip
             text = write()
             place = text.get_window_extent()
-            inside = axis.bbox.padded(place.height).count_contains(place.corners()) == 4
+            inside = axis.bbox.count_contains(place.corners()) == 4
             free = inside and not any(place.overlaps(box) for box in taken)
             middle = (place.p0 + place.p1) / 2
             _, nearest = min((math.dist(middle, center), n) for n, center in centers.items())
@@ -261,11 +272,12 @@ def _label(
         if more:
             text.remove()
             write(arrowprops={"arrowstyle": "-", "color": GREY, "lw": 0.6, "shrinkA": 0})
-        taken.append(place)
+        taken.append(place.padded(3))
 
 
 def _area(mib: float) -> float:
-    return mib
+    """The area in square points of a dot."""
+    return 4 * mib
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -290,7 +302,8 @@ def command_line() -> argparse.ArgumentParser:
         "pixel, with the stem of hybrid models) for 10",
     )  # fmt: skip
     parser.add_argument(
-        "--compile", choices=("false", "true", "cudagraphs"), help="as fit --train.compile",
+        "--compile", choices=("false", "true", "cudagraphs"), default=argparse.SUPPRESS,
+        help="as fit --train.compile (default: false, or that of the resumed run)",
     )  # fmt: skip
     return parser
 
@@ -298,17 +311,18 @@ def command_line() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> None:
     """The program; ``arguments`` are those of the command line by default."""
     args = command_line().parse_args(arguments)
+    compile_ = vars(args).get("compile")
     folders, failed = [], []
     for seed, mixer in itertools.product(args.seeds, args.only):
         folder = args.out.expanduser() / f"{mixer}-{args.tokens}-{seed}"
-        if (recipe := folder / "config.yaml").is_file():
-            known = parse([], recipe).data.name
+        if (config := folder / "config.yaml").is_file():
+            known = parse([], config).data.name
             if known != args.data:
                 raise SystemExit(f"--data {args.data}: the images of {folder} are {known}; choose "
                                  "another --out")  # fmt: skip
         if not (folder / "result.json").is_file():
             try:
-                train(command(folder, mixer, args.tokens, seed, args.root, args.data, args.compile))
+                train(command(folder, mixer, args.tokens, seed, args.root, args.data, compile_))
             except SystemExit as stop:
                 if stop.code != FAILED:  # a signal
                     raise

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 
 def reset_peak() -> int:
@@ -62,7 +63,7 @@ def step_seconds(
         rounds: turns that are counted.
     """
     times: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(rounds + 1):
+    for _ in tqdm(range(rounds + 1), desc="time", unit="round", leave=False, disable=None):
         for name, model in models.items():
             times[name].append(_seconds(model.to(images.device), images, autocast))
     return {name: statistics.median(taken[1:]) for name, taken in times.items()}

@@ -37,8 +37,8 @@ from .exports import METHOD as EXPORT_METHOD
 from .exports import measure_exports
 from .exports import models as exported_models
 from .league import COLUMNS as LEAGUE_COLUMNS
-from .league import ENTRIES, TOKENS, measure_league
 from .league import METHOD as LEAGUE_METHOD
+from .league import measure_league
 from .measuring import measure_memory, run
 from .page import write
 from .pictures import wins
@@ -60,7 +60,7 @@ RESULTS = Path("results") / "benchmark"
 _ON_CPU = ("onnx", "errors", "league")
 _KEPT = ("mixers", "models", "gpu")  # commands that measure only what is missing
 _MEASURED = ("name", "image_size", "memory", "precision", "measure")  # options of plan --measure
-_NOT_DRAWN = ("onnx", "league", "tests", "training")  # files of the suite without figures
+_NOT_DRAWN = ("onnx", "league", "tests", "training")  # files without figures
 
 
 def default_out(command: str) -> Path:
@@ -280,8 +280,8 @@ def answer(command: str, args: Namespace, arguments: Sequence[str]) -> str:
         return written(out, EXPORT_COLUMNS, [*EXPORT_METHOD, f"command: {asked}"], rows)
     if command == "league":
         check_replaced(out, LEAGUE_COLUMNS, "the league")
-        rows = tqdm(measure_league(), total=len(ENTRIES) * len(TOKENS), disable=None)
-        return written(out, LEAGUE_COLUMNS, [*LEAGUE_METHOD, f"command: {asked}"], rows)
+        lines = [*LEAGUE_METHOD, f"command: {asked}"]
+        return written(out, LEAGUE_COLUMNS, lines, measure_league())
     return f"{tables(run(cases_of(command, args), out, asked))}\n\nrows in {out}"
 
 

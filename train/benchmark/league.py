@@ -42,8 +42,6 @@ def measure_league(
         }
         seconds = step_seconds(models, images, contextlib.nullcontext(), ROUNDS)
         for mixer, model in models.items():
-            ms, peak = (
-                1e3 * seconds[mixer],
-                vx.memory(model, tuple(images.shape), device="cpu").peak,
-            )
+            ms = 1e3 * seconds[mixer]
+            peak = vx.memory(model, tuple(images.shape), device="cpu").peak
             yield {"mixer": mixer, "tokens": tokens, "ms": ms, "mib": peak / MIB}
