@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 from pathlib import Path
@@ -387,6 +388,7 @@ def test_a_streamed_image_that_breaks_later_is_named_and_can_be_skipped(
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
+    assert not multiprocessing.active_children()  # while the frames of the error are alive
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"error: {bad} cannot be read as an image: ")
     assert error.endswith("; --data.skip_broken true skips such images, in training only in a new "

@@ -172,6 +172,7 @@ class Images(Dataset[tuple[Tensor, int]]):
             generator=torch.Generator(),  # otherwise the global generator would be advanced
             worker_init_fn=_ignore_signals,
         )
+        loaded: Any = None
         try:
             with held_back():  # the workers start here
                 loaded = iter(loader)
@@ -191,6 +192,10 @@ class Images(Dataset[tuple[Tensor, int]]):
             if "DataLoader worker" not in str(error):
                 raise
             raise ValueError(f"one of the {workers} data.workers died: {error}") from error
+        finally:
+            # Ends the workers now. The frames of an error would keep them until the process exits,
+            # which would then wait for them forever, as they ignore signals.
+            del loaded
 
     def fingerprint(self) -> str:
         """Return a hash of the labels and of the names of files, with their folder or shard."""
