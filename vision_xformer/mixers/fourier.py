@@ -6,7 +6,6 @@ It has no parameters. "grid" transforms each axis of the image instead of the ro
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import Any, Literal
 
@@ -29,15 +28,10 @@ def real_fft(x: Tensor, norm: str) -> Tensor:
     """
     axes = tuple(range(1, x.ndim))
     half = torch.fft.rfftn(x, dim=axes, norm=norm).real
-    width, mirrored = half.shape[-1], slice(1, (x.shape[-1] + 1) // 2)
-    y = torch.empty_like(x)
-    y[..., :width] = half
-    # n -> -n modulo the length: on each axis index 0 stays and the rest is reversed
-    for part in itertools.product((slice(0, 1), slice(1, None)), repeat=x.ndim - 2):
-        left = (slice(None), *part, mirrored)
-        right = (slice(None), *part, slice(width, None))
-        y[right] = y[left].flip(axes)
-    return y
+    # n -> -n modulo the length: reversed, with index 0 back in front
+    mirrored = half[..., 1 : (x.shape[-1] + 1) // 2].flip(axes)
+    mirrored = mirrored.roll((1,) * len(axes[:-1]), axes[:-1])
+    return torch.cat((half, mirrored), -1)
 
 
 class _RealFFT(torch.autograd.Function):
