@@ -230,18 +230,21 @@ def agent_attention(q, k, v, queries, parts):
     return per_head(one_head, q, k, v)
 
 
-def mhla_attention(q, k, v, mixing, queries, keys, parts):
+def mhla_attention(q, k, v, mixing, queries, keys, parts, cells):
     """MHLA: the weight of key j for query i is f(q_i).f(k_j) C[block of i, block of j].
 
-    ``queries``, ``keys``: (grid, prefix). A block has ceil(size / parts) cells on each axis.
+    ``queries``, ``keys``: (grid, prefix). The block of a query is that of the key at its place.
     """
 
     def blocks(grid, prefix):
         found = [0] * prefix
         for cell in itertools.product(*map(range, grid)):
             number = 0
-            for at, size, count in zip(cell, grid, parts, strict=True):
-                number = number * count + at // -(-size // count)
+            for at, size, of_keys, count, width in zip(
+                cell, grid, keys[0], parts, cells, strict=True
+            ):
+                stride, upscale = max(1, -(-of_keys // size)), max(1, -(-size // of_keys))
+                number = number * count + at * stride // upscale // width
             found.append(number + (keys[1] > 0))
         return torch.tensor(found)
 

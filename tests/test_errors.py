@@ -436,6 +436,12 @@ def test_feature_maps_are_those_of_the_kernel() -> None:
     assert_refused(["feature_map 'softmax'", "'hedgehog'"], make, "linear", feature_map="softmax")
 
 
+def test_features_of_the_published_stabilizer_are_not_recomputed() -> None:
+    words = ["recompute True", "stabilizer 'v0.2'"]
+    assert_refused(words, make, "performer", stabilizer="v0.2", recompute=True)
+    make("performer", stabilizer="v0.2", recompute=False)
+
+
 @pytest.mark.parametrize("stabilizer", ["exponent", "package", "v0.2"])
 def test_stabilizer_of_relu(stabilizer: str) -> None:
     words = [f"stabilizer {stabilizer!r}", "feature_map 'relu'"]

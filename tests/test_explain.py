@@ -70,6 +70,20 @@ def check_exact(layer: Any, output: Tensor, *args: Any) -> Tensor:
 
 
 @each_mixer
+def test_the_value_path_of_a_module_in_half_precision_ends_in_it(name: str) -> None:
+    if name == "nystrom-attention":
+        pytest.skip("the package fails in half precision")
+    grid = GRIDS["2-D"]
+    mixer = make(name, grid).bfloat16()
+    x = tokens(grid).bfloat16()
+    try:
+        path = mixer.value_path(x, grid)
+    except ValueError as error:  # it has no map
+        pytest.skip(str(error))
+    assert path.finish(path.apply(path.values)).dtype == torch.bfloat16
+
+
+@each_mixer
 @each_grid
 def test_maps_times_values_are_the_output(name: str, axes: str) -> None:
     grid = GRIDS[axes]

@@ -235,19 +235,50 @@ def test_shifts_of_the_image_shift_the_output(name: str) -> None:
     assert relative_error(mixer(shifted(x), grid), mixer(x, grid)) > 0.1
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ((8, 8), (16, 16)),
+        ((7, 7), (9, 9)),
+        ((12, 14), (8, 6)),
+        ((8,), (12,)),
+        ((4, 6, 8), (5, 5, 5)),
+    ],
+    ids=str,
+)
+def test_resized_filters_have_the_same_taps(old: tuple[int, ...], new: tuple[int, ...]) -> None:
+    """A filter of 3 taps on each axis convolves the cells of any grid in the same way."""
+    around = tuple(slice(0, 3) for _ in old)
+    taps = randn(*[3] * len(old), DIM)
+    spectra = []
+    for shape in (old, new):
+        cells = torch.zeros(*shape, DIM, dtype=torch.float64)
+        cells[around] = taps
+        axes = tuple(range(len(shape)))
+        spectrum = torch.fft.rfftn(cells.roll([-1] * len(axes), axes), dim=axes)
+        spectra.append(torch.cat((spectrum.real, spectrum.imag), -1))
+    module = build("gfnet", TokenGrid(new))
+    report = vx.load_weights(module, {"filter.grid": spectra[0]}, resize=True)
+    assert report.resized == ["filter.grid"]
+    assert relative_error(module.filter.grid, spectra[1]) < 1e-12
+
+
 def test_global_filters_are_resized_with_the_grid() -> None:
-    """A smooth transfer function keeps its values at another size."""
+    """A constant transfer function, a filter of a single tap, stays constant."""
     small = vx.create_model("vit_test", mixer="gfnet", pool="mean", image_size=(16, 16))
     large = vx.create_model("vit_test", mixer="gfnet", pool="mean", image_size=(32, 32))
     with torch.no_grad():
-        small.blocks[0].mixer.filter.grid.fill_(0.25)
+        small.blocks[0].mixer.filter.grid.chunk(2, -1)[0].fill_(0.25)
+        small.blocks[0].mixer.filter.grid.chunk(2, -1)[1].zero_()
     with pytest.raises(ValueError, match="resize=True"):
         vx.load_weights(large, small.state_dict())
     report = vx.load_weights(large, small.state_dict(), resize=True)
     assert "blocks.0.mixer.filter.grid" in report.resized
     table = large.blocks[0].mixer.filter.grid
     assert table.shape == (16, 9, 48)
-    assert (table - 0.25).abs().max() < 1e-6
+    real, imaginary = table.chunk(2, -1)
+    assert (real - 0.25).abs().max() < 1e-6
+    assert imaginary.abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("grid", [TokenGrid((7,), 1), TokenGrid((5, 4), 2), TokenGrid((2, 3, 2))])

@@ -89,6 +89,18 @@ def test_kernels_state_the_products_of_their_equation(name, queries, keys):
     assert kernel.flops(q, k, v, *grids) == want > 0
 
 
+@pytest.mark.parametrize("share_kv", [False, True])
+def test_keys_that_are_the_values_are_shortened_once_by_a_shared_projection(share_kv):
+    grid, rank = vx.TokenGrid((6, 5)), 4
+    options = {"rank": rank, "share_kv": share_kv}
+    kernel = vx.KERNELS.create("linformer", site(HEADS, KEY, grid), options=options)
+    q, k, _ = operands(30, 30)
+    short = torch.randn(BATCH, HEADS, rank, KEY)
+    projections = torch.randn(rank if share_kv else 2 * rank, 30)
+    expected = counted(lambda: (projections @ k, (q @ short.mT) @ short))
+    assert kernel.flops(q, k, k, grid, grid) == expected
+
+
 def test_fourier_is_a_real_fft():
     mixer = vx.create_mixer("fourier", dim=16, grid=vx.TokenGrid((8, 8)))
     x = torch.randn(2, 64, 16)

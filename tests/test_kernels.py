@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vision_xformer import KERNELS, Site, TokenGrid, create_mixer
 from vision_xformer.grid import grid_parts, pool_grid, segment_means
-from vision_xformer.kernels import mhla, nystrom, performer
+from vision_xformer.kernels import feature_maps, mhla, nystrom, performer
 from vision_xformer.kernels.nystrom import depthwise_conv, newton_schulz_pinv
 from vision_xformer.kernels.softmax import attend
 
@@ -778,24 +778,74 @@ def test_agents_for_each_query_are_two_softmax_attentions():
 
 
 @pytest.mark.parametrize(
-    ("queries", "keys", "blocks", "parts"),
+    ("queries", "keys", "blocks", "parts", "cells"),
     [
-        (TokenGrid((13,)), TokenGrid((13,)), 5, (5,)),
-        (TokenGrid((5, 7), 1), TokenGrid((5, 7), 1), None, (2, 2)),
-        (TokenGrid((3, 4), 1), TokenGrid((6, 8), 2), 12, (3, 4)),
-        (TokenGrid((0, 0), 1), TokenGrid((5, 4), 1), 1, (1, 1)),
-        (TokenGrid((2, 3, 5)), TokenGrid((2, 3, 5)), 12, (2, 2, 3)),
+        (TokenGrid((13,)), TokenGrid((13,)), 5, (5,), (3,)),
+        (TokenGrid((13,)), TokenGrid((13,)), 8, (7,), (2,)),  # 8 blocks would leave one empty
+        (TokenGrid((5, 7), 1), TokenGrid((5, 7), 1), None, (2, 2), (3, 4)),
+        (TokenGrid((3, 4), 1), TokenGrid((6, 8), 2), 12, (3, 4), (2, 2)),
+        (TokenGrid((4, 4)), TokenGrid((7, 7)), None, (2, 2), (4, 4)),
+        (TokenGrid((7, 7)), TokenGrid((14, 14)), None, (4, 3), (4, 6)),
+        (TokenGrid((7, 8)), TokenGrid((3, 4)), 4, (2, 2), (2, 2)),
+        (TokenGrid((0, 0), 1), TokenGrid((5, 4), 1), 1, (1, 1), (5, 4)),
+        (TokenGrid((2, 3, 5)), TokenGrid((2, 3, 5)), 12, (2, 2, 3), (1, 2, 2)),
     ],
     ids=str,
 )
-def test_mhla_is_its_loop(queries, keys, blocks, parts):
+def test_mhla_is_its_loop(queries, keys, blocks, parts, cells):
     qkv = operands(queries, keys)
-    kernel = build("mhla", keys, blocks=blocks)
-    assert kernel.parts == parts
+    at = Site(HEADS, K, V, queries, keys)
+    kernel = KERNELS.create("mhla", at, options={"blocks": blocks}).double()
+    torch.nn.init.normal_(kernel.mixing)
+    assert kernel.blocks == (keys.shape, parts, cells)
     slow = functools.partial(
-        reference.mhla_attention, *qkv, kernel.mixing, queries[:2], keys[:2], parts
+        reference.mhla_attention, *qkv, kernel.mixing, queries[:2], keys[:2], parts, cells
     )
     assert_same(lambda: kernel(*qkv, queries, keys), slow, (*qkv, kernel.mixing))
+
+
+def test_mhla_takes_queries_of_any_grid():
+    """Of another stride than that of its site, too: then only the blocks are not the same."""
+    keys = TokenGrid((9, 7))
+    kernel = build("mhla", keys)
+    torch.nn.init.ones_(kernel.mixing)  # with equal blocks it is linear attention
+    for shape in itertools.product(range(1, 20, 3), range(1, 15, 3)):
+        qkv = operands(TokenGrid(shape), keys)
+        exact = build("linear", keys, feature_map="relu")(*qkv, TokenGrid(shape), keys)
+        assert relative_error(kernel(*qkv, TokenGrid(shape), keys), exact) < 1e-10
+
+
+@pytest.mark.parametrize("name", sorted({*KERNELS.names()} - {"linformer"}))
+@pairs
+def test_one_head_of_keys_and_values_is_shared_by_all_queries(name, queries, keys):
+    q, k, v = operands(queries, keys, kv_heads=1)
+    kernel = build(name, keys)
+    expanded = (t.expand(-1, HEADS, -1, -1) for t in (k, v))
+    exact = kernel(q, *expanded, queries, keys)
+    assert relative_error(kernel(q, k, v, queries, keys), exact) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("mala", {}),
+        ("rala", {}),
+        *(("linear", {"feature_map": name}) for name in feature_maps.FEATURE_MAPS),
+    ],
+)
+def test_features_of_a_query_far_below_zero_are_not_rounded_to_zero(name, options, dtype):
+    grid = TokenGrid((13,))
+    exact = [t.detach() for t in operands(grid, grid)]
+    exact[0][:, :, 3] = -20.0
+    low = [t.to(dtype).requires_grad_() for t in exact]
+    kernel = build(name, grid, **options)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        out = kernel.float()(*low, grid, grid)
+    gradients = torch.autograd.grad(out.float().square().sum(), low)
+    assert all(t.isfinite().all() for t in gradients)
+    want = kernel.double()(*(t.detach().double() for t in low), grid, grid)
+    assert relative_error(out[:, :, 3], want[:, :, 3]) < 20 * torch.finfo(dtype).eps
 
 
 def test_mhla_without_locality_is_linear_attention():

@@ -89,9 +89,11 @@ class Kernel(nn.Module):
     def check_keys(self, keys: TokenGrid) -> None:
         """Raise a ValueError for keys on a grid other than that of the site."""
         if keys != self.site.keys:
+            tables = any(name.endswith(".grid") for name, _ in self.named_parameters())
+            hint = "; load_weights(..., resize=True) carries its tables over" if tables else ""
             raise ValueError(
                 f"{type(self).__name__} was built for keys on {self.site.keys} and cannot take "
-                f"{keys}: build it for that; load_weights(..., resize=True) carries its tables over"
+                f"{keys}: build it for that{hint}"
             )
 
     def forward(

@@ -6,12 +6,13 @@ Each maps (B, H, N, K) to non-negative features (B, H, N, F).
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..forms import needs_plain
 from ..grid import TokenGrid
 from ..precision import to_accumulate
 
@@ -65,11 +66,31 @@ def average(fq: Tensor, context: Tensor) -> Tensor:
     return y / total
 
 
+class _EluPlusOne(torch.autograd.Function):
+    """elu(x) + 1, which stores its result, as products with it do, instead of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.clamp(max=0).exp_().add_(x.relu())
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return d * y.clamp(max=1)
+
+
 def elu_plus_one(x: Tensor) -> Tensor:
-    """elu(x) + 1, of any shape (Katharopoulos et al. 2020, arXiv 2006.16236, eq. 7)."""
-    if torch.compiler.is_compiling():  # inductor gets the memory format of F.elu wrong
-        return x.clamp(max=0).exp() + x.relu()
-    return F.elu(x) + 1
+    """elu(x) + 1, of any shape (Katharopoulos et al. 2020, arXiv 2006.16236, eq. 7).
+
+    At least float32, and not computed as F.elu(x) + 1: it is never 0 by rounding, so neither are
+    sums of it.
+    """
+    (wide,) = to_accumulate(x)
+    if torch.compiler.is_compiling() or needs_plain(wide):
+        return wide.clamp(max=0).exp() + wide.relu()
+    return _EluPlusOne.apply(wide)
 
 
 def _halves(x: Tensor) -> Tensor:
@@ -105,7 +126,8 @@ class SquaredRelu(FeatureMap):
 class Focused(FeatureMap):
     """|y| y^3 / |y^3| of y = relu(x) (Han et al. 2023, arXiv 2308.00442): norms are kept.
 
-    The projections absorb the learned scale of each channel in the authors' code.
+    Norms are over a head, in the authors' code over all heads. The projections absorb the learned
+    scale of each channel that their code has.
     """
 
     def forward(self, x: Tensor, grid: TokenGrid) -> Tensor:
@@ -168,8 +190,8 @@ class Polarity(FeatureMap):
     """relu(x)^p and relu(-x)^p, p learned (Meng et al. 2025, arXiv 2501.15061).
 
     The first half of the values is weighted by products of equal signs, the other half by products
-    of opposite signs. p = 1 + 4 sigmoid(g) for each channel starts as 3. The paper's gate is the
-    option ``gate`` of attention.
+    of opposite signs. p = 1 + 4 sigmoid(g) for each channel starts as 3; queries and keys have
+    their own, in the authors' code the same. The paper's gate x W + b is left out.
     """
 
     denominators = 2

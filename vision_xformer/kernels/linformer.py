@@ -147,11 +147,15 @@ class Linformer(MapKernel):
         *,
         shortened: bool = False,
     ) -> int:
-        """Count 2 R N (K + V) for each head and, unless shortened, 2 R M (K + V) for each of G."""
+        """Count 2 R N (K + V) for each head and, unless shortened, 2 R M (K + V) for each of G.
+
+        Keys that are the values, with ``share_kv``, are shortened once: 2 R M K.
+        """
         batch, heads, length, key_dim = q.shape
         widths = key_dim + v.shape[-1]
-        shortening = 0 if shortened else k.shape[1] * k.shape[2] * widths
-        return 2 * batch * self.rank * (heads * length * widths + shortening)
+        once = v is k and self.proj_v is None  # shortened once for both
+        row = 0 if shortened else key_dim if once else widths
+        return 2 * batch * self.rank * (heads * length * widths + k.shape[1] * k.shape[2] * row)
 
     def extra_repr(self) -> str:
         """The options that ``print`` shows."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,40 +39,76 @@ def local_mixing(parts: tuple[int, ...], prefix: bool) -> Tensor:
     blocks = torch.tensor([*itertools.product(*map(range, parts))], dtype=torch.float32)
     distances = F.pad(torch.cdist(blocks, blocks), (int(prefix), 0, int(prefix), 0))
     nearness = (1 - distances / distances.max().clamp(min=1)).clamp(min=_EPS)
-    return nearness / nearness.sum(1, keepdim=True)
+    return (nearness / nearness.sum(1, keepdim=True)).to(torch.get_default_dtype())
 
 
-def to_blocks(x: Tensor, shape: tuple[int, ...], parts: tuple[int, ...]) -> Tensor:
-    """Cut a grid into blocks; the last ones on each axis are padded with zeros.
+class Blocks(NamedTuple):
+    """How a grid is cut into blocks of equal size; the last ones on each axis may be padded.
 
-    Shape: (B, H, prod(shape), F) -> (B, H, prod(parts), w, F)
+    Args:
+        shape: cells of the grid on each axis.
+        parts: number of blocks on each axis.
+        cells: cells of a block on each axis.
     """
-    x = x.unflatten(2, shape)
-    padding = [(0, -size % count) for size, count in zip(shape, parts, strict=True)]
-    if any(after for _, after in padding):
-        x = F.pad(x, (0, 0, *itertools.chain(*reversed(padding))))
-    return rearrange(x, f"b h {_cut(parts)} f -> b h {_of(parts)} f", **_counts(parts))
+
+    shape: tuple[int, ...]
+    parts: tuple[int, ...]
+    cells: tuple[int, ...]
+
+    def cut(self, x: Tensor) -> Tensor:
+        """Cut, and pad with zeros: (B, H, prod(shape), F) -> (B, H, prod(parts), w, F)."""
+        x = x.unflatten(2, self.shape)
+        padding = [
+            (0, count * width - size)
+            for size, count, width in zip(self.shape, self.parts, self.cells, strict=True)
+        ]
+        if any(after for _, after in padding):
+            x = F.pad(x, (0, 0, *itertools.chain(*reversed(padding))))
+        return rearrange(x, f"b h {self._axes} f -> b h {self._blocks} f", **self._counts)
+
+    def join(self, x: Tensor) -> Tensor:
+        """Undo :meth:`cut`: (B, H, prod(parts), w, F) -> (B, H, prod(shape), F)."""
+        x = rearrange(x, f"b h {self._blocks} f -> b h {self._axes} f", **self._counts)
+        inside = (slice(None), slice(None), *map(slice, self.shape))
+        return x[inside].flatten(2, -2)
+
+    @property
+    def _counts(self) -> dict[str, int]:
+        named = zip("nw", (self.parts, self.cells), strict=True)
+        return {f"{x}{axis}": count for x, row in named for axis, count in enumerate(row)}
+
+    @property
+    def _axes(self) -> str:
+        return " ".join(f"(n{axis} w{axis})" for axis in range(len(self.shape)))
+
+    @property
+    def _blocks(self) -> str:
+        rows = (" ".join(f"{x}{axis}" for axis in range(len(self.shape))) for x in "nw")
+        return "({}) ({})".format(*rows)
 
 
-def from_blocks(x: Tensor, shape: tuple[int, ...], parts: tuple[int, ...]) -> Tensor:
-    """Undo :func:`to_blocks`: (B, H, prod(parts), w, F) -> (B, H, prod(shape), F)."""
-    cells = {f"w{axis}": -(-size // parts[axis]) for axis, size in enumerate(shape)}
-    x = rearrange(x, f"b h {_of(parts)} f -> b h {_cut(parts)} f", **_counts(parts), **cells)
-    inside = (slice(None), slice(None), *map(slice, shape))
-    return x[inside].flatten(2, -2)
+def cut_keys(keys: TokenGrid, queries: TokenGrid, count: int) -> Blocks:
+    """Cut the grid of the keys into at most ``count`` blocks, none of which is empty.
+
+    Strided queries skip keys: blocks are then a multiple of the stride wide.
+    """
+    cells = []
+    for size, part, reduced in zip(
+        keys.shape, grid_parts(keys.shape, count), queries.shape, strict=True
+    ):
+        stride = -(-size // reduced) if 0 < reduced < size else 1
+        cells.append(-(-size // part // stride) * stride)
+    parts = (-(-size // width) for size, width in zip(keys.shape, cells, strict=True))
+    return Blocks(keys.shape, tuple(parts), tuple(cells))
 
 
-def _counts(parts: tuple[int, ...]) -> dict[str, int]:
-    return {f"n{axis}": count for axis, count in enumerate(parts)}
-
-
-def _cut(parts: tuple[int, ...]) -> str:
-    return " ".join(f"(n{axis} w{axis})" for axis in range(len(parts)))
-
-
-def _of(parts: tuple[int, ...]) -> str:
-    numbers, cells = (" ".join(f"{x}{axis}" for axis in range(len(parts))) for x in "nw")
-    return f"({numbers}) ({cells})"
+def cut_queries(queries: TokenGrid, keys: Blocks) -> Blocks:
+    """Cut the grid of the queries into as many blocks, which cover the same parts of the image."""
+    cells = []
+    for size, of_keys, part, width in zip(queries.shape, *keys, strict=True):
+        stride, upscale = -(-of_keys // max(size, 1)), -(-size // of_keys)  # one of them is 1
+        cells.append(max(-(-width // stride) * max(upscale, 1), -(-size // part)))
+    return Blocks(queries.shape, keys.parts, tuple(cells))
 
 
 @KERNELS.register("mhla")
@@ -91,8 +128,8 @@ class Mhla(Kernel):
             The paper's DeiT models have 4 blocks of 7 x 7 tokens.
 
     Raises:
-        ValueError: for less than 1 block, keys on another grid, or queries on a grid with another
-            number of axes.
+        ValueError: for less than 1 block, queries and keys on grids of different axes, or, in a
+            call, keys on another grid.
     """
 
     takes_rope = False
@@ -103,9 +140,10 @@ class Mhla(Kernel):
         cells = math.prod(site.keys.shape)
         blocks = max(1, math.isqrt(cells)) if blocks is None else blocks
         check_at_least("blocks", blocks, 1)
-        self.parts = grid_parts(site.keys.shape, blocks)
+        self._check_axes(site.queries, site.keys)
+        self.blocks = cut_keys(site.keys, site.queries, blocks)
         self.features = FEATURE_MAPS["relu"](site.heads, site.key_dim, True)
-        mixing = local_mixing(self.parts, site.keys.prefix > 0)
+        mixing = local_mixing(self.blocks.parts, site.keys.prefix > 0)
         self.mixing = nn.Parameter(mixing) if len(mixing) > 1 else None
 
     def forward(
@@ -119,12 +157,11 @@ class Mhla(Kernel):
     ) -> Tensor:
         """Attend: q (B, H, N, K), k (B, G, M, K), v (B, G, M, V) -> (B, H, N, V)."""
         self.check_keys(keys)
-        if len(queries.shape) != len(keys.shape):
-            raise ValueError(f"queries on {queries} and keys on {keys} differ in their axes")
+        self._check_axes(queries, keys)
         wide_q, wide_k, values = to_accumulate(q, k, v)
         with without_autocast(q):  # sums over tokens overflow in float16
             fq, fk = self.features(wide_q, queries), self.features(wide_k, keys)
-            sums = self._summaries(fk, F.pad(values, (0, 1), value=1.0), keys)
+            sums = self._summaries(fk, F.pad(values, (0, 1), value=1.0), keys.prefix)
             if self.mixing is not None:
                 # expanded, because matmul would transpose and copy the sums for a single matrix
                 mixing = self.mixing.to(sums).abs().expand(*sums.shape[:2], -1, -1)
@@ -132,10 +169,13 @@ class Mhla(Kernel):
             y, total = self._read(fq, sums, queries).split((values.shape[-1], 1), -1)
             return (y / total).to(v.dtype)
 
-    def _summaries(self, fk: Tensor, values: Tensor, keys: TokenGrid) -> Tensor:
+    def _check_axes(self, queries: TokenGrid, keys: TokenGrid) -> None:
+        if len(queries.shape) != len(keys.shape):
+            raise ValueError(f"queries on {queries} and keys on {keys} differ in their axes")
+
+    def _summaries(self, fk: Tensor, values: Tensor, prefix: int) -> Tensor:
         """Sums of the prefix, if any, and of each block: (B, H, blocks, K, V + 1)."""
-        prefix = keys.prefix
-        blocks = [to_blocks(x[:, :, prefix:], keys.shape, self.parts) for x in (fk, values)]
+        blocks = [self.blocks.cut(x[:, :, prefix:]) for x in (fk, values)]
         sums = blocks[0].mT @ blocks[1]
         if not prefix:
             return sums
@@ -144,13 +184,13 @@ class Mhla(Kernel):
 
     def _read(self, fq: Tensor, mixed: Tensor, queries: TokenGrid) -> Tensor:
         """Multiply each query with the mixture of its block: (B, H, N, V + 1)."""
-        prefix, own = queries.prefix, mixed.shape[2] > math.prod(self.parts)
+        prefix, own = queries.prefix, mixed.shape[2] > math.prod(self.blocks.parts)
         rows = []
         if prefix:  # without prefix keys, prefix queries read the first block
             rows.append(fq[:, :, :prefix] @ mixed[:, :, 0])
         if fq.shape[2] > prefix:
-            blocks = to_blocks(fq[:, :, prefix:], queries.shape, self.parts)
-            rows.append(from_blocks(blocks @ mixed[:, :, int(own) :], queries.shape, self.parts))
+            blocks = cut_queries(queries, self.blocks)
+            rows.append(blocks.join(blocks.cut(fq[:, :, prefix:]) @ mixed[:, :, int(own) :]))
         return rows[0] if len(rows) == 1 else torch.cat(rows, 2)
 
     def flops(
@@ -169,4 +209,4 @@ class Mhla(Kernel):
 
     def extra_repr(self) -> str:
         """The options that ``print`` shows."""
-        return f"blocks={math.prod(self.parts)}"
+        return f"blocks={math.prod(self.blocks.parts)}"

@@ -267,6 +267,7 @@ class Nystrom(Kernel):
         out = attend(q, k_marks, context.to(q.dtype))
         if self.residual is None:
             return out
+        v = v.expand(-1, q.shape[1], -1, -1)  # the taps of the heads differ
         if needs_plain(v, self.residual):
             local = depthwise_conv(v, self.residual)
         else:

@@ -246,7 +246,8 @@ class Performer(Kernel):
             float32, where a compiler that sees the equations is faster.
 
     Raises:
-        ValueError: for an invalid option, or a stabilizer with ``feature_map="relu"``.
+        ValueError: for an invalid option, a stabilizer with ``feature_map="relu"``, or
+            ``recompute=True`` with ``stabilizer="v0.2"``, whose features are always stored.
     """
 
     projection_matrix: Tensor
@@ -268,6 +269,8 @@ class Performer(Kernel):
         check_at_least("features", features, 1)
         if feature_map == "relu" and stabilizer is not None:
             raise ValueError(f"stabilizer {stabilizer!r} has no meaning for feature_map 'relu'")
+        if recompute is True and stabilizer == "v0.2":
+            raise ValueError("recompute True cannot be used with stabilizer 'v0.2': use 'auto'")
         self.orthogonal, self.recompute = orthogonal, recompute
         self.form: str = "relu" if feature_map == "relu" else stabilizer or "exponent"
         self.eps = 1e-3 if feature_map == "relu" else 1e-4
@@ -291,7 +294,7 @@ class Performer(Kernel):
     ) -> Tensor:
         """Attend: q (B, H, N, K), k (B, G, M, K), v (B, G, M, V) -> (B, H, N, V)."""
         with without_autocast(q):
-            q_, k_, v_ = to_accumulate(q, k, v)
+            q_, k_, v_ = to_accumulate(q, *(t.expand(-1, q.shape[1], -1, -1) for t in (k, v)))
             w = self.projection_matrix.to(q_) * self.site.key_dim**-0.25
             plain = functools.partial(_attend, w=w, form=self.form, eps=self.eps)
             if self.form == "v0.2" or needs_plain(q_, k_, v_) or not self._recomputes(q, k):

@@ -24,8 +24,8 @@ from .linear import SummaryKernel
 class Rala(SummaryKernel):
     """Rank-augmented linear attention. It has no options and works on any grid.
 
-    The paper's gate is the option ``gate`` of attention; its rotary positions, which are applied to
-    the products but not to their sums, are not supported.
+    The authors' gate x W + b is left out (the option ``gate`` of attention has a SiLU); the paper's
+    rotary positions, which are applied to the products but not to their sums, are not supported.
 
     Shape: (B, H, N, K), (B, H, M, K), (B, H, M, V) -> (B, H, N, V)
 

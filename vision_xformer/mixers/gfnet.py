@@ -52,8 +52,9 @@ class TransferFunction(nn.Module):
 
     Shape: () -> (1, *half, D), complex
 
-    It is stored as a table (*half, 2 D), real parts next to imaginary parts, which
-    ``load_weights(..., resize=True)`` interpolates.
+    It is stored as a table (*half, 2 D), real parts next to imaginary parts.
+    ``load_weights(..., resize=True)`` keeps the filter for another grid: the table is interpolated
+    exactly, as the Fourier transform of the filter at the other frequencies.
 
     Args:
         shape: shape of the grid.
@@ -113,7 +114,7 @@ class GlobalFilter(Mixer):
         return filter_path(wide, self.filter(), grid, lambda y: y.to(x.dtype))
 
     def flops(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> int:
-        """Count 2.5 n log2 n for each of two FFTs of n = N numbers, and 3 n for their product."""
+        """Count 2.5 n log2 n for each of two FFTs of n = N numbers."""
         cells = x.shape[1] - grid.prefix
         transforms = round(2 * 2.5 * cells * math.log2(max(cells, 2)))
-        return x.shape[0] * x.shape[2] * (transforms + 3 * cells)
+        return x.shape[0] * x.shape[2] * transforms

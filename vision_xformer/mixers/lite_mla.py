@@ -71,12 +71,13 @@ class LiteMla(Mixer):
 
     def forward(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> Tensor:
         """Mix tokens: (B, N, D) -> (B, N, D)."""
-        return self._finish(self._attend(*self._operands(x, grid, rope)).to(x.dtype))
+        return self._finish(self._attend(*self._operands(x, grid, rope)), x.dtype)
 
     def value_path(self, x: Tensor, grid: TokenGrid, rope: Tensor | None = None) -> ValuePath:
         """Return the mixer as a function of its values, see :class:`Mixer`."""
         q, k, v = self._operands(x, grid, rope)
-        return ValuePath(v, partial(self._attend, q, k), self._finish, grid, grid)
+        finish = partial(self._finish, dtype=x.dtype)
+        return ValuePath(v, partial(self._attend, q, k), finish, grid, grid)
 
     def _operands(self, x: Tensor, grid: TokenGrid, rope: Tensor | None) -> tuple[Tensor, ...]:
         """Queries, keys and values of all scales, (B, heads, N, K) each."""
@@ -92,6 +93,6 @@ class LiteMla(Mixer):
             y, total = (q.relu() @ summary(k.relu(), v)).split((v.shape[-1], 1), -1)
             return y / (total + _EPS)
 
-    def _finish(self, y: Tensor) -> Tensor:
+    def _finish(self, y: Tensor, dtype: torch.dtype) -> Tensor:
         """Project the output of all heads: (B, heads, N, K) -> (B, N, D)."""
-        return self.proj(merge_heads(y))
+        return self.proj(merge_heads(y.to(dtype)))

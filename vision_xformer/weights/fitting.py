@@ -12,6 +12,7 @@ from ..positions import FixedTable, resize_grid
 from .grouping import Part
 
 _LENGTH_PROJECTION = re.compile(r"(^|\.)kernel\.proj_[kv]$")
+_SPECTRUM = re.compile(r"(^|\.)filter\.grid$")
 _POSITION_BIAS = re.compile(r"(^|\.)position_bias$")
 _FIRST_LAYER = re.compile(
     r"(branches\.\d+\.)?stem\.(proj\.|convs\.\d+\.(conv\.)?)?weight|stages\.0\.downsample\.conv\.weight"
@@ -81,6 +82,8 @@ def resize_table(name: str, source: list[Part], target: list[Part]) -> list[Tens
         return None
     if _POSITION_BIAS.search(name):
         return [_resize_distances(old, grid)]
+    if _SPECTRUM.search(name):
+        return [_resize_spectrum(old, grid)]
     new = resize_grid(old, grid)
     if _LENGTH_PROJECTION.search(name):  # weights of a sum over tokens: keep the sum
         new = new * (math.prod(old.shape[:-1]) / math.prod(grid))
@@ -93,6 +96,31 @@ def _resize_distances(table: Tensor, grid: tuple[int, ...]) -> Tensor:
         table = torch.cat((table.narrow(axis, 1, table.shape[axis] - 1).flip(axis), table), axis)
     both = resize_grid(table, tuple(2 * g - 1 for g in grid))
     return both[tuple(slice(g - 1, None) for g in grid)]
+
+
+def _resize_spectrum(table: Tensor, half: tuple[int, ...]) -> Tensor:
+    """Transform the filter of a transfer function, unchanged, at the frequencies of another grid.
+
+    Cells of the filter that are outside the other grid wrap around, as its convolution does.
+
+    Shape: (*half of the old grid, 2 D) -> (*half, 2 D), real parts next to imaginary parts
+    """
+    wide = table.to(torch.promote_types(table.dtype, torch.float32))
+    axes = tuple(range(len(half)))
+    taps = torch.fft.irfftn(torch.complex(*wide.chunk(2, -1)), _whole(table.shape[:-1]), axes)
+    for axis, (old, new) in enumerate(zip(taps.shape, _whole(half), strict=False)):
+        offsets = (torch.arange(old, device=table.device) + old // 2) % old - old // 2
+        shape = (*taps.shape[:axis], new, *taps.shape[axis + 1 :])
+        taps = taps.new_zeros(shape).index_add(axis, offsets % new, taps)
+    spectrum = torch.fft.rfftn(taps, dim=axes)
+    return torch.cat((spectrum.real, spectrum.imag), -1).to(table.dtype)
+
+
+def _whole(half: tuple[int, ...]) -> tuple[int, ...]:
+    """The grid whose last axis n has n // 2 + 1 frequencies: square if possible, else n is even."""
+    *others, last = half
+    square = bool(others) and others[-1] // 2 + 1 == last
+    return (*others, others[-1] if square else max(2 * (last - 1), 1))
 
 
 def guess_grid(cells: int, like: tuple[int, ...]) -> tuple[int, ...] | None:
