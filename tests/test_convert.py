@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -260,6 +261,28 @@ def test_checkpointing_of_two_sizes_uses_the_grid_of_each() -> None:
     torch.testing.assert_close(*gradients)
 
 
+def test_checkpointing_never_uses_the_grid_of_the_other_orientation() -> None:
+    """Both have equally many tokens, and a block that is recomputed cannot tell them apart."""
+    model = VisionTransformer(img_size=16, dynamic_img_size=True, **VIT).double()
+    vx.convert(model, "nystrom", landmarks=4)
+    weight = model.blocks[0].attn.qkv.weight
+    nn.init.normal_(weight)
+    wide, high = images_of((8, 32)), images_of((32, 8))
+    other = copy.deepcopy(model)
+    own = other.blocks[0].attn.qkv.weight
+    expected = torch.autograd.grad(other(wide).square().sum(), own)[0]
+    model.set_grad_checkpointing()
+    for _ in range(2):  # one after another they are known
+        torch.autograd.grad(model(high).square().sum(), weight)
+        loss = model(wide).square().sum()
+        with torch.no_grad():
+            model(high)
+        torch.testing.assert_close(torch.autograd.grad(loss, weight)[0], expected)
+    loss = model(wide).square().sum() + model(high).square().sum()
+    with pytest.raises(ValueError, match=r"\(2, 8\) and \(8, 2\) patches in one backward pass"):
+        torch.autograd.grad(loss, weight)
+
+
 def test_layers_are_chosen_and_kept() -> None:
     model = build("timm")
     report = vx.convert(model, "performer", layers=[-1])
@@ -352,8 +375,16 @@ def test_a_model_that_cannot_be_converted_is_refused(
         ("nystrom", {"landmarks": 0}, "landmarks 0 must be at least 1"),
         ("linear", {"feature_map": "relu2"}, "feature_map 'relu2' must be"),
         ("linformer", {"one_kv_head": True}, "of other widths"),
-        ("linear", {"layers": [2]}, "layers 2 is out of range: 2 layers"),
-        ("linear", {"layers": []}, "selects none of the 2"),
+        ("linear", {"layers": [2]}, "layers 2 is out of range: there are 2 layers"),
+        ("linear", {"layers": []}, "layers is empty: name at least one of the 2 layers"),
+        ("linear", {"layers": lambda *_: False}, "selects none of the 2"),
+        ("linear", {"layers": 3}, r"layers 3 must be indices, such as \[0, -1\]"),
+        ("linear", {"layers": "0-1"}, "layers '0-1' must be indices"),
+        ("linear", {"layers": [0.5]}, r"layers \[0.5\] must be indices"),
+        ("linear", {"center_keys": "yes"}, "center_keys='yes' must be of type"),
+        ("linear", {"image_size": "16"}, "image_size '16' must be a height and a width"),
+        ("linear", {"image_size": (16,)}, r"image_size \(16,\) must be a height and a width"),
+        ("linear", {"image_size": 17}, r"does not run on images \(1, 3, 17, 17\)"),
     ],
 )
 def test_a_wrong_argument_leaves_the_model_unchanged(
@@ -392,6 +423,71 @@ def test_masks_are_never_dropped() -> None:
 
 
 FAMILIES = [name for name in MODELS if name.startswith("hf ")]
+
+
+def test_a_layer_whose_forward_is_set_on_the_instance_is_refused() -> None:
+    """It would go on to run that forward, as with the hooks of accelerate."""
+    model = build("timm")
+    layer = model.blocks[0].attn
+    layer.forward = types.MethodType(type(layer).forward, layer)
+    report = vx.convert(model, "linear")
+    assert report.converted == ["blocks.1.attn"]
+    assert "its forward is set on the instance" in str(report)
+    with pytest.raises(ValueError, match="needs the map of Attention"):
+        vx.rollout(model, images_of(SQUARE))
+
+
+@pytest.mark.filterwarnings("ignore")  # that quantization moves to another package
+@pytest.mark.parametrize("name", ["timm", "eva", "vit", "hf vit"])
+def test_quantized_layers_are_refused(name: str) -> None:
+    model = torch.ao.quantization.quantize_dynamic(build(name).float(), {nn.Linear})
+    with pytest.raises(ValueError, match="as after quantization"):
+        vx.convert(model, "linear")
+
+
+class Mixture(BiasedAttention):
+    """Attention without the word in its name."""
+
+
+def test_attention_is_recognized_by_its_parts() -> None:
+    model = DinoViT(SQUARE)
+    model.layers[1] = Mixture(12, 2)
+    report = vx.convert(model, "linear")
+    assert [row.layer for row in report.rows] == ["DinoAttention", "Mixture"]
+    assert report.rows[1].status.startswith("refused")
+    with pytest.raises(ValueError, match=r"layers\.1: rollout needs the map of Mixture"):
+        vx.rollout(model.double(), images_of(SQUARE))
+
+
+def test_models_of_transformers_with_one_configuration_are_independent() -> None:
+    config = hf.ViTConfig(**HF, image_size=16)
+    first, second = (hf.ViTModel(config).double().eval() for _ in range(2))
+    images = images_of(SQUARE)
+    softmax = run(second, images)
+    vx.convert(first, "linear")
+    vx.convert(second, "linear")
+    linear = run(second, images)
+    assert (linear - softmax).abs().max() > 1e-4
+    vx.revert(first)
+    assert torch.equal(run(second, images), linear)
+    second.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="attn_implementation 'eager' was set later"):
+        run(second, images)
+    vx.revert(second)
+    torch.testing.assert_close(run(second, images), softmax, rtol=1e-6, atol=1e-6)
+    assert config._attn_implementation == "eager"
+
+
+def test_pickled_models_of_transformers_run_in_another_process() -> None:
+    model, images = build("hf vit"), images_of(SQUARE)
+    vx.convert(model, "linear")
+    expected, saved = run(model, images), pickle.dumps(model)
+    name = model.config._attn_implementation
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    for interface in (AttentionInterface, AttentionMaskInterface):
+        del interface._global_mapping[name]
+    assert torch.equal(run(pickle.loads(saved), images), expected)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -448,7 +544,7 @@ def test_attn_implementation_follows_every_change() -> None:
     assert (run(model, images) - outputs["linear"]).abs().max() > 1e-6
     vx.convert(fresh := build("hf vit"), "linear")
     fresh.set_attn_implementation("vx_mala")
-    with pytest.raises(ValueError, match=r"is converted to linear: call vx\.revert"):
+    with pytest.raises(ValueError, match="attn_implementation 'vx_mala' was set later"):
         run(fresh, images)
     vx.revert(fresh)
     assert run(fresh, images).isfinite().all()
@@ -499,6 +595,23 @@ def test_comparison_sees_what_changed() -> None:
     assert "agree" in str(other)
     with pytest.raises(ValueError, match=r"call vx\.convert first"):
         vx.compare(teacher, model, images)
+
+
+@pytest.mark.parametrize("name", ["timm", "vit", "hf vit"])
+def test_a_converted_model_is_not_its_own_teacher(name: str) -> None:
+    model, images = build(name), images_of(SQUARE)
+    vx.convert(model, "linear", layers=[1])
+    copied = copy.deepcopy(model)
+    for teacher in (model, copied):
+        for function in (vx.compare, vx.align):
+            with pytest.raises(ValueError, match="of the teacher is converted to linear, too"):
+                function(model, teacher, images)
+
+
+def test_features_are_not_predictions() -> None:
+    teacher = VisionTransformer(img_size=16, **{**VIT, "num_classes": 0}).double()
+    vx.convert(model := copy.deepcopy(teacher), "linear")
+    assert vx.compare(model, teacher, images_of(SQUARE)).agreement is None
 
 
 @pytest.mark.parametrize("given", [True, False])
@@ -573,6 +686,11 @@ def test_a_shared_teacher_copies_only_what_is_trained() -> None:
         ({"images": []}, "images is empty"),
         ({"lr": (1e20, 0.0)}, r"lower lr 1e\+20, or set precision"),
         ({"steps": (-1, 2)}, "steps -1 must be at least 0"),
+        ({"steps": 5}, "steps 5 must be two numbers, one for each stage"),
+        ({"lr": 1e-3}, "lr 0.001 must be two numbers"),
+        ({"batch_size": 0}, "batch_size 0 must be at least 1"),
+        ({"precision": "fp16"}, "precision 'fp16' must be 'auto', 'fp32' or 'bf16'"),
+        ({"images": [{"image": torch.randn(2, 3, 16, 16)}]}, "dictionaries with pixel_values"),
         ({"images": iter([torch.randn(2, 3, 16, 16)] * 2)}, "has come to an end"),
         (
             {"images": torch.randn(4, 3, 16, 20)},
@@ -586,6 +704,40 @@ def test_alignment_refuses_what_cannot_work(given: dict[str, Any], sentence: str
     options = {"images": images_of(SQUARE, 8).float(), "progress": False, **given}
     with pytest.raises(ValueError, match=sentence):
         vx.align(model, None, **options)
+
+
+@pytest.mark.parametrize("kernel", ["performer", "nystrom"])  # without and with weights
+def test_alignment_of_a_frozen_model_is_refused(kernel: str) -> None:
+    teacher = build("timm").float().requires_grad_(False)
+    vx.convert(model := copy.deepcopy(teacher), kernel)
+    images = images_of(SQUARE, 8).float()
+    with pytest.raises(ValueError, match=r"are frozen: call model\.requires_grad_\(True\)"):
+        vx.align(model, teacher, images, steps=(1, 1), progress=False)
+    batches = [{"pixel_values": images, "labels": torch.zeros(8)}]
+    vx.align(model.requires_grad_(True), teacher, batches, steps=(1, 1), progress=False)
+
+
+def test_files_record_the_size_that_the_model_has_now(tmp_path: Path) -> None:
+    for path, make in (
+        (tmp_path / "timm.safetensors", lambda size: build("timm", size)),
+        (tmp_path / "own.safetensors", lambda size: build("vit", size)),
+    ):
+        model = make(SQUARE)
+        vx.convert(model, "linear")
+        model.set_input_size(WIDE)
+        vx.save_converted(model, path)
+        again = vx.load_converted(path, make(WIDE))
+        images = images_of(WIDE)
+        assert torch.equal(again(images), model.eval()(images))
+
+
+def test_tied_weights_are_written_each(tmp_path: Path) -> None:
+    model = build("timm")
+    model.blocks[1].attn.qkv.weight = model.blocks[0].attn.qkv.weight
+    vx.convert(model, "linear")
+    vx.save_converted(model, path := tmp_path / "model.safetensors")
+    images = images_of(SQUARE)
+    assert torch.equal(vx.load_converted(path, build("timm"))(images), model(images))
 
 
 def test_files_record_the_conversion(tmp_path: Path) -> None:

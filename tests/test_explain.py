@@ -296,8 +296,10 @@ def test_models_of_other_libraries(name: str) -> None:
     maps = vx.attention_maps(model, x, layers=None, queries="all")
     assert maps.shape[1] == 2
     torch.testing.assert_close(maps.sum(-1), torch.ones_like(maps[..., 0]))
-    if name == "hf mae":  # it drops patches at random: the rest is a sequence
-        assert vx.rollout(model, x).shape == (2, maps.shape[-1])
+    if name == "hf mae":  # it drops patches at random and shuffles the others
+        for explain in (vx.rollout, vx.attention_heat, vx.attention_maps):
+            with pytest.raises(ValueError, match="the grid of its tokens is unknown"):
+                explain(model, x)
         return
     if pools := name == "hf siglip":
         with pytest.raises(ValueError, match=r"layer head.attention: rollout needs the map"):
@@ -324,6 +326,52 @@ def test_models_of_other_libraries(name: str) -> None:
     assert (partly[:, 0] - maps[:, 0]).abs().max() > 1e-4
     if not pools:
         assert vx.rollout(converted, x).shape == (2, 4, 4)
+
+
+def test_where_the_head_reads_in_the_code_of_others() -> None:
+    """global_pool is a boolean in the code of MAE, and pool_type a word in open_clip."""
+    x = torch.randn(2, 3, *SQUARE, dtype=torch.float64)
+    for name, attribute, pool, queries in (
+        ("own code", "global_pool", False, "cls"),
+        ("own code", "global_pool", True, "mean"),
+        ("open_clip", "pool_type", "tok", "cls"),
+        ("open_clip", "pool_type", "avg", "mean"),
+    ):
+        model: Any = MODELS[name](SQUARE).double().eval()
+        setattr(model, attribute, pool)
+        maps = vx.attention_maps(model, x, queries=queries)  # type: ignore[arg-type]
+        assert torch.equal(vx.attention_maps(model, x), maps)
+        other = vx.attention_maps(model, x, queries="mean" if queries == "cls" else "cls")
+        assert not torch.equal(other, maps)
+
+
+class Unfolded(nn.Module):
+    """Patches without a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(48, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(nn.functional.unfold(x, 4, stride=4).mT).mT.unflatten(2, (4, 4))
+
+
+def test_tokens_without_a_known_grid_are_not_laid_out() -> None:
+    model = MODELS["own code"](SQUARE).double()
+    model.patch_embed = Unfolded().double()
+    x = torch.randn(2, 3, *SQUARE, dtype=torch.float64)
+    for explain in (vx.rollout, vx.attention_heat, vx.attention_maps):
+        with pytest.raises(ValueError, match="the grid of its tokens is unknown"):
+            explain(model, x)
+    maps = vx.attention_maps(model, x, queries=[0, 3])
+    assert torch.equal(maps, vx.attention_maps(model, x, queries="all")[..., [0, 3], :])
+
+
+def test_attention_within_parts_of_an_image_is_refused() -> None:
+    model = timm.create_model("mobilevit_xxs").eval()
+    for explain in (vx.rollout, vx.attention_maps):
+        with pytest.raises(ValueError, match=r"attends in 8 sequences for 2 image\(s\)"):
+            explain(model, torch.randn(2, 3, 64, 64))
 
 
 # Rollout against explicit matrices

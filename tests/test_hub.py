@@ -210,6 +210,9 @@ def test_what_cannot_be_read_or_saved_is_refused(
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", raises(error))
         with pytest.raises(ValueError, match=rf"^me/x is not a folder, and .*: {reason}"):
             vx.from_pretrained("me/x")
+    vx.save_model(vx.create_model("vit_test"), file := tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"is a file: vx\.load_model reads a file of save_model"):
+        vx.from_pretrained(file)
     monkeypatch.setattr(hub, "create_repo", raises(RuntimeError("401 Unauthorized")))
     with pytest.raises(ValueError, match=r"^me/x cannot be uploaded .* Hub: 401 Unauthorized$"):
         vx.create_model("vit_test").push_to_hub("me/x")

@@ -188,6 +188,8 @@ def write_weights(
 ) -> None:
     """Write tensors and metadata to a safetensors file, atomically.
 
+    Tensors that share memory, such as tied weights, are written each.
+
     Raises:
         ValueError: for an invalid path, or tensors on the meta device.
         OSError: if it cannot be written.
@@ -201,10 +203,20 @@ def write_weights(
             raise ValueError(f"{key} is on the meta device: it has no values that can be saved")
     try:
         with replacing(path) as part:
-            tensors = {k: v.contiguous() for k, v in state.items()}
-            save_file(tensors, part, {"format": "pt", **metadata})
+            save_file(_separate(state), part, {"format": "pt", **metadata})
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
+
+
+def _separate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors, copied where they share memory with one before."""
+    seen: set[int] = set()
+    found = {}
+    for key, tensor in state.items():
+        place = tensor.untyped_storage().data_ptr()
+        found[key] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return {key: tensor.contiguous() for key, tensor in found.items()}
 
 
 def load_model(path: str | os.PathLike[str]) -> VisionModel:

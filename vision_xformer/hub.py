@@ -93,6 +93,8 @@ def from_pretrained(
         ValueError: for a repository that cannot be read, or that has no model of this package.
     """
     folder = Path(name)
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file: vx.load_model reads a file of save_model")
     if folder.is_dir():
         if revision is not None:
             raise ValueError(f"{folder} is a local folder, which has no revision {revision!r}")

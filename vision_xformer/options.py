@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -79,6 +80,24 @@ def check_at_least(name: str, value: float, least: float) -> None:
     """Raise a ValueError for a value below ``least``, or NaN."""
     if not value >= least:
         raise ValueError(f"{name} {value} must be at least {least}")
+
+
+def check_indices(name: str, given: Iterable[int], count: int, what: str) -> list[int]:
+    """Return indices as a list.
+
+    Raises:
+        ValueError: for values that are not indices, an empty list, or an index out of range.
+    """
+    try:
+        indices = [operator.index(index) for index in given]
+    except TypeError:
+        raise ValueError(f"{name} {given!r} must be indices, such as [0, -1]") from None
+    if not indices:
+        raise ValueError(f"{name} is empty: name at least one of the {count} {what}")
+    for index in indices:
+        if not -count <= index < count:
+            raise ValueError(f"{name} {index} is out of range: there are {count} {what}")
+    return indices
 
 
 def check_odd(name: str, value: int) -> None:

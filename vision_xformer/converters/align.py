@@ -12,7 +12,7 @@ import contextlib
 import copy
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from ..modes import evaluating
-from ..options import check_at_least
+from ..options import check_at_least, check_types
 from ..precision import has_bf16
 from .compare import Comparison, compare, layers_of_both
 from .observe import features, recorded, tokens_of
@@ -34,14 +34,18 @@ ATTENTION_WEIGHT = 50.0
 def aligned_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Parameters trained in the first stage: kernels and query, key and value projections."""
     found: dict[int, nn.Parameter] = {}
-    layers: dict[str, Any] = converted_layers(model)
-    for layer in layers.values():
+    for layer in _layers(model).values():
         adapter = adapter_of(layer)
         assert adapter is not None
         for part in (layer.kernel, *adapter.trained(layer)):
             own = part.parameters() if isinstance(part, nn.Module) else [part]
             found |= {id(p): p for p in own}
     return list(found.values())
+
+
+def _layers(model: nn.Module) -> dict[str, Any]:
+    layers: dict[str, Any] = converted_layers(model)
+    return layers
 
 
 def softmax_copy(model: nn.Module) -> nn.Module:
@@ -131,8 +135,9 @@ def align(
             not have been trained since the conversion; weights that are not trained are then
             shared.
         images: one tensor of images (B, C, H, W), or an iterable of batches such as a
-            ``DataLoader``, which is repeated as often as needed; labels are ignored. Images are
-            normalized for the model.
+            ``DataLoader``, which is repeated as often as needed: tensors, tuples that start with
+            one, or dictionaries with ``pixel_values``. Labels are ignored. Images are normalized
+            for the model.
         steps: number of steps of the two stages.
         lr: peak learning rates of the two stages.
         batch_size: images per step if ``images`` is a tensor.
@@ -146,15 +151,25 @@ def align(
         The comparisons with the teacher before and after, on the first batch.
 
     Raises:
-        ValueError: for a model that is not converted, images of a wrong shape or none, or a loss
-            that is not finite.
+        ValueError: for a model that is not converted or whose weights are frozen, an invalid
+            argument, images of a wrong shape or none, or a loss that is not finite.
     """
-    for name, value in (("steps", min(steps)), ("lr", min(lr))):
-        check_at_least(name, value, 0)
+    for name, pair in (("steps", steps), ("lr", lr)):
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise ValueError(f"{name} {pair!r} must be two numbers, one for each stage")
+        check_at_least(name, min(pair), 0)
+    check_at_least("batch_size", batch_size, 1)
+    check_types({"precision": precision}, align)
     first = next(_batches(images, batch_size), None)
     if first is None:
         raise ValueError("images is empty: at least one batch is needed")
     first = first.to(next(model.parameters()).device)
+    kernels = {id(p) for layer in _layers(model).values() for p in layer.kernel.parameters()}
+    if not any(p.requires_grad for p in model.parameters() if id(p) not in kernels):
+        raise ValueError(
+            f"all weights of {type(model).__name__} but those of its kernels are frozen: call "
+            "model.requires_grad_(True)"
+        )
     softmax = softmax_copy(model) if teacher is None else teacher
     kinds: tuple[type[Matching], ...] = (AttentionMatching, FeatureMatching)
     with evaluating(model, softmax), tqdm(total=sum(steps), disable=not progress) as bar:
@@ -218,7 +233,16 @@ def _batches(images: Tensor | Iterable[Any], batch_size: int) -> Iterator[Tensor
         yield from (images[i] for i in torch.randperm(len(images), device="cpu").split(batch_size))
         return
     for batch in images:
-        yield batch[0] if isinstance(batch, list | tuple) else batch
+        if isinstance(batch, Mapping):
+            batch = batch.get("pixel_values")
+        elif isinstance(batch, list | tuple):
+            batch = batch[0]
+        if not isinstance(batch, Tensor):
+            raise ValueError(
+                "images must be batches of tensors, of tuples that start with one, or of "
+                f"dictionaries with pixel_values, not of {type(batch).__name__}"
+            )
+        yield batch
 
 
 def _endless(images: Tensor | Iterable[Any], batch_size: int) -> Iterator[Tensor]:

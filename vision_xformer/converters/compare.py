@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +63,8 @@ def compare(model: nn.Module, teacher: nn.Module, images: Tensor) -> Comparison:
         cosine = F.cosine_similarity(features(model, images), theirs, dim=-1).mean().item()
         logits = [tokens_of(m(images)) for m in (model, teacher)]
         same = (logits[0].argmax(-1) == logits[1].argmax(-1)).double().mean().item()
-        agreement = same if logits[0].ndim == 2 else None
+        classifies = logits[0].ndim == 2 and getattr(model, "num_classes", None) != 0
+        agreement = same if classifies else None
     return Comparison(errors, cosine, agreement)
 
 
@@ -70,7 +72,8 @@ def layers_of_both(model: nn.Module, teacher: nn.Module) -> list[str]:
     """Return the names of the converted layers of a model; the teacher must have them, too.
 
     Raises:
-        ValueError: for a model that is not converted, or a teacher without its layers.
+        ValueError: for a model that is not converted, or a teacher without its layers or whose
+            layers are converted, too.
     """
     names = list(converted_layers(model))
     if not names:
@@ -78,4 +81,12 @@ def layers_of_both(model: nn.Module, teacher: nn.Module) -> list[str]:
     modules = dict(teacher.named_modules())
     if missing := [name for name in names if name not in modules]:
         raise ValueError(f"the teacher {type(teacher).__name__} has no layer {missing[0]!r}")
+    done: dict[str, Any] = converted_layers(teacher)
+    kernels = {name: done[name].kernel.recipe["mixer"] for name in names if name in done}
+    if other := {name: kernel for name, kernel in kernels.items() if "softmax" not in kernel}:
+        name, kernel = next(iter(other.items()))
+        raise ValueError(
+            f"layer {name} of the teacher is converted to {kernel}, too: vx.convert changes a "
+            "model in place, so copy the teacher before"
+        )
     return names

@@ -12,6 +12,7 @@ from ..factory import write_weights
 from ..modes import unwrapped
 from ..weights import read_metadata, read_weights
 from .replace import convert, converted_layers, revert
+from .tokens import input_shape
 
 M = TypeVar("M", bound=nn.Module)
 _KEY = "conversion"
@@ -33,8 +34,16 @@ def save_converted(model: nn.Module, path: str | os.PathLike[str]) -> None:
     layers: dict[str, Any] = converted_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no converted layers: call vx.convert first")
-    recipes = {name: layer.kernel.recipe for name, layer in layers.items()}
+    recipes = {name: layer.kernel.recipe | _size_of(model) for name, layer in layers.items()}
     write_weights(model.state_dict(), path, {_KEY: json.dumps(recipes)})
+
+
+def _size_of(model: nn.Module) -> dict[str, Any]:
+    """The size of images that a model states now; it may have changed since the conversion."""
+    try:
+        return {"image_size": input_shape(model, None)[1:]}
+    except ValueError:
+        return {}
 
 
 def load_converted(path: str | os.PathLike[str], model: M) -> M:

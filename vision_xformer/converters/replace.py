@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..grid import TokenGrid
 from ..kernels import KERNELS, Kernel, Site
 from ..mixers import list_mixers
 from ..mixers.attention import Attention
-from ..options import check_options, options_of
+from ..options import check_indices, check_options, check_types, options_of
 from .adapters import Adapter, Heads, OwnAttention, PlainAttention, RefusedError, TorchAttention
 from .report import Report, Row, measure_layer
 from .timm_attention import TimmAttention, TimmRotary
@@ -41,6 +42,8 @@ _REASONS = {
     "SamVisionAttention": "it adds relative positions to the attention map",
     "SamVisionSdpaAttention": "it adds relative positions to the attention map",
 }
+# Prefix tokens of layers whose other tokens the model shuffles: they are a sequence, not a grid.
+_SHUFFLED = {"ViTMAEAttention": 1}
 
 
 Layers = Iterable[int] | Callable[[str, nn.Module], bool]
@@ -96,6 +99,7 @@ def convert(
             or a kernel that does not fit. The model is then unchanged.
     """
     _check_kernel(mixer, options)
+    check_types({"center_keys": center_keys}, convert)
     known = dict(attention_layers(model))
     done = set(converted_layers(model))
     candidates, rows, shape = _candidates(model, known, image_size)
@@ -178,7 +182,12 @@ def _describe(layer: nn.Module, parent: nn.Module) -> tuple[Adapter, Heads]:
         raise RefusedError("it is already converted")
     if isinstance(parent, nn.TransformerEncoderLayer):
         raise RefusedError("nn.TransformerEncoderLayer does not call it in evaluation mode")
-    return adapter, adapter.heads(layer)
+    if hasattr(adapter, "forward") and "forward" in vars(layer):
+        raise RefusedError("its forward is set on the instance, as by hooks of accelerate")
+    try:
+        return adapter, adapter.heads(layer)
+    except StopIteration:
+        raise RefusedError("its projections have no parameters, as after quantization") from None
 
 
 def _status(mixer: str, heads: Heads) -> str:
@@ -220,10 +229,15 @@ def attention_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _is_attention(module: nn.Module) -> bool:
-    """Whether the class name contains "attention" or "attn" and the module has parameters."""
+    """Whether a module has parameters and the name or the parts of an attention layer.
+
+    The class name contains "attention" or "attn", or there are heads and projections.
+    """
     name = type(module).__name__.lower()
-    has_weights = next(module.parameters(), None) is not None
-    return has_weights and ("attention" in name or "attn" in name)
+    if "attention" in name or "attn" in name:
+        return next(module.parameters(), None) is not None
+    has_heads = isinstance(getattr(module, "num_heads", None), int)
+    return has_heads and any(isinstance(part, nn.Linear) for part in module.children())
 
 
 def _contains_known(module: nn.Module) -> bool:
@@ -267,11 +281,7 @@ def _choose(layers: Layers | None, known: Mapping[str, nn.Module]) -> set[str]:
     if callable(layers):
         chosen = {name for name in names if layers(name, known[name])}
     else:
-        indices = list(layers)
-        if wrong := [i for i in indices if not -len(names) <= i < len(names)]:
-            raise ValueError(
-                f"layers {wrong[0]} is out of range: {len(names)} layers can be converted"
-            )
+        indices = check_indices("layers", layers, len(names), "layers that can be converted")
         chosen = {names[i] for i in indices}
     if not chosen:
         raise ValueError(f"layers selects none of the {len(names)} layers that can be converted")
@@ -300,9 +310,12 @@ def _build(
     if isinstance(layer, Attention):
         site = layer.kernel.site  # its grid is passed to it
     else:
-        site = Site(*heads[:3], call.grid, call.grid)
-        if call.conv is not None:
-            tracker = trackers.setdefault(call.conv, GridTracker(call.grid.shape))
+        prefix, grid, conv = _SHUFFLED.get(type(layer).__name__), call.grid, call.conv
+        if prefix is not None:
+            grid, conv = TokenGrid((grid.length - prefix,), prefix), None
+        site = Site(*heads[:3], grid, grid)
+        if conv is not None:
+            tracker = trackers.setdefault(conv, GridTracker(grid.shape))
     if heads.dropout and "dropout" in options_of(KERNELS[mixer]):
         options = {"dropout": heads.dropout, **options}
     with torch.device(heads.weight.device):

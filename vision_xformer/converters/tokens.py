@@ -36,7 +36,8 @@ class GridTracker:
 
     def __init__(self, shape: tuple[int, ...] = ()) -> None:
         self.shape = shape
-        self.earlier: dict[int, tuple[int, ...]] = {}  # the last one of each number of cells
+        self.forward: set[tuple[int, ...]] = set()  # that a backward pass may compute again
+        self.backward = False  # whether it has begun
 
     def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
         """The forward hook of the convolution."""
@@ -45,8 +46,28 @@ class GridTracker:
     def note(self, shape: tuple[int, ...]) -> None:
         """Store the shape of a grid."""
         self.shape = shape
-        if not torch.compiler.is_compiling():  # compiled, nothing is called again
-            self.earlier[math.prod(shape)] = shape
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if self.backward:
+                self.forward, self.backward = set(), False
+            self.forward.add(shape)
+
+    def grid(self, cells: int) -> tuple[int, ...]:
+        """Return the shape of a grid, of the last forward pass or of one that is recomputed.
+
+        Raises:
+            ValueError: for a forward pass that cannot be told from another one.
+        """
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            return self.shape
+        self.backward = True  # of gradient checkpointing, which does not call the convolution
+        shapes = [s for s in self.forward if math.prod(s) == cells] or [self.shape]
+        if len(shapes) > 1:
+            raise ValueError(
+                f"images with grids of {' and '.join(map(str, sorted(shapes)))} patches in one "
+                "backward pass with gradient checkpointing: run a backward pass for each, and "
+                "evaluate under torch.no_grad()"
+            )
+        return shapes[0]
 
 
 class ConvertedKernel(Kernel):
@@ -77,18 +98,10 @@ class ConvertedKernel(Kernel):
         self.takes_rope, self.fixed = inner.takes_rope, inner.fixed
 
     def grid(self, tokens: int) -> TokenGrid:
-        """Return the grid of N tokens; a sequence if some of the patches were dropped.
-
-        With gradient checkpointing, it may be that of an earlier call, which is recomputed.
-        """
-        prefix, tracker = self.site.queries.prefix, self.tracker
-        grid = TokenGrid(tracker.shape if tracker else (), prefix)
-        if grid.length == tokens:
-            return grid
-        shape: tuple[int, ...] = (tokens - prefix,)
-        if tracker is not None and not torch.compiler.is_compiling():
-            shape = tracker.earlier.get(tokens - prefix, shape)
-        return TokenGrid(shape, prefix)
+        """Return the grid of N tokens; a sequence if some of the patches were dropped."""
+        prefix = self.site.queries.prefix
+        grid = TokenGrid(self.tracker.grid(tokens - prefix) if self.tracker else (), prefix)
+        return grid if grid.length == tokens else TokenGrid((tokens - prefix,), prefix)
 
     def forward(
         self,
@@ -176,7 +189,13 @@ def input_shape(model: nn.Module, image_size: int | tuple[int, ...] | None) -> t
         raise ValueError(
             f"image_size is needed: {type(model).__name__} does not state the size of its images"
         )
-    size = (size, size) if isinstance(size, int) else tuple(size)
+    size = (size, size) if isinstance(size, int) else size
+    if not (
+        isinstance(size, tuple | list)
+        and len(size) == 2
+        and all(isinstance(s, int) and s > 0 for s in size)
+    ):
+        raise ValueError(f"image_size {size!r} must be a height and a width in pixels")
     return (conv.in_channels if conv is not None else 3, *size)
 
 
@@ -195,6 +214,9 @@ def observe(
 
     Returns:
         The call of each layer that was called.
+
+    Raises:
+        ValueError: for a model that does not accept such an image.
     """
     parameter = next(model.parameters())
     sizes: dict[str, tuple[int, ...]] = {}  # of the outputs of convolutions so far
@@ -242,6 +264,11 @@ def observe(
     try:
         with evaluating(model), torch.no_grad():
             model(torch.zeros(1, *shape, dtype=parameter.dtype, device=parameter.device))
+    except Exception as error:  # libraries raise errors of any type
+        raise ValueError(
+            f"{type(model).__name__} does not run on images (1, {', '.join(map(str, shape))}): "
+            f"{error}; set image_size, or convert the part of the model that takes images"
+        ) from error
     finally:
         for hook in hooks:
             hook.remove()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +22,7 @@ from .adapters import Adapter, Heads, RefusedError, refuse_mask
 from .tokens import ConvertedKernel, GridTracker, needs_centered_keys
 
 _OVER = "vision_xformer_over_"
+_INSTALLED: weakref.WeakSet[Any] = weakref.WeakSet()  # layers; models may share a configuration
 _CLASSES = {
     "vit": "ViTAttention",
     "deit": "DeiTAttention",
@@ -69,6 +71,41 @@ def _mask_of_padding(*args: Any, attention_mask: Tensor | None = None, **kwargs:
     return sdpa_mask(*args, **kwargs)
 
 
+def register_over(before: str) -> str:
+    """Register the implementation that calls kernels, or else ``before``, and return its name."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    name = _OVER + before
+    AttentionInterface.register(name, functools.partial(_attention_over, before))
+    AttentionMaskInterface.register(name, _mask_of_padding)
+    return name
+
+
+class _Installed:
+    """Forward hook that refuses a call of a converted layer which would not call its kernel.
+
+    It is pickled with the layer, and registers its implementation in another process.
+
+    Args:
+        before: the implementation of other layers.
+    """
+
+    def __init__(self, before: str) -> None:
+        self.before = before
+
+    def __call__(self, layer: Any, args: Any) -> None:
+        if not layer.config._attn_implementation.startswith(_OVER):
+            raise ValueError(
+                f"{type(layer).__name__} is converted, but attn_implementation "
+                f"{layer.config._attn_implementation!r} was set later and would not call its "
+                "kernel: call vx.revert(model), set it, and convert again"
+            )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        register_over(self.before)
+
+
 class TransformersAttention(Adapter):
     """Attention of nine vision models of transformers."""
 
@@ -93,21 +130,23 @@ class TransformersAttention(Adapter):
 
     def install(self, layer: Any, kernel: nn.Module) -> None:
         """See :class:`Adapter`."""
-        from transformers import AttentionInterface, AttentionMaskInterface
-
         layer.kernel = kernel
-        before = layer.config._attn_implementation
-        if not before.startswith(_OVER):  # all layers share the configuration
-            name = _OVER + before
-            AttentionInterface.register(name, functools.partial(_attention_over, before))
-            AttentionMaskInterface.register(name, _mask_of_padding)
-            layer.config._attn_implementation_internal = name  # the setter checks known names
+        before = layer.config._attn_implementation.removeprefix(_OVER)
+        layer.register_forward_pre_hook(_Installed(before))
+        # all layers share the configuration; its setter checks known names
+        layer.config._attn_implementation_internal = register_over(before)
+        _INSTALLED.add(layer)
 
     def remove(self, layer: Any) -> None:
         """See :class:`Adapter`."""
         del layer.kernel
-        before = layer.config._attn_implementation.removeprefix(_OVER)
-        layer.config._attn_implementation_internal = before
+        for key, hook in list(layer._forward_pre_hooks.items()):
+            if isinstance(hook, _Installed):
+                del layer._forward_pre_hooks[key]
+        _INSTALLED.discard(layer)
+        if not any(other.config is layer.config for other in _INSTALLED):
+            before = layer.config._attn_implementation.removeprefix(_OVER)
+            layer.config._attn_implementation_internal = before
 
     def is_converted(self, layer: nn.Module) -> bool:
         """See :class:`Adapter`."""
@@ -159,11 +198,6 @@ def _attention_of(
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Attend with the layer's kernel, which is created in its first call."""
     recipe = {"mixer": mixer, "options": options}
-    if TransformersAttention().is_converted(module):
-        raise ValueError(
-            f"attn_implementation vx_{mixer}: the {type(module).__name__} is converted to "
-            f"{module.kernel.recipe['mixer']}: call vx.revert(model) first"
-        )
     if not TransformersAttention().matches(module):
         raise ValueError(
             f"attn_implementation vx_{mixer}: {type(module).__name__} is not one of the layers "

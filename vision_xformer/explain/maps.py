@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -20,13 +19,16 @@ from torch.utils._pytree import tree_map
 from ..backbones import VisionModel
 from ..converters.observe import LayerCall, recorded
 from ..converters.replace import attention_layers, convert, converted_layers
+from ..converters.tokens import ConvertedKernel
 from ..grid import TokenGrid
 from ..kernels import Kernel, ValuePath
 from ..mixers import Mixer
 from ..modes import check_values, evaluating
+from ..options import check_indices
 
 Queries = Literal["cls", "mean", "all"] | Sequence[int]
-_POOLING = ("global_pool", "cls_token")  # attributes of models of timm
+_POOLING = ("global_pool", "pool_type", "cls_token")  # attributes of models of timm and open_clip
+_READS_CLASS = ("cls", "token", "tok", False)  # False: global_pool in the code of MAE
 _MEANS = ("CLIPForImageClassification",)  # of transformers: the mean in spite of a class token
 
 
@@ -89,27 +91,34 @@ def attention_heat(
     Raises:
         ValueError: as for :func:`attention_maps`, or for a layer that attends to a learned memory.
     """
-    (name,), (maps,), (grid,) = _computed(model, images, [layer], queries)
+    (name,), (maps,), (grid,) = _computed(model, images, [layer], queries, on_grid=True)
     if grid is None:
         raise ValueError(f"layer {name} attends to a learned memory, which has no grid")
     return maps[..., grid.prefix :].unflatten(-1, grid.shape)
 
 
 def _computed(
-    model: nn.Module, images: Tensor, layers: Iterable[int] | None, queries: Queries | None
+    model: nn.Module,
+    images: Tensor,
+    layers: Iterable[int] | None,
+    queries: Queries | None,
+    on_grid: bool = False,
 ) -> tuple[list[str], list[Tensor], list[TokenGrid | None]]:
     """Return the names of the layers, their maps (B, H, queries, M) and the grids of their keys."""
     with evaluating(model), torch.inference_mode(False), torch.no_grad():
         model, names = with_kernels(model, images)
         chosen = names
         if layers is not None:
-            indices = _checked("layers", layers, len(names), "attention layers")
+            indices = check_indices("layers", layers, len(names), "attention layers")
             chosen = [names[i] for i in indices]
         with recorded(model, chosen) as calls:
             model(images.clone())  # a normal tensor, even if the caller is in inference mode
         maps, grids = [], []
         for name in chosen:
             path = value_path(model, name, calls)
+            check_batch(path, name, images)
+            if on_grid or queries is None:
+                check_grid(model, name)
             maps.append(weighted_rows(path, query_weights(model, path, queries)))
             grids.append(path.keys)
     return chosen, maps, grids
@@ -149,22 +158,23 @@ def with_kernels(model: nn.Module, images: Tensor) -> tuple[nn.Module, list[str]
     return model, names
 
 
-def _checked(name: str, given: Iterable[int], count: int, what: str) -> list[int]:
-    """Return indices as a list.
+def check_grid(model: nn.Module, name: str) -> None:
+    """Raise a ValueError for a layer whose tokens have no known places in the image."""
+    kernel = model.get_submodule(name)
+    if isinstance(kernel, ConvertedKernel) and kernel.tracker is None:
+        raise ValueError(
+            f"layer {name}: the grid of its tokens is unknown, because no Conv2d makes the patches "
+            "or the model shuffles them; only attention_maps with queries='all' or indices works"
+        )
 
-    Raises:
-        ValueError: for values that are not indices, an empty list, or an index out of range.
-    """
-    try:
-        indices = [operator.index(index) for index in given]
-    except TypeError:
-        raise ValueError(f"{name} {given!r} must be indices, such as [0, -1]") from None
-    if not indices:
-        raise ValueError(f"{name} is empty: name at least one of the {count} {what}")
-    for index in indices:
-        if not -count <= index < count:
-            raise ValueError(f"{name} {index} is out of range: there are {count} {what}")
-    return indices
+
+def check_batch(path: ValuePath, name: str, images: Tensor) -> None:
+    """Raise a ValueError for a layer that attends within parts of an image."""
+    if len(path.values) != len(images):
+        raise ValueError(
+            f"layer {name} attends in {len(path.values)} sequences for {len(images)} image(s), "
+            "whose place in the image is unknown"
+        )
 
 
 def value_path(
@@ -252,7 +262,7 @@ def query_weights(model: nn.Module, path: ValuePath, queries: Queries | None) ->
             return weights
         indices: Sequence[int] = [0] if queries == "cls" else range(grid.length)
     else:
-        indices = _checked("queries", queries, grid.length, "queries")
+        indices = check_indices("queries", queries, grid.length, "queries")
     return one_hot(indices, path)
 
 
@@ -273,8 +283,10 @@ def reads_class_token(model: nn.Module, path: ValuePath) -> bool:
     if any(base.__name__ in _MEANS for m in model.modules() for base in type(m).__mro__):
         return False
     inner = _pooling(model)
-    pool = getattr(getattr(inner, "config", None), "pool", getattr(inner, "global_pool", "cls"))
-    return _has_class_token(model, path) and pool in ("cls", "token")
+    config = getattr(inner, "config", None)
+    places = ((config, "pool"), (inner, "global_pool"), (inner, "pool_type"))
+    pool = next((getattr(place, n) for place, n in places if hasattr(place, n)), "cls")
+    return _has_class_token(model, path) and pool in _READS_CLASS
 
 
 def _pooling(model: nn.Module) -> nn.Module:

@@ -23,7 +23,15 @@ from ..kernels import ValuePath
 from ..mixers import Mixer
 from ..modes import evaluating
 from ..precision import without_autocast
-from .maps import one_hot, reads_class_token, value_path, weighted_rows, with_kernels
+from .maps import (
+    check_batch,
+    check_grid,
+    one_hot,
+    reads_class_token,
+    value_path,
+    weighted_rows,
+    with_kernels,
+)
 
 Fusion = Literal["mean", "max", "min"]
 _FUSIONS: dict[str, Callable[..., Tensor]] = {
@@ -78,6 +86,8 @@ def rollout(
         with without_autocast(images):
             for name, gradient in zip(reversed(names), reversed(gradients), strict=True):
                 path = value_path(model, name, calls, wide=True)
+                check_batch(path, name, images)
+                check_grid(model, name)
                 tokens = _input_grid(model.get_submodule(name), path, calls[name])
                 if relevance is None:
                     relevance, grid = _start(model, path, tokens), tokens
