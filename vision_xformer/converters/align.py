@@ -34,18 +34,13 @@ ATTENTION_WEIGHT = 50.0
 def aligned_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Parameters trained in the first stage: kernels and query, key and value projections."""
     found: dict[int, nn.Parameter] = {}
-    for layer in _layers(model).values():
+    for layer in converted_layers(model).values():
         adapter = adapter_of(layer)
         assert adapter is not None
         for part in (layer.kernel, *adapter.trained(layer)):
             own = part.parameters() if isinstance(part, nn.Module) else [part]
             found |= {id(p): p for p in own}
     return list(found.values())
-
-
-def _layers(model: nn.Module) -> dict[str, Any]:
-    layers: dict[str, Any] = converted_layers(model)
-    return layers
 
 
 def softmax_copy(model: nn.Module) -> nn.Module:
@@ -164,7 +159,9 @@ def align(
     if first is None:
         raise ValueError("images is empty: at least one batch is needed")
     first = first.to(next(model.parameters()).device)
-    kernels = {id(p) for layer in _layers(model).values() for p in layer.kernel.parameters()}
+    kernels = {
+        id(p) for layer in converted_layers(model).values() for p in layer.kernel.parameters()
+    }
     if not any(p.requires_grad for p in model.parameters() if id(p) not in kernels):
         raise ValueError(
             f"all weights of {type(model).__name__} but those of its kernels are frozen: call "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -81,7 +80,7 @@ def layers_of_both(model: nn.Module, teacher: nn.Module) -> list[str]:
     modules = dict(teacher.named_modules())
     if missing := [name for name in names if name not in modules]:
         raise ValueError(f"the teacher {type(teacher).__name__} has no layer {missing[0]!r}")
-    done: dict[str, Any] = converted_layers(teacher)
+    done = converted_layers(teacher)
     kernels = {name: done[name].kernel.recipe["mixer"] for name in names if name in done}
     if other := {name: kernel for name, kernel in kernels.items() if "softmax" not in kernel}:
         name, kernel = next(iter(other.items()))

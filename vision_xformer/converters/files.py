@@ -31,7 +31,7 @@ def save_converted(model: nn.Module, path: str | os.PathLike[str]) -> None:
         OSError: if it cannot be written.
     """
     model = unwrapped(model)
-    layers: dict[str, Any] = converted_layers(model)
+    layers = converted_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no converted layers: call vx.convert first")
     recipes = {name: layer.kernel.recipe | _size_of(model) for name, layer in layers.items()}

@@ -54,7 +54,7 @@ def adapter_of(layer: nn.Module) -> Adapter | None:
     return next((a for a in ADAPTERS if a.matches(layer) or a.is_converted(layer)), None)
 
 
-def converted_layers(model: nn.Module) -> dict[str, nn.Module]:
+def converted_layers(model: nn.Module) -> dict[str, Any]:
     """Return the converted layers of a model by name."""
     return {
         name: layer
