@@ -27,6 +27,7 @@ from train.__main__ import main
 from vision_xformer import TokenGrid
 from vision_xformer.converters.observe import recorded
 from vision_xformer.explain.maps import value_path, weighted_rows, with_kernels
+from vision_xformer.mixers import takes_heads
 from vision_xformer.mixers.factorized import AxisMixer, space_time
 
 NO_MAP = ("gmlp", "mlp", "ttt", "xca")
@@ -297,9 +298,10 @@ def test_models_of_other_libraries(name: str) -> None:
     assert maps.shape[1] == 2
     torch.testing.assert_close(maps.sum(-1), torch.ones_like(maps[..., 0]))
     if name == "hf mae":  # it drops patches at random and shuffles the others
-        for explain in (vx.rollout, vx.attention_heat, vx.attention_maps):
+        for explain in (vx.rollout, vx.attention_heat):
             with pytest.raises(ValueError, match="the grid of its tokens is unknown"):
                 explain(model, x)
+        assert vx.attention_maps(model, x).shape == (2, 1, 3, 1, maps.shape[-1])
         return
     if pools := name == "hf siglip":
         with pytest.raises(ValueError, match=r"layer head.attention: rollout needs the map"):
@@ -345,6 +347,26 @@ def test_where_the_head_reads_in_the_code_of_others() -> None:
         assert not torch.equal(other, maps)
 
 
+class OwnNet(nn.Module):
+    """A user's model with our mixers, and heads and layers of its own."""
+
+    def __init__(self, mixer: str, num_heads: int = 2) -> None:
+        super().__init__()
+        self.num_heads, self.grid = num_heads, TokenGrid((4, 4))
+        heads = num_heads if takes_heads(mixer) else None
+        self.embed, self.head = nn.Linear(48, 12), nn.Linear(12, 5)
+        self.mixer = vx.create_mixer(mixer, dim=12, heads=heads, grid=self.grid)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.embed(nn.functional.unfold(x, 4, stride=4).mT)
+        return self.head((tokens + self.mixer(tokens, self.grid)).mean(1))
+
+
+@pytest.mark.parametrize("mixer", ["softmax", "lite_mla", "fourier"])
+def test_our_mixers_in_a_model_with_heads_of_its_own(mixer: str) -> None:
+    assert vx.rollout(OwnNet(mixer), torch.randn(2, 3, *SQUARE)).shape == (2, 4, 4)
+
+
 class Unfolded(nn.Module):
     """Patches without a convolution."""
 
@@ -363,15 +385,19 @@ def test_tokens_without_a_known_grid_are_not_laid_out() -> None:
     for explain in (vx.rollout, vx.attention_heat, vx.attention_maps):
         with pytest.raises(ValueError, match="the grid of its tokens is unknown"):
             explain(model, x)
+    with pytest.raises(ValueError, match="the grid of its tokens is unknown"):
+        vx.attention_maps(model, x, queries="mean")
     maps = vx.attention_maps(model, x, queries=[0, 3])
     assert torch.equal(maps, vx.attention_maps(model, x, queries="all")[..., [0, 3], :])
 
 
 def test_attention_within_parts_of_an_image_is_refused() -> None:
     model = timm.create_model("mobilevit_xxs").eval()
+    x = torch.randn(2, 3, 64, 64)
     for explain in (vx.rollout, vx.attention_maps):
         with pytest.raises(ValueError, match=r"attends in 8 sequences for 2 image\(s\)"):
-            explain(model, torch.randn(2, 3, 64, 64))
+            explain(model, x)
+    assert vx.attention_maps(model, x, queries=[0]).shape[0] == 8
 
 
 # Rollout against explicit matrices

@@ -781,10 +781,10 @@ def test_agents_for_each_query_are_two_softmax_attentions():
     ("queries", "keys", "blocks", "parts", "cells"),
     [
         (TokenGrid((13,)), TokenGrid((13,)), 5, (5,), (3,)),
-        (TokenGrid((13,)), TokenGrid((13,)), 8, (7,), (2,)),  # 8 blocks would leave one empty
+        (TokenGrid((13,)), TokenGrid((13,)), 8, (8,), (2,)),  # the last block is empty
         (TokenGrid((5, 7), 1), TokenGrid((5, 7), 1), None, (2, 2), (3, 4)),
         (TokenGrid((3, 4), 1), TokenGrid((6, 8), 2), 12, (3, 4), (2, 2)),
-        (TokenGrid((4, 4)), TokenGrid((7, 7)), None, (2, 2), (4, 4)),
+        (TokenGrid((4, 4)), TokenGrid((7, 7)), None, (3, 2), (4, 4)),
         (TokenGrid((7, 7)), TokenGrid((14, 14)), None, (4, 3), (4, 6)),
         (TokenGrid((7, 8)), TokenGrid((3, 4)), 4, (2, 2), (2, 2)),
         (TokenGrid((0, 0), 1), TokenGrid((5, 4), 1), 1, (1, 1), (5, 4)),
@@ -838,6 +838,7 @@ def test_features_of_a_query_far_below_zero_are_not_rounded_to_zero(name, option
     grid = TokenGrid((13,))
     exact = [t.detach() for t in operands(grid, grid)]
     exact[0][:, :, 3] = -20.0
+    exact[0][:, :, 4] = -110.0
     low = [t.to(dtype).requires_grad_() for t in exact]
     kernel = build(name, grid, **options)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):

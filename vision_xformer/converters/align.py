@@ -159,15 +159,13 @@ def align(
     if first is None:
         raise ValueError("images is empty: at least one batch is needed")
     first = first.to(next(model.parameters()).device)
-    kernels = {
-        id(p) for layer in converted_layers(model).values() for p in layer.kernel.parameters()
-    }
-    if not any(p.requires_grad for p in model.parameters() if id(p) not in kernels):
-        raise ValueError(
-            f"all weights of {type(model).__name__} but those of its kernels are frozen: call "
-            "model.requires_grad_(True)"
-        )
     softmax = softmax_copy(model) if teacher is None else teacher
+    ours, theirs = (converted_layers(m) for m in (model, softmax))
+    if ours and all(n in theirs and theirs[n].kernel.recipe == ours[n].kernel.recipe for n in ours):
+        raise ValueError(
+            "the teacher is converted, too: vx.convert changes a model in place, so copy the "
+            "teacher before"
+        )
     kinds: tuple[type[Matching], ...] = (AttentionMatching, FeatureMatching)
     with evaluating(model, softmax), tqdm(total=sum(steps), disable=not progress) as bar:
         try:
@@ -176,9 +174,16 @@ def align(
             shape = tuple(first.shape)
             raise ValueError(f"images of shape {shape} do not fit the model: {error}") from error
         for stage, kind in enumerate(kinds):
-            if stage == 1 and teacher is None and steps[1]:
+            if not steps[stage]:
+                continue
+            if stage == 1 and teacher is None:
                 softmax = copy.deepcopy(softmax).requires_grad_(False)  # as all weights are trained
             chosen = aligned_parameters(model) if stage == 0 else list(model.parameters())
+            if not any(p.requires_grad for p in chosen):
+                raise ValueError(
+                    f"stage {stage + 1} has no weights to train, as those of the model are frozen: "
+                    "call model.requires_grad_(True)"
+                )
             with _only_these_train(model, chosen) as trained:
                 optimizer = torch.optim.AdamW(trained, lr[stage], weight_decay=weight_decay)
                 average = None

@@ -71,8 +71,8 @@ def layers_of_both(model: nn.Module, teacher: nn.Module) -> list[str]:
     """Return the names of the converted layers of a model; the teacher must have them, too.
 
     Raises:
-        ValueError: for a model that is not converted, or a teacher without its layers or whose
-            layers are converted, too.
+        ValueError: for a model that is not converted, or a teacher without its layers or that is
+            the model itself.
     """
     names = list(converted_layers(model))
     if not names:
@@ -80,12 +80,8 @@ def layers_of_both(model: nn.Module, teacher: nn.Module) -> list[str]:
     modules = dict(teacher.named_modules())
     if missing := [name for name in names if name not in modules]:
         raise ValueError(f"the teacher {type(teacher).__name__} has no layer {missing[0]!r}")
-    done = converted_layers(teacher)
-    kernels = {name: done[name].kernel.recipe["mixer"] for name in names if name in done}
-    if other := {name: kernel for name, kernel in kernels.items() if "softmax" not in kernel}:
-        name, kernel = next(iter(other.items()))
+    if any(modules[name] is model.get_submodule(name) for name in names):
         raise ValueError(
-            f"layer {name} of the teacher is converted to {kernel}, too: vx.convert changes a "
-            "model in place, so copy the teacher before"
+            "the teacher is the model: vx.convert changes a model in place, so copy it before"
         )
     return names

@@ -12,7 +12,6 @@ from ..factory import write_weights
 from ..modes import unwrapped
 from ..weights import read_metadata, read_weights
 from .replace import convert, converted_layers, revert
-from .tokens import input_shape
 
 M = TypeVar("M", bound=nn.Module)
 _KEY = "conversion"
@@ -34,16 +33,8 @@ def save_converted(model: nn.Module, path: str | os.PathLike[str]) -> None:
     layers = converted_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no converted layers: call vx.convert first")
-    recipes = {name: layer.kernel.recipe | _size_of(model) for name, layer in layers.items()}
+    recipes = {name: layer.kernel.recipe for name, layer in layers.items()}
     write_weights(model.state_dict(), path, {_KEY: json.dumps(recipes)})
-
-
-def _size_of(model: nn.Module) -> dict[str, Any]:
-    """The size of images that a model states now; it may have changed since the conversion."""
-    try:
-        return {"image_size": input_shape(model, None)[1:]}
-    except ValueError:
-        return {}
 
 
 def load_converted(path: str | os.PathLike[str], model: M) -> M:
@@ -77,7 +68,7 @@ def load_converted(path: str | os.PathLike[str], model: M) -> M:
             names = {name for name, r in recipes.items() if r == recipe}
             convert(
                 model, recipe["mixer"], layers=lambda n, _, names=names: n in names,
-                image_size=tuple(recipe["image_size"]), center_keys=recipe["center_keys"],
+                image_size=recipe["image_size"], center_keys=recipe["center_keys"],
                 **recipe["options"],
             )  # fmt: skip
         model.load_state_dict(state)

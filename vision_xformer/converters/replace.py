@@ -10,7 +10,7 @@ from torch import nn
 
 from ..grid import TokenGrid
 from ..kernels import KERNELS, Kernel, Site
-from ..mixers import list_mixers
+from ..mixers import Mixer, list_mixers
 from ..mixers.attention import Attention
 from ..options import check_indices, check_options, check_types, options_of
 from .adapters import Adapter, Heads, OwnAttention, PlainAttention, RefusedError, TorchAttention
@@ -42,7 +42,7 @@ _REASONS = {
     "SamVisionAttention": "it adds relative positions to the attention map",
     "SamVisionSdpaAttention": "it adds relative positions to the attention map",
 }
-# Prefix tokens of layers whose other tokens the model shuffles: they are a sequence, not a grid.
+# Prefix tokens of layers whose other tokens an encoder shuffles: they are a sequence, not a grid.
 _SHUFFLED = {"ViTMAEAttention": 1}
 
 
@@ -106,7 +106,8 @@ def convert(
     chosen = _choose(layers, {n: m for n, m in known.items() if n in candidates or n in done})
     if layers is not None and (again := sorted(done & chosen)):
         raise ValueError(f"{again[0]} is already converted: call vx.revert(model) first")
-    recipe = {"mixer": mixer, "options": options, "image_size": shape[1:]}
+    given = None if image_size is None or _states(model, shape) else shape[1:]
+    recipe = {"mixer": mixer, "options": options, "image_size": given}
     trackers: dict[str, GridTracker] = {}
     kernels: dict[str, ConvertedKernel] = {}
     for name, candidate in candidates.items():
@@ -125,6 +126,14 @@ def convert(
         candidates[name].adapter.install(candidates[name].layer, kernel)
     ordered = [rows[name] for name in known]
     return Report(mixer, dict(options), ordered, next(iter(kernels.values())).site)
+
+
+def _states(model: nn.Module, shape: tuple[int, ...]) -> bool:
+    """Whether a model states the size of its images, and it is this one."""
+    try:
+        return input_shape(model, None) == shape
+    except ValueError:
+        return False
 
 
 class _Candidate(NamedTuple):
@@ -156,7 +165,11 @@ def _candidates(
     candidates = {}
     for name, (adapter, heads) in found.items():
         if (misfit := _misfit(calls.get(name))) is None:
-            candidates[name] = _Candidate(known[name], adapter, heads, calls[name])
+            call, prefix = calls[name], _SHUFFLED.get(type(known[name]).__name__)
+            if prefix is not None and "decoder" not in name:
+                grid = TokenGrid((call.grid.length - prefix,), prefix)
+                call = call._replace(grid=grid, conv=None)
+            candidates[name] = _Candidate(known[name], adapter, heads, call)
         else:
             refused[name] = misfit
     rows = {n: Row(n, type(known[n]).__name__, f"refused: {why}") for n, why in refused.items()}
@@ -231,17 +244,18 @@ def attention_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _is_attention(module: nn.Module) -> bool:
     """Whether a module has parameters and the name or the parts of an attention layer.
 
-    The class name contains "attention" or "attn", or there are heads and projections.
+    The class name contains "attention" or "attn", or there are heads and several projections.
     """
     name = type(module).__name__.lower()
     if "attention" in name or "attn" in name:
         return next(module.parameters(), None) is not None
     has_heads = isinstance(getattr(module, "num_heads", None), int)
-    return has_heads and any(isinstance(part, nn.Linear) for part in module.children())
+    return has_heads and sum(isinstance(part, nn.Linear) for part in module.children()) > 1
 
 
 def _contains_known(module: nn.Module) -> bool:
-    return any(adapter_of(part) is not None for part in module.modules() if part is not module)
+    parts = (part for part in module.modules() if part is not module)
+    return any(isinstance(part, Mixer) or adapter_of(part) is not None for part in parts)
 
 
 def _known_reason(layer: nn.Module) -> str | None:
@@ -310,12 +324,9 @@ def _build(
     if isinstance(layer, Attention):
         site = layer.kernel.site  # its grid is passed to it
     else:
-        prefix, grid, conv = _SHUFFLED.get(type(layer).__name__), call.grid, call.conv
-        if prefix is not None:
-            grid, conv = TokenGrid((grid.length - prefix,), prefix), None
-        site = Site(*heads[:3], grid, grid)
-        if conv is not None:
-            tracker = trackers.setdefault(conv, GridTracker(grid.shape))
+        site = Site(*heads[:3], call.grid, call.grid)
+        if call.conv is not None:
+            tracker = trackers.setdefault(call.conv, GridTracker(call.grid.shape))
     if heads.dropout and "dropout" in options_of(KERNELS[mixer]):
         options = {"dropout": heads.dropout, **options}
     with torch.device(heads.weight.device):

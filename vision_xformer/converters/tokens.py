@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+import operator
+import weakref
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..backbones import VisionModel
+from ..forms import is_transformed
 from ..grid import TokenGrid
 from ..kernels import Kernel, ValuePath
 from ..kernels.linear import LinearAttention
@@ -27,6 +30,20 @@ def needs_centered_keys(kernel: Kernel) -> bool:
     return isinstance(kernel, LinearAttention)
 
 
+class _Pass:
+    """A hook of the gradient of the patches, which lives as long as the graph that it is part of.
+
+    Args:
+        shape: cells on each axis.
+    """
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.shape = shape
+
+    def __call__(self, d: Tensor) -> None:
+        """Leave the gradient as it is."""
+
+
 class GridTracker:
     """Forward hook of the patch embedding that stores the size of its output.
 
@@ -36,20 +53,31 @@ class GridTracker:
 
     def __init__(self, shape: tuple[int, ...] = ()) -> None:
         self.shape = shape
-        self.forward: set[tuple[int, ...]] = set()  # that a backward pass may compute again
-        self.backward = False  # whether it has begun
+        self.earlier: dict[int, tuple[int, ...]] = {}  # the last one of each number of cells
+        self.passes: weakref.WeakSet[_Pass] = weakref.WeakSet()
+        self.task = -1  # the backward pass that the last call was part of
 
     def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
         """The forward hook of the convolution."""
-        self.note(tuple(output.shape[2:]))
+        shape = tuple(output.shape[2:])
+        self.note(shape)
+        plain = not torch.compiler.is_compiling() and not is_transformed(output)
+        if plain and output.requires_grad:
+            output.register_hook(forward := _Pass(shape))
+            self.passes.add(forward)
 
     def note(self, shape: tuple[int, ...]) -> None:
         """Store the shape of a grid."""
         self.shape = shape
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            if self.backward:
-                self.forward, self.backward = set(), False
-            self.forward.add(shape)
+        if not torch.compiler.is_compiling():  # compiled, nothing is called again
+            self.earlier[math.prod(shape)] = shape
+            self.task = torch._C._current_graph_task_id()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"shape": self.shape}  # copies have no forward passes
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        GridTracker.__init__(self, **state)
 
     def grid(self, cells: int) -> tuple[int, ...]:
         """Return the shape of a grid, of the last forward pass or of one that is recomputed.
@@ -57,17 +85,17 @@ class GridTracker:
         Raises:
             ValueError: for a forward pass that cannot be told from another one.
         """
-        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == self.task:
             return self.shape
-        self.backward = True  # of gradient checkpointing, which does not call the convolution
-        shapes = [s for s in self.forward if math.prod(s) == cells] or [self.shape]
+        # in the backward pass, by gradient checkpointing that does not call the convolution
+        shapes = sorted({p.shape for p in self.passes if math.prod(p.shape) == cells})
         if len(shapes) > 1:
             raise ValueError(
-                f"images with grids of {' and '.join(map(str, sorted(shapes)))} patches in one "
-                "backward pass with gradient checkpointing: run a backward pass for each, and "
-                "evaluate under torch.no_grad()"
+                f"gradient checkpointing cannot tell images with grids of {shapes[0]} and "
+                f"{shapes[1]} patches apart: run the backward pass of one and delete its loss "
+                "before the forward pass of the other"
             )
-        return shapes[0]
+        return shapes[0] if shapes else self.earlier.get(cells, self.shape)
 
 
 class ConvertedKernel(Kernel):
@@ -189,14 +217,13 @@ def input_shape(model: nn.Module, image_size: int | tuple[int, ...] | None) -> t
         raise ValueError(
             f"image_size is needed: {type(model).__name__} does not state the size of its images"
         )
-    size = (size, size) if isinstance(size, int) else size
-    if not (
-        isinstance(size, tuple | list)
-        and len(size) == 2
-        and all(isinstance(s, int) and s > 0 for s in size)
-    ):
+    try:
+        sizes = [operator.index(s) for s in (size if isinstance(size, Iterable) else (size, size))]
+    except TypeError:
+        sizes = []
+    if len(sizes) != 2 or min(sizes) < 1:
         raise ValueError(f"image_size {size!r} must be a height and a width in pixels")
-    return (conv.in_channels if conv is not None else 3, *size)
+    return (conv.in_channels if conv is not None else 3, *sizes)
 
 
 def observe(
@@ -264,6 +291,8 @@ def observe(
     try:
         with evaluating(model), torch.no_grad():
             model(torch.zeros(1, *shape, dtype=parameter.dtype, device=parameter.device))
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # libraries raise errors of any type
         raise ValueError(
             f"{type(model).__name__} does not run on images (1, {', '.join(map(str, shape))}): "

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import math
 import sys
-import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,7 +21,6 @@ from .adapters import Adapter, Heads, RefusedError, refuse_mask
 from .tokens import ConvertedKernel, GridTracker, needs_centered_keys
 
 _OVER = "vision_xformer_over_"
-_INSTALLED: weakref.WeakSet[Any] = weakref.WeakSet()  # layers; models may share a configuration
 _CLASSES = {
     "vit": "ViTAttention",
     "deit": "DeiTAttention",
@@ -82,9 +80,10 @@ def register_over(before: str) -> str:
 
 
 class _Installed:
-    """Forward hook that refuses a call of a converted layer which would not call its kernel.
+    """Forward pre-hook of a converted layer, which makes sure that its kernel is called.
 
-    It is pickled with the layer, and registers its implementation in another process.
+    Layers and models share a configuration, whose implementation may be set, or be reset by
+    another model. The hook is pickled with the layer, and registers it in another process.
 
     Args:
         before: the implementation of other layers.
@@ -94,12 +93,10 @@ class _Installed:
         self.before = before
 
     def __call__(self, layer: Any, args: Any) -> None:
-        if not layer.config._attn_implementation.startswith(_OVER):
-            raise ValueError(
-                f"{type(layer).__name__} is converted, but attn_implementation "
-                f"{layer.config._attn_implementation!r} was set later and would not call its "
-                "kernel: call vx.revert(model), set it, and convert again"
-            )
+        now = layer.config._attn_implementation
+        if not now.startswith(_OVER):  # the setter checks known names
+            layer.config._attn_implementation_internal = register_over(now)
+            self.before = now
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -133,9 +130,7 @@ class TransformersAttention(Adapter):
         layer.kernel = kernel
         before = layer.config._attn_implementation.removeprefix(_OVER)
         layer.register_forward_pre_hook(_Installed(before))
-        # all layers share the configuration; its setter checks known names
         layer.config._attn_implementation_internal = register_over(before)
-        _INSTALLED.add(layer)
 
     def remove(self, layer: Any) -> None:
         """See :class:`Adapter`."""
@@ -143,10 +138,8 @@ class TransformersAttention(Adapter):
         for key, hook in list(layer._forward_pre_hooks.items()):
             if isinstance(hook, _Installed):
                 del layer._forward_pre_hooks[key]
-        _INSTALLED.discard(layer)
-        if not any(other.config is layer.config for other in _INSTALLED):
-            before = layer.config._attn_implementation.removeprefix(_OVER)
-            layer.config._attn_implementation_internal = before
+        before = layer.config._attn_implementation.removeprefix(_OVER)
+        layer.config._attn_implementation_internal = before
 
     def is_converted(self, layer: nn.Module) -> bool:
         """See :class:`Adapter`."""

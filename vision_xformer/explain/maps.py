@@ -62,8 +62,8 @@ def attention_maps(
 
     Raises:
         ValueError: for a layer or query out of range, "cls" without a class token, a mixer that is
-            not linear in values, a model without attention, images of another shape, or layers
-            whose maps differ in shape.
+            not linear in values, a model without attention, images of another shape, layers whose
+            maps differ in shape, or the mean over tokens of which class tokens cannot be told.
     """
     names, found, _ = _computed(model, images, layers, queries)
     if len({maps.shape for maps in found}) > 1:
@@ -89,7 +89,8 @@ def attention_heat(
         Maps (B, H, queries, *grid) without prefix tokens, (B, H, queries, h, w) for images.
 
     Raises:
-        ValueError: as for :func:`attention_maps`, or for a layer that attends to a learned memory.
+        ValueError: as for :func:`attention_maps`, or for a layer that attends to a learned memory
+            or to tokens whose places in the image are unknown.
     """
     (name,), (maps,), (grid,) = _computed(model, images, [layer], queries, on_grid=True)
     if grid is None:
@@ -116,9 +117,9 @@ def _computed(
         maps, grids = [], []
         for name in chosen:
             path = value_path(model, name, calls)
-            check_batch(path, name, images)
-            if on_grid or queries is None:
-                check_grid(model, name)
+            averages = queries is None or (isinstance(queries, str) and queries == "mean")
+            if on_grid or (averages and path.queries.prefix == 0):
+                check_places(model, name, path, images)
             maps.append(weighted_rows(path, query_weights(model, path, queries)))
             grids.append(path.keys)
     return chosen, maps, grids
@@ -158,22 +159,19 @@ def with_kernels(model: nn.Module, images: Tensor) -> tuple[nn.Module, list[str]
     return model, names
 
 
-def check_grid(model: nn.Module, name: str) -> None:
+def check_places(model: nn.Module, name: str, path: ValuePath, images: Tensor) -> None:
     """Raise a ValueError for a layer whose tokens have no known places in the image."""
+    if len(path.values) != len(images):
+        raise ValueError(
+            f"layer {name} attends in {len(path.values)} sequences for {len(images)} image(s), "
+            "whose places in the image are unknown: only attention_maps with queries='all' or "
+            "indices works"
+        )
     kernel = model.get_submodule(name)
     if isinstance(kernel, ConvertedKernel) and kernel.tracker is None:
         raise ValueError(
             f"layer {name}: the grid of its tokens is unknown, because no Conv2d makes the patches "
-            "or the model shuffles them; only attention_maps with queries='all' or indices works"
-        )
-
-
-def check_batch(path: ValuePath, name: str, images: Tensor) -> None:
-    """Raise a ValueError for a layer that attends within parts of an image."""
-    if len(path.values) != len(images):
-        raise ValueError(
-            f"layer {name} attends in {len(path.values)} sequences for {len(images)} image(s), "
-            "whose place in the image is unknown"
+            "or the model shuffles them: only attention_maps with queries='all' or indices works"
         )
 
 

@@ -24,8 +24,7 @@ from ..mixers import Mixer
 from ..modes import evaluating
 from ..precision import without_autocast
 from .maps import (
-    check_batch,
-    check_grid,
+    check_places,
     one_hot,
     reads_class_token,
     value_path,
@@ -72,7 +71,8 @@ def rollout(
 
     Raises:
         ValueError: for an unknown fusion, a class out of range, a target of a model that does not
-            return logits, CrossViT, or a model with a layer that has no map between tokens.
+            return logits, CrossViT, or a model with a layer that has no map between tokens or
+            whose tokens have no known places in the image.
     """
     if head_fusion not in tuple(_FUSIONS):  # a list has no hash
         raise ValueError(f"head_fusion {head_fusion!r} must be 'mean', 'max' or 'min'")
@@ -86,8 +86,7 @@ def rollout(
         with without_autocast(images):
             for name, gradient in zip(reversed(names), reversed(gradients), strict=True):
                 path = value_path(model, name, calls, wide=True)
-                check_batch(path, name, images)
-                check_grid(model, name)
+                check_places(model, name, path, images)
                 tokens = _input_grid(model.get_submodule(name), path, calls[name])
                 if relevance is None:
                     relevance, grid = _start(model, path, tokens), tokens

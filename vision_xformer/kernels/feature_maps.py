@@ -17,6 +17,7 @@ from ..grid import TokenGrid
 from ..precision import to_accumulate
 
 _EPS = 1e-6  # a query whose features would all be 0 attends to all tokens equally
+_LOWEST = -40.0  # of an exponent: products of two such features are normal numbers in float32
 
 
 class FeatureMap(nn.Module):
@@ -71,7 +72,7 @@ class _EluPlusOne(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        y = x.clamp(max=0).exp_().add_(x.relu())
+        y = x.clamp(_LOWEST, 0).exp_().add_(x.relu())
         ctx.save_for_backward(y)
         return y
 
@@ -84,12 +85,12 @@ class _EluPlusOne(torch.autograd.Function):
 def elu_plus_one(x: Tensor) -> Tensor:
     """elu(x) + 1, of any shape (Katharopoulos et al. 2020, arXiv 2006.16236, eq. 7).
 
-    At least float32, and not computed as F.elu(x) + 1: it is never 0 by rounding, so neither are
-    sums of it.
+    At least float32, and not computed as F.elu(x) + 1, which is rounded to 0: below -40 it is that
+    of -40, so that sums of products of two features are never 0.
     """
     (wide,) = to_accumulate(x)
     if torch.compiler.is_compiling() or needs_plain(wide):
-        return wide.clamp(max=0).exp() + wide.relu()
+        return wide.clamp(_LOWEST, 0).exp() + wide.relu()
     return _EluPlusOne.apply(wide)
 
 

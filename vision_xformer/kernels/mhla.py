@@ -43,7 +43,7 @@ def local_mixing(parts: tuple[int, ...], prefix: bool) -> Tensor:
 
 
 class Blocks(NamedTuple):
-    """How a grid is cut into blocks of equal size; the last ones on each axis may be padded.
+    """How a grid is cut into blocks of equal size; the last ones may be padded, or empty.
 
     Args:
         shape: cells of the grid on each axis.
@@ -88,18 +88,15 @@ class Blocks(NamedTuple):
 
 
 def cut_keys(keys: TokenGrid, queries: TokenGrid, count: int) -> Blocks:
-    """Cut the grid of the keys into at most ``count`` blocks, none of which is empty.
+    """Cut the grid of the keys into at most ``count`` blocks.
 
     Strided queries skip keys: blocks are then a multiple of the stride wide.
     """
-    cells = []
-    for size, part, reduced in zip(
-        keys.shape, grid_parts(keys.shape, count), queries.shape, strict=True
-    ):
+    parts, cells = grid_parts(keys.shape, count), []
+    for size, part, reduced in zip(keys.shape, parts, queries.shape, strict=True):
         stride = -(-size // reduced) if 0 < reduced < size else 1
         cells.append(-(-size // part // stride) * stride)
-    parts = (-(-size // width) for size, width in zip(keys.shape, cells, strict=True))
-    return Blocks(keys.shape, tuple(parts), tuple(cells))
+    return Blocks(keys.shape, parts, tuple(cells))
 
 
 def cut_queries(queries: TokenGrid, keys: Blocks) -> Blocks:

@@ -53,8 +53,9 @@ class TransferFunction(nn.Module):
     Shape: () -> (1, *half, D), complex
 
     It is stored as a table (*half, 2 D), real parts next to imaginary parts.
-    ``load_weights(..., resize=True)`` keeps the filter for another grid: the table is interpolated
-    exactly, as the Fourier transform of the filter at the other frequencies.
+    ``load_weights(..., resize=True)`` keeps the filter for another grid: the table is then its
+    Fourier transform at the other frequencies. A table does not tell whether the last axis of its
+    grid was odd: that is guessed from the aspect ratio, and with a single axis it is taken as even.
 
     Args:
         shape: shape of the grid.
@@ -63,6 +64,7 @@ class TransferFunction(nn.Module):
 
     def __init__(self, shape: tuple[int, ...], dim: int) -> None:
         super().__init__()
+        self.shape = shape
         half = *shape[:-1], shape[-1] // 2 + 1
         self.grid = nn.Parameter(0.02 * torch.randn(*half, 2 * dim))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,9 @@ def is_computed(module: nn.Module, name: str, source: list[Part]) -> bool:
     )
 
 
-def resize_table(name: str, source: list[Part], target: list[Part]) -> list[Tensor] | None:
+def resize_table(
+    module: nn.Module, name: str, source: list[Part], target: list[Part]
+) -> list[Tensor] | None:
     """Interpolate a table along its grid and keep prefix rows; None if that is impossible."""
     if not is_table(target):
         return None
@@ -83,7 +86,8 @@ def resize_table(name: str, source: list[Part], target: list[Part]) -> list[Tens
     if _POSITION_BIAS.search(name):
         return [_resize_distances(old, grid)]
     if _SPECTRUM.search(name):
-        return [_resize_spectrum(old, grid)]
+        owner: Any = module.get_submodule(target[-1].key.rpartition(".")[0])
+        return [_resize_spectrum(old, owner.shape)]
     new = resize_grid(old, grid)
     if _LENGTH_PROJECTION.search(name):  # weights of a sum over tokens: keep the sum
         new = new * (math.prod(old.shape[:-1]) / math.prod(grid))
@@ -98,17 +102,18 @@ def _resize_distances(table: Tensor, grid: tuple[int, ...]) -> Tensor:
     return both[tuple(slice(g - 1, None) for g in grid)]
 
 
-def _resize_spectrum(table: Tensor, half: tuple[int, ...]) -> Tensor:
+def _resize_spectrum(table: Tensor, grid: tuple[int, ...]) -> Tensor:
     """Transform the filter of a transfer function, unchanged, at the frequencies of another grid.
 
     Cells of the filter that are outside the other grid wrap around, as its convolution does.
 
-    Shape: (*half of the old grid, 2 D) -> (*half, 2 D), real parts next to imaginary parts
+    Shape: (*half of the old grid, 2 D) -> (*half of the grid, 2 D), real parts next to imaginary
     """
     wide = table.to(torch.promote_types(table.dtype, torch.float32))
-    axes = tuple(range(len(half)))
-    taps = torch.fft.irfftn(torch.complex(*wide.chunk(2, -1)), _whole(table.shape[:-1]), axes)
-    for axis, (old, new) in enumerate(zip(taps.shape, _whole(half), strict=False)):
+    axes = tuple(range(len(grid)))
+    whole = _whole(table.shape[:-1], grid)
+    taps = torch.fft.irfftn(torch.complex(*wide.chunk(2, -1)), whole, axes)
+    for axis, (old, new) in enumerate(zip(whole, grid, strict=True)):
         offsets = (torch.arange(old, device=table.device) + old // 2) % old - old // 2
         shape = (*taps.shape[:axis], new, *taps.shape[axis + 1 :])
         taps = taps.new_zeros(shape).index_add(axis, offsets % new, taps)
@@ -116,11 +121,19 @@ def _resize_spectrum(table: Tensor, half: tuple[int, ...]) -> Tensor:
     return torch.cat((spectrum.real, spectrum.imag), -1).to(table.dtype)
 
 
-def _whole(half: tuple[int, ...]) -> tuple[int, ...]:
-    """The grid whose last axis n has n // 2 + 1 frequencies: square if possible, else n is even."""
+def _whole(half: tuple[int, ...], like: tuple[int, ...]) -> tuple[int, ...]:
+    """Guess the grid of a table of half of its frequencies, n // 2 + 1 on the last axis.
+
+    Of the two possible n, it is the one of the same aspect ratio as the other grid, else that of a
+    square, else the even one.
+    """
     *others, last = half
-    square = bool(others) and others[-1] // 2 + 1 == last
-    return (*others, others[-1] if square else max(2 * (last - 1), 1))
+    possible = [n for n in (2 * (last - 1), 2 * last - 1) if n > 0]
+    if others:
+        for side in (others[-1] * like[-1] / like[-2], others[-1]):
+            if side in possible:
+                return (*others, int(side))
+    return (*others, possible[0])
 
 
 def guess_grid(cells: int, like: tuple[int, ...]) -> tuple[int, ...] | None:

@@ -93,7 +93,7 @@ def _match(
     values = fit(source, target)
     if values is not None:
         return _Match("used", source, target, values)
-    resized = resize_table(name, source, target)
+    resized = resize_table(module, name, source, target)
     if resized is not None and resize:
         return _Match("resized", source, target, resized)
     adapted = adapt(module, name, source, target)
