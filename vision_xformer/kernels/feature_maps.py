@@ -72,7 +72,8 @@ class _EluPlusOne(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        y = x.clamp(_LOWEST, 0).exp_().add_(x.relu())
+        x = x.contiguous()  # or products would copy and store the result once more
+        y = x.clamp(_LOWEST, 0.0).exp_().add_(x.relu())
         ctx.save_for_backward(y)
         return y
 
@@ -90,7 +91,7 @@ def elu_plus_one(x: Tensor) -> Tensor:
     """
     (wide,) = to_accumulate(x)
     if torch.compiler.is_compiling() or needs_plain(wide):
-        return wide.clamp(_LOWEST, 0).exp() + wide.relu()
+        return wide.clamp(_LOWEST, 0.0).exp() + wide.relu()
     return _EluPlusOne.apply(wide)
 
 
