@@ -197,7 +197,7 @@ def input_shape(model: nn.Module, image_size: int | tuple[int, ...] | None) -> t
 
     Raises:
         ValueError: if ``image_size`` is None and the model does not state it, or if it is not
-            that of a model of this package.
+            that of a model of this package, or no size at all.
     """
     if isinstance(model, VisionModel):
         channels, *own = model.config.input_shape
