@@ -214,9 +214,9 @@ def _separate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found = {}
     for key, tensor in state.items():
         place = tensor.untyped_storage().data_ptr()
-        found[key] = tensor.clone() if place in seen else tensor
+        found[key] = (tensor.clone() if place in seen else tensor).contiguous()
         seen.add(place)
-    return {key: tensor.contiguous() for key, tensor in found.items()}
+    return found
 
 
 def load_model(path: str | os.PathLike[str]) -> VisionModel:

@@ -160,12 +160,7 @@ def align(
         raise ValueError("images is empty: at least one batch is needed")
     first = first.to(next(model.parameters()).device)
     softmax = softmax_copy(model) if teacher is None else teacher
-    ours, theirs = (converted_layers(m) for m in (model, softmax))
-    if ours and all(n in theirs and theirs[n].kernel.recipe == ours[n].kernel.recipe for n in ours):
-        raise ValueError(
-            "the teacher is converted, too: vx.convert changes a model in place, so copy the "
-            "teacher before"
-        )
+    _check_teacher(model, softmax)
     kinds: tuple[type[Matching], ...] = (AttentionMatching, FeatureMatching)
     with evaluating(model, softmax), tqdm(total=sum(steps), disable=not progress) as bar:
         try:
@@ -179,12 +174,12 @@ def align(
             if stage == 1 and teacher is None:
                 softmax = copy.deepcopy(softmax).requires_grad_(False)  # as all weights are trained
             chosen = aligned_parameters(model) if stage == 0 else list(model.parameters())
-            if not any(p.requires_grad for p in chosen):
-                raise ValueError(
-                    f"stage {stage + 1} has no weights to train, as those of the model are frozen: "
-                    "call model.requires_grad_(True)"
-                )
             with _only_these_train(model, chosen) as trained:
+                if not trained:
+                    raise ValueError(
+                        f"stage {stage + 1} has no weights to train, as those of the model are "
+                        "frozen: call model.requires_grad_(True)"
+                    )
                 optimizer = torch.optim.AdamW(trained, lr[stage], weight_decay=weight_decay)
                 average = None
                 if ema and stage == 1:
@@ -196,6 +191,19 @@ def align(
                 if average is not None:
                     model.load_state_dict(average.module.state_dict())
         return before, compare(model, softmax, first)
+
+
+def _check_teacher(model: nn.Module, teacher: nn.Module) -> None:
+    """Raise a ValueError for a teacher with the same kernels in all layers."""
+    ours, theirs = (
+        {name: layer.kernel.recipe for name, layer in converted_layers(m).items()}
+        for m in (model, teacher)
+    )
+    if ours and ours.items() <= theirs.items():
+        raise ValueError(
+            "the teacher is converted, too: vx.convert changes a model in place, so copy the "
+            "teacher before"
+        )
 
 
 def _train(

@@ -96,6 +96,11 @@ class Kernel(nn.Module):
                 f"{keys}: build it for that{hint}"
             )
 
+    def check_axes(self, queries: TokenGrid, keys: TokenGrid) -> None:
+        """Raise a ValueError for queries and keys on grids with another number of axes."""
+        if len(queries.shape) != len(keys.shape):
+            raise ValueError(f"queries on {queries} and keys on {keys} differ in their axes")
+
     def forward(
         self,
         q: Tensor,

@@ -39,9 +39,9 @@ class Mala(SummaryKernel):
         bias: Tensor | None = None,
     ) -> Tensor:
         """Attend: q (B, H, N, K), k (B, G, M, K), v (B, G, M, V) -> (B, H, N, V)."""
-        wide_q, wide_k, values = to_accumulate(q, k, v)
+        (values,) = to_accumulate(v)
         with without_autocast(q):  # sums over tokens overflow in float16
-            y = elu_plus_one(wide_q) @ summary(elu_plus_one(wide_k), values)
+            y = elu_plus_one(q) @ summary(elu_plus_one(k), values)
             weighted, sums = y.split((values.shape[-1], 1), -1)
             scale = self.site.key_dim**-0.5 / keys.length
             centered = weighted - sums * values.mean(-2, keepdim=True)

@@ -137,7 +137,7 @@ class Mhla(Kernel):
         cells = math.prod(site.keys.shape)
         blocks = max(1, math.isqrt(cells)) if blocks is None else blocks
         check_at_least("blocks", blocks, 1)
-        self._check_axes(site.queries, site.keys)
+        self.check_axes(site.queries, site.keys)
         self.blocks = cut_keys(site.keys, site.queries, blocks)
         self.features = FEATURE_MAPS["relu"](site.heads, site.key_dim, True)
         mixing = local_mixing(self.blocks.parts, site.keys.prefix > 0)
@@ -154,7 +154,7 @@ class Mhla(Kernel):
     ) -> Tensor:
         """Attend: q (B, H, N, K), k (B, G, M, K), v (B, G, M, V) -> (B, H, N, V)."""
         self.check_keys(keys)
-        self._check_axes(queries, keys)
+        self.check_axes(queries, keys)
         wide_q, wide_k, values = to_accumulate(q, k, v)
         with without_autocast(q):  # sums over tokens overflow in float16
             fq, fk = self.features(wide_q, queries), self.features(wide_k, keys)
@@ -165,10 +165,6 @@ class Mhla(Kernel):
                 sums = (mixing @ sums.flatten(3)).view_as(sums)
             y, total = self._read(fq, sums, queries).split((values.shape[-1], 1), -1)
             return (y / total).to(v.dtype)
-
-    def _check_axes(self, queries: TokenGrid, keys: TokenGrid) -> None:
-        if len(queries.shape) != len(keys.shape):
-            raise ValueError(f"queries on {queries} and keys on {keys} differ in their axes")
 
     def _summaries(self, fk: Tensor, values: Tensor, prefix: int) -> Tensor:
         """Sums of the prefix, if any, and of each block: (B, H, blocks, K, V + 1)."""

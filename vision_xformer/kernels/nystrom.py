@@ -247,8 +247,7 @@ class Nystrom(Kernel):
         bias: Tensor | None = None,
     ) -> Tensor:
         """Attend: q (B, H, N, K), k (B, G, M, K), v (B, G, M, V) -> (B, H, N, V)."""
-        if len(queries.shape) != len(keys.shape):
-            raise ValueError(f"queries on {queries} and keys on {keys} differ in their axes")
+        self.check_axes(queries, keys)
         parts = self._parts(queries, keys)
         q_marks = self._landmark_means(q, queries, parts)
         k_marks = self._landmark_means(k, keys, parts)

@@ -45,9 +45,9 @@ class Rala(SummaryKernel):
         bias: Tensor | None = None,
     ) -> Tensor:
         """Attend: q (B, H, N, K), k (B, G, M, K), v (B, G, M, V) -> (B, H, N, V)."""
-        wide_q, wide_k, values = to_accumulate(q, k, v)
+        (values,) = to_accumulate(v)
         with without_autocast(q):  # sums over tokens overflow in float16
-            fq, fk = elu_plus_one(wide_q), elu_plus_one(wide_k)
+            fq, fk = elu_plus_one(q), elu_plus_one(k)
             logits = fk @ (fq.mean(-2, keepdim=True) * self.site.key_dim**-0.5).mT
             # the factors scale keys in products and sums alike, whatever their own sum
             return average(fq, summary(logits.softmax(-2) * fk, values)).to(v.dtype)
