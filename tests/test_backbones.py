@@ -445,6 +445,23 @@ def test_drop_path_rises_linearly(name: str) -> None:
     assert rates == pytest.approx([0.3 * i / (depth - 1) for i in range(1, depth)])
 
 
+def test_blocks_are_sliced_and_replaced() -> None:
+    model = vx.create_model("vit_test", depth=3)
+    assert model.blocks[-2:] == [model.blocks[1], model.blocks[2]]
+    model.blocks[-1] = torch.nn.Identity()
+    assert isinstance(model.blocks[2], torch.nn.Identity)
+    with pytest.raises(IndexError):
+        model.blocks[3] = torch.nn.Identity()
+
+
+@pytest.mark.parametrize("name", ["vit_test", "convmixer_test"])
+def test_video_of_any_length_is_not_built_for_one_frame(name: str) -> None:
+    options = dict(input_shape=(3, 2, 16, 16), patch_size=(2, 8, 8), factorized=True)
+    vx.create_model(name, **options)
+    with pytest.raises(ValueError, match=r"^factorized=True with dynamic_size=True and a grid of"):
+        vx.create_model(name, **options, dynamic_size=True)
+
+
 def test_drop_path_of_levit_is_the_same_everywhere() -> None:
     model = vx.create_model("levit_test", drop_path=0.3)
     rates = {m.p for m in model.modules() if isinstance(m, StochasticDepth)}
@@ -512,8 +529,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         r"depths \(2, 1\) must be one number for each of dims \(12, 20, 28\)",
     ),
     "fewer heads": ("levit_test", dict(heads=(3,)), r"heads \(3,\) must be one number for each"),
-    "a depth of 0": ("levit_test", dict(depths=(2, 0)), r"depths \(2, 0\) must be .* above 0"),
-    "a width of 0": ("levit_test", dict(dims=(12, 0)), r"dims \(12, 0\) must be .* above 0"),
+    "a depth of 0": ("levit_test", dict(depths=(2, 0)), r"depths \(2, 0\) must be .* at least 1"),
+    "a width of 0": ("levit_test", dict(dims=(12, 0)), r"dims \(12, 0\) must be .* at least 1"),
     "no stages": ("levit_test", dict(dims=(), depths=(), heads=()), r"dims \(\) must be"),
     "no key_dim": ("levit_test", dict(key_dim=None), "'softmax' needs heads and key_dim"),
     "key_dim 0": ("levit_test", dict(key_dim=0), "key_dim 0 must be at least 1"),

@@ -681,6 +681,18 @@ def test_fft_patches_in_half_precision() -> None:
     assert relative_error(model.half()(bright.half()), want) < 0.05
 
 
+@torch.no_grad()
+def test_transforms_of_maps_in_autocast_to_half_precision() -> None:
+    """Sums over 64 x 64 cells exceed the range of float16."""
+    torch.manual_seed(0)
+    model, x = vx.create_model("fnet2d"), torch.randn(4, 3, 64, 64)
+    for _ in range(3):
+        model(x)
+    want = model.eval()(x)
+    with torch.autocast("cpu", torch.float16):
+        assert relative_error(model(x), want) < 0.05
+
+
 def test_bias_network_is_its_layers() -> None:
     mixer = build("softmax", TokenGrid((4, 6)), in_windows(Windows(3, interval=2), bias_dim=5))
     layers = mixer.position_bias.layers

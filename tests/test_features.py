@@ -82,6 +82,15 @@ def test_intermediates_of_the_last_norm_are_the_final_tokens(case: Case) -> None
     assert torch.equal(tokens[0].flatten(2).mT, final[:, ours.blocks.grid.prefix :])
 
 
+def test_pairs_of_layers_with_and_without_prefix_tokens() -> None:
+    """A class token in the last stage only, as in CvT: all are pairs, some with an empty prefix."""
+    model = vx.create_model("cvt_test", class_token=True)
+    pairs = call(model, images(model), return_prefix_tokens=True)
+    assert [tuple(prefix.shape[:2]) for _, prefix in pairs] == [(2, 0), (2, 1)]
+    first = call(model, images(model), indices=[0], return_prefix_tokens=True)
+    assert all(isinstance(y, Tensor) for y in first)
+
+
 @pytest.mark.parametrize("name", TEST_MODELS)
 def test_intermediates_of_every_model(name: str) -> None:
     """The tokens that hooks on the layers see; the same final tokens, gradients and logits."""
@@ -311,12 +320,19 @@ def test_set_input_size_keeps_what_was_changed() -> None:
         (
             "gmlp_test",
             ((28, 10),),
-            r"^GMLP cannot take this input size: blocks.0.mixer.gate\S+ is tied to the one",
+            r"^GMLP cannot take this input size: blocks.0.mixer is tied to the one that it was",
         ),
+        # as many tokens or blocks, in another order
+        ("mlp_mixer_test", ((10, 14),), r"^MlpMixer cannot .* blocks.0.mixer is tied to the one"),
+        ("vit_test linformer-pytorch", ((10, 14),), r"blocks.0.mixer is tied to the one"),
+        ("vit_test mhla", ((64, 4),), r"^ViT cannot .* blocks.0.mixer.kernel is tied to the one"),
+        ("vit_test mhla", (2,), r"^ViT cannot .* blocks.0.mixer.kernel is tied to the one"),
     ],
 )
 def test_a_size_that_does_not_fit(name: str, arguments: tuple[Any, ...], message: str) -> None:
-    model = vx.create_model(name).eval()
+    name, _, mixer = name.partition(" ")
+    size = {"image_size": (16, 16)} if mixer == "mhla" else {}
+    model = vx.create_model(name, **({"mixer": mixer} if mixer else {}), **size).eval()
     x, state, config = images(model), copy.deepcopy(model.state_dict()), model.config
     want = model(x)
     with pytest.raises(ValueError, match=message):
@@ -324,6 +340,15 @@ def test_a_size_that_does_not_fit(name: str, arguments: tuple[Any, ...], message
     assert model.config == config
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert torch.equal(model(x), want)
+
+
+@pytest.mark.parametrize(("frames", "size"), [(4, (2, 16, 16)), (2, (4, 16, 16))])
+def test_mixing_over_time_is_not_added_or_removed(frames: int, size: tuple[int, ...]) -> None:
+    video = dict(input_shape=(3, frames, 16, 16), patch_size=(2, 8, 8), factorized=True)
+    for name in ("vit_test", "convmixer_test"):
+        model = vx.create_model(name, **video)
+        with pytest.raises(ValueError, match=r"cannot take this input size: blocks.\S+ is tied to"):
+            model.set_input_size(size)
 
 
 def test_layers_that_were_replaced_are_not_resized() -> None:
@@ -355,7 +380,7 @@ def test_feature_info_and_pruning_as_by_timm(case: Case) -> None:
         if case.model != "crossvit_test":
             assert one.num_features == one.head_hidden_size == other.num_features
         assert (one.num_classes == 0) == (other.num_classes == 0)
-        assert one(x).shape[0] == 2
+        assert one(x).numel() == other(x).numel()
         with pytest.raises(ValueError, match=r"^index 9 of indices must be between"):
             one.prune_intermediate_layers([9])
 
@@ -374,7 +399,13 @@ def test_models_of_features_only(name: str) -> None:
         _, *shape = whole.config.input_shape
         near = [(n // stride, -(-n // stride)) for n in shape]
         assert all(m in around for m, around in zip(y.shape[2:], near, strict=True))
-    loss = sum(y.square().mean() for y in maps)
+    assert len(net.feature_info) == len(net.model.features())
+    assert [net.feature_info.channels(i) for i in net.out_indices] == net.feature_info.channels()
+    assert net.feature_info[0]["module"] == net.feature_info.module_name([0])[0]
+    (strides,) = {tuple(info) for info in net.feature_info.get_dicts(keys=["reduction"])}
+    assert strides == ("reduction",)
+    net.set_grad_checkpointing()
+    loss = sum(y.square().mean() for y in net(x))
     assert isinstance(loss, Tensor)
     loss.backward()
     idle = [n for n, p in net.named_parameters() if p.grad is None]

@@ -15,6 +15,7 @@ from rotary_embedding_torch import RotaryEmbedding
 from vision_xformer import TokenGrid
 from vision_xformer.biases import PositionBias
 from vision_xformer.positions import (
+    FourierFeatures,
     LearnedPosition,
     RasterSinCosPosition,
     RotaryPosition,
@@ -142,13 +143,15 @@ def test_angles_stay_float32_in_a_module_of_any_type(kind, cast):
 
 
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("position", ["axial", "raster", "sincos"])
+@pytest.mark.parametrize("position", ["axial", "raster", "sincos", "fourier"])
 def test_positions_do_not_depend_on_the_default_type(default, position):
     grid = TokenGrid((1009,), 1)
 
     def build():
         if position == "sincos":
             return SinCosPosition(grid, 13)()
+        if position == "fourier":
+            return FourierFeatures(grid)()
         return RotaryPosition(grid, 13, position)()
 
     expected = build()
@@ -157,9 +160,10 @@ def test_positions_do_not_depend_on_the_default_type(default, position):
         table = build()
     finally:
         torch.set_default_dtype(torch.float32)
-    if position != "sincos":
+    stored = position in ("sincos", "fourier")
+    if not stored:
         assert table.dtype == torch.float32
-    bound = 1e-3 if position != "sincos" else max(1e-3, torch.finfo(default).eps)
+    bound = max(1e-3, torch.finfo(default).eps / 2) if stored else 1e-3
     assert (table.double() - expected.double()).abs().max() <= bound
 
 

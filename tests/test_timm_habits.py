@@ -15,6 +15,7 @@ from torch import nn
 
 import vision_xformer as vx
 from vision_xformer.names import parse_name
+from vision_xformer.positions import TokenTable
 
 TEST_MODELS = vx.list_models("*_test")
 LOWEST = ("stem", "position", "cls_token", "reg_token", "branches", "stages.0.downsample",
@@ -100,10 +101,12 @@ def test_optimizers_of_timm(name: str) -> None:
         for group in groups:
             for n in (by_id[id(p)] for p in group["params"]):
                 assert group["lr_scale"] == pytest.approx(0.75 ** (top - layers[n]))
-                is_map = n.endswith("weight") and model.get_parameter(n).ndim > 1
+                is_map = model.get_parameter(n).ndim > 1 and n not in fixed
                 assert (group["weight_decay"] > 0) == is_map, n
-                assert (n in fixed) == (not is_map and model.get_parameter(n).ndim > 1)
-    assert not any("norm" in n or n.endswith("bias") for n in fixed)
+    tables = {id(p) for m in model.modules() if isinstance(m, TokenTable) for p in m.parameters()}
+    for n, p in model.named_parameters():
+        positions = "position" in n and id(p) in tables
+        assert (n in fixed) == (positions or n.endswith("_token")), n
 
 
 @pytest.mark.parametrize("name", TEST_MODELS)
@@ -130,11 +133,18 @@ def test_classifiers(name: str) -> None:
     assert vx.create_model(model.config).weight_shapes() == model.weight_shapes()
     model.reset_classifier(0)
     if not isinstance(model, vx.ViT):
+        pooled, other = model.pooled_by, {"avg": "token", "token": "avg"}[model.pooled_by]
         with pytest.raises(
-            ValueError, match=r"pools in one way: global_pool 'avg' must be None, or ''"
+            ValueError, match=rf"pools in one way: global_pool '{other}' must be '{pooled}', None"
         ):
-            model.reset_classifier(3, "avg")
+            model.reset_classifier(3, other)
         assert model.num_classes == 0
+        want = model.forward_head(tokens, pre_logits=True)
+        model.reset_classifier(0, "")
+        model.reset_classifier(0, pooled)
+        assert torch.equal(model.forward_head(tokens), want)
+        mean = want.ndim == 2 and torch.allclose(want, tokens.mean(1))
+        assert mean == (pooled == "avg") or tokens.shape[1] == 1
 
 
 @pytest.mark.parametrize("pool", ["cls", "mean", "seq"])
@@ -153,6 +163,10 @@ def test_another_pool(pool: str, tmp_path: Path) -> None:
         assert json.dumps(loaded.config.to_dict()) == json.dumps(model.config.to_dict())
     with pytest.raises(ValueError, match=r"global_pool 'max' must be 'token', 'avg', '' or None"):
         model.reset_classifier(7, "max")
+    with pytest.raises(ValueError, match="num_classes -1"):
+        model.reset_classifier(-1, "avg")
+    assert model.config == loaded.config
+    torch.testing.assert_close(model(x), want)
     for name in ("vit_test", "cct_test"):
         other = vx.create_model(name)
         with pytest.raises(ValueError, match=r"^num_classes='7' must be of type int$"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from typing import Any
@@ -10,11 +11,13 @@ import pytest
 import timm
 import torch
 from timm.data import Mixup, create_transform, resolve_data_config
+from timm.layers import DropPath
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor
+from torchvision.ops import StochasticDepth
 from torchvision.transforms.functional import to_pil_image
 
 import vision_xformer as vx
@@ -62,6 +65,67 @@ def test_arguments_of_timm() -> None:
     shapes = [tuple(y.shape) for y in maps(torch.randn(1, 3, 56, 56))]
     assert shapes == [(1, 96, 14, 14), (1, 768, 2, 2)]
     assert len(timm.create_model("vx_vit", features_only=True)(torch.randn(1, 3, 32, 32))) == 4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"global_pool": "avg"},
+        {"global_pool": "avg", "class_token": False},
+        {"global_pool": "token"},
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_pooling_of_timm(options: dict[str, Any]) -> None:
+    """With its class token, and the norm after the mean."""
+    size = dict(img_size=32, depth=2, num_classes=5)
+    theirs = timm.create_model("vit_tiny_patch16_224", **size, **options).double().eval()
+    ours = timm.create_model("vx_vit_tiny", **size, **options).double().eval()
+    vx.load_weights(ours, theirs.state_dict())
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_pooling_of_other_models() -> None:
+    assert timm.create_model("vx_swin_tiny", global_pool="avg").config.global_pool
+    with pytest.raises(ValueError, match=r"^Swin pools .* 'token' must be 'avg', None"):
+        timm.create_model("vx_swin_tiny", global_pool="token")
+    with pytest.raises(ValueError, match=r"^global_pool 'avg' and pool 'cls': give one$"):
+        timm.create_model("vx_vit", global_pool="avg", pool="cls")
+    with pytest.raises(ValueError, match=r"^drop_path_rate 0.1 has no meaning for vx_convmixer_"):
+        timm.create_model("vx_convmixer_256_8", drop_path_rate=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs"),
+    [("cait_xxs24", "cait_xxs24_224"), ("xcit_nano_12_p16", "xcit_nano_12_p16_224"),
+     ("vit_tiny", "vit_tiny_patch16_224"), ("pvt_v2_b0", "pvt_v2_b0")],
+)  # fmt: skip
+def test_stochastic_depth_of_timm(name: str, theirs: str) -> None:
+    ours = [
+        m.p
+        for m in vx.create_model(name, drop_path=0.2).modules()
+        if isinstance(m, StochasticDepth)
+    ]
+    other = [
+        m.drop_prob
+        for m in timm.create_model(theirs, drop_path_rate=0.2).modules()
+        if isinstance(m, DropPath) and m.drop_prob
+    ]
+    assert sorted(set(ours)) == pytest.approx(sorted(set(other)))
+
+
+def test_initial_weights_of_pvt_are_those_of_timm() -> None:
+    torch.manual_seed(0)
+    ours, theirs = vx.create_model("pvt_v2_b1"), timm.create_model("pvt_v2_b1")
+    found = copy.deepcopy(ours)
+    vx.load_weights(found, theirs.state_dict())
+    for (key, one), other in zip(ours.named_parameters(), found.parameters(), strict=True):
+        if one.ndim == 4:
+            assert one.std().item() == pytest.approx(other.std().item(), rel=0.1), key
+        elif "conv" in key or "reduce" in key:
+            assert torch.equal(one, other), key
 
 
 @pytest.mark.parametrize(

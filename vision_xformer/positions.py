@@ -209,7 +209,7 @@ class FourierFeatures(SinCosPosition):
     def rows(self, grid: TokenGrid, device: torch.device) -> Tensor:
         """Compute the features of a grid: (N, 32 A)."""
         channels = torch.arange(32, device=device)
-        wavelengths = 10000.0 ** (channels // 2 * 2 / 32)
+        wavelengths = 10000.0 ** ((channels // 2 * 2).float() / 32)
         features = []
         for axis, size in enumerate(grid.shape):
             position = torch.arange(1, size + 1, dtype=torch.float32, device=device)

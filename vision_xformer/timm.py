@@ -19,6 +19,7 @@ except ImportError as error:
     raise ImportError("vision_xformer.timm needs timm: pip install timm") from error
 
 from .backbones import VisionModel
+from .backbones.vit import ViTConfig
 from .factory import create_model
 from .names import list_models, name_to_config
 from .stems import Stem
@@ -29,6 +30,8 @@ _FIELDS = {
     "drop_path_rate": "drop_path",
     "dynamic_img_size": "dynamic_size",
 }
+
+_POOLS = {"avg": "mean", "token": "cls"}
 
 
 def _default_cfg(name: str) -> dict[str, Any]:
@@ -66,7 +69,18 @@ def _build(name: str, arguments: dict[str, Any]) -> VisionModel:
             "drop_rate must be 0: there is no dropout before the classifier; the field dropout is "
             "that of the MLPs"
         )
+    config = name_to_config(name)
+    for theirs in ("drop_path_rate", "dynamic_img_size"):
+        if theirs in arguments and not hasattr(config, _FIELDS[theirs]):
+            raise ValueError(f"{theirs} {arguments[theirs]!r} has no meaning for vx_{name}")
     fields = {_FIELDS.get(key, key): value for key, value in arguments.items()}
+    pool = _POOLS.get(global_pool)
+    if isinstance(config, ViTConfig) and pool:  # the place of the norm depends on the pooling
+        if "pool" in fields:
+            raise ValueError(f"global_pool {global_pool!r} and pool {fields['pool']!r}: give one")
+        token = config.has_class_token or pool == "cls"
+        fields = {"pool": pool, "class_token": token} | fields
+        global_pool = None
     model = create_model(name, **fields)
     if global_pool is not None:
         model.reset_classifier(model.num_classes, global_pool)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -212,11 +212,22 @@ class Stage(Checkpointed):
             delattr(self, str(index))
         self.depth = depth
 
-    def __getitem__(self, index: int) -> nn.Module:
+    @overload
+    def __getitem__(self, index: int) -> nn.Module: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[nn.Module]: ...
+
+    def __getitem__(self, index: int | slice) -> nn.Module | list[nn.Module]:
+        if isinstance(index, slice):
+            return list(self)[index]
         return self.get_submodule(str(range(self.depth)[index]))
 
+    def __setitem__(self, index: int, block: nn.Module) -> None:
+        setattr(self, str(range(self.depth)[index]), block)
+
     def __iter__(self) -> Iterator[nn.Module]:
-        return (self[index] for index in range(self.depth))
+        return (self.get_submodule(str(index)) for index in range(self.depth))
 
     def out_grid(self, grid: TokenGrid) -> TokenGrid:
         """Return the grid of its tokens for that of the previous stage."""

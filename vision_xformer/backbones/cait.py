@@ -27,6 +27,7 @@ class CaiTConfig(IsotropicConfig):
     """Configuration of :class:`CaiT`: that of isotropic models and the class attention.
 
     Args:
+        drop_path: stochastic depth of every block; those of class attention have none.
         class_depth: number of blocks of class attention.
         class_heads: their number of heads.
         class_mixer: their mixer, with queries and keys; class attention is already linear in N.
@@ -94,6 +95,7 @@ class CaiT(Isotropic):
     class_block: ClassVar[type[Block]] = ClassBlock
     class_stage_class: ClassVar[type[ClassStage]] = ClassStage
     config: CaiTConfig
+    pooled_by = "token"
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "xxs24": _size(192, 24),
         "xxs36": _size(192, 36),
@@ -110,6 +112,10 @@ class CaiT(Isotropic):
         init_linears(self.class_stage)
         self.norm = nn.LayerNorm(c.dim, c.norm_eps)
         self.head = self.make_head(c.num_classes)
+
+    def drop_path_rates(self) -> list[float]:
+        """Stochastic depth of each block, the same for all."""
+        return [self.config.drop_path] * self.config.depth
 
     def drop_head(self) -> None:
         """Remove the classifier and the class attention."""

@@ -133,7 +133,7 @@ class StageFields:
     heads: tuple[int, ...] | None
 
     def check_stages(self, mixer: str, *names: str) -> None:
-        """Raise a ValueError unless these fields have a positive value for each of ``dims``.
+        """Raise a ValueError unless these fields have a value of at least 1 for each of ``dims``.
 
         The same holds for ``heads`` if the mixer has heads; otherwise it must be None.
         """
@@ -145,7 +145,7 @@ class StageFields:
             values = getattr(self, name)
             if not values or len(values) != len(self.dims) or min(values) < 1:
                 raise ValueError(
-                    f"{name} {values} must be one number for each of dims {self.dims}, above 0"
+                    f"{name} {values} must be one number for each of dims {self.dims}, at least 1"
                 )
 
     def heads_of(self, stage: int) -> int | None:

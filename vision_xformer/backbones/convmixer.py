@@ -111,10 +111,10 @@ class ConvMixer(VisionModel):
         def make(grid: TokenGrid) -> Mixer:
             return create_mixer(c.mixer, dim=c.dim, heads=c.heads, grid=grid, **c.mixer_options)
 
-        blocks = [
-            ConvMixerBlock(space_time(make, grid) if c.factorized else [make(grid)], c.activation)
-            for _ in range(c.depth)
-        ]
+        blocks = []
+        for _ in range(c.depth):
+            mixers = space_time(make, grid, c.dynamic_size) if c.factorized else [make(grid)]
+            blocks.append(ConvMixerBlock(mixers, c.activation))
         self.blocks = Stage(blocks, grid)
         self.head = self.make_head(c.num_classes)
 

@@ -230,6 +230,7 @@ class CrossViT(VisionModel):
 
     config_class = CrossViTConfig
     config: CrossViTConfig
+    pooled_by = "token"
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "tiny": _size(96, 3, 4, 4),
         "small": _size(192, 6, 4, 4),

@@ -263,6 +263,7 @@ class CvT(VisionModel):
         super().__init__(config)
         c = config
         self.num_features = c.dims[-1]
+        self.pooled_by = "token" if c.class_token else "avg"
         channels, *shape = c.input_shape
         grid, rates = TokenGrid(tuple(shape)), drop_paths(c.drop_path, c.depths)
         stages = []

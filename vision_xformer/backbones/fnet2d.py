@@ -8,12 +8,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ..grid import TokenGrid
 from ..layers import Mlp, mlp_width, norm_tokens
 from ..mixers.fourier import Fourier
 from ..options import check_at_least
+from ..precision import autocasts, to_accumulate
 from ..stems.convolutional import ConvStem
 from .base import BACKBONES, Stage, VisionModel
 from .config import Config
@@ -25,7 +27,7 @@ class FNet2DConfig(Config):
 
     Args:
         dynamic_size: whether the model accepts samples of any size; True by default.
-        dim: width D, even.
+        dim: width D.
         depth: number of blocks.
         mlp_ratio: hidden width of the MLPs for a width of 1.
         dropout: dropout in the MLP.
@@ -64,12 +66,18 @@ class FNet2DBlock(nn.Module):
 
     def forward(self, x: Tensor, grid: TokenGrid, rope: None = None) -> Tensor:
         """Apply the block to tokens (B, N, D) on ``grid``."""
-        return x + self.mlp(norm_tokens(self.norm, self.mixer(x, grid)))
+        wide = x
+        if x.dtype == torch.float16 and autocasts(x):  # its sums over the map may overflow
+            (wide,) = to_accumulate(x)
+        return x + self.mlp(norm_tokens(self.norm, self.mixer(wide, grid)))
 
 
 @BACKBONES.register("fnet2d")
 class FNet2D(VisionModel):
     """FNet2D, for images of any size; without positions and class token.
+
+    The transform of large images is beyond the range of float16: use autocast or bfloat16 instead
+    of ``half()``.
 
     Shape: (B, C, *shape) -> (B, num_classes)
 

@@ -7,10 +7,12 @@ keys and values from a reduced grid, and a depth-wise convolution in the MLP enc
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from ..grid import TokenGrid, on_grid
 from ..kernels import KERNELS
@@ -72,7 +74,7 @@ class ReductionProjection(SplitProjection):
     ) -> None:
         super().__init__(dim, grid, widths, bias)
         self.reduction = reduction
-        self.reduce = CONV[len(grid.shape)](dim, dim, reduction, reduction)
+        self.reduce = _initialized(CONV[len(grid.shape)](dim, dim, reduction, reduction))
         self.norm = nn.LayerNorm(dim)
 
     def inputs(self, x: Tensor, grid: TokenGrid) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,6 +85,15 @@ class ReductionProjection(SplitProjection):
     def keys(self, grid: TokenGrid) -> TokenGrid:
         """The reduced grid."""
         return _reduced(grid, self.reduction)
+
+
+def _initialized(conv: _ConvNd) -> _ConvNd:
+    """Draw weights as the authors do: variance 2 / fan-out of a group; the bias is zero."""
+    fan_out = conv.out_channels * math.prod(conv.kernel_size) // conv.groups
+    nn.init.normal_(conv.weight, std=math.sqrt(2 / fan_out))
+    assert conv.bias is not None
+    nn.init.zeros_(conv.bias)
+    return conv
 
 
 def _reduced(grid: TokenGrid, reduction: int) -> TokenGrid:
@@ -143,7 +154,8 @@ class ConvMlp(nn.Module):
     def __init__(self, axes: int, dim: int, hidden_dim: int, dropout: float) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim)
-        self.conv = CONV[axes](hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim)
+        conv = CONV[axes](hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim)
+        self.conv = _initialized(conv)
         self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden_dim, dim)
         self.drop = nn.Dropout(dropout)
@@ -194,7 +206,7 @@ class PVTEmbedding(Downsampling):
         self.stride = stride
         kernel = tuple(max(3, 2 * s - 1) for s in stride)
         padding = tuple(k // 2 for k in kernel)
-        self.conv = CONV[len(stride)](channels, dim, kernel, stride, padding)
+        self.conv = _initialized(CONV[len(stride)](channels, dim, kernel, stride, padding))
         self.norm = nn.LayerNorm(dim)
 
     def out_grid(self, grid: TokenGrid) -> TokenGrid:

@@ -37,17 +37,32 @@ def resize_in_place(model: nn.Module, before: nn.Module, after: nn.Module) -> No
         raise ValueError(
             f"the input size can only be changed for layers as built, and {changed} is not"
         )
+    _check_alike(type(model).__name__, before, after)
     resized = {k: state[k].new_empty(v.shape) for k, v in after.state_dict().items()}
     after.load_state_dict(resized, assign=True)
     given = state | _resampled(state, before, after)
     left_out = load_weights(after, given, resize=True, strict=False).missing
     if left_out:
-        raise ValueError(
-            f"{type(model).__name__} cannot take this input size: {left_out[0]} is tied to the one "
-            "that it was built for"
-        )
+        raise _tied(type(model).__name__, left_out[0])
     for name, new in after.named_modules():
         _take_over(model.get_submodule(name), before.get_submodule(name), new)
+
+
+def _tied(model: str, name: str) -> ValueError:
+    return ValueError(
+        f"{model} cannot take this input size: {name} is tied to the one that it was built for"
+    )
+
+
+def _check_alike(model: str, before: nn.Module, after: nn.Module) -> None:
+    """Raise a ValueError for a size with other layers, or with weights in another order."""
+    old, new = (dict(module.named_modules()) for module in (before, after))
+    names = [{*modules, *module.state_dict()} for modules, module in ((old, before), (new, after))]
+    if names[0] != names[1]:
+        raise _tied(model, min(names[0] ^ names[1]))
+    for name, module in old.items():
+        if getattr(module, "weight_grid", None) != getattr(new[name], "weight_grid", None):
+            raise _tied(model, name)
 
 
 def changed_layer(model: nn.Module, built: nn.Module) -> str:

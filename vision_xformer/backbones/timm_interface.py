@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -14,6 +15,9 @@ from ..options import check_types
 from .resizing import resize_in_place
 
 OutputFormat = Literal["NCHW", "NLC"]
+_TABLE = re.compile(
+    r"(^|\.)(cls_token|reg_token|(position|position_bias)(\.table)?\.(grid|prefix))$"
+)
 
 
 class Feature(NamedTuple):
@@ -46,9 +50,11 @@ class TimmInterface(nn.Module):
     Attributes:
         num_features: width of the pooled features.
         head: the classifier.
+        pooled_by: how the tokens are pooled, "avg" or "token", in timm's words.
     """
 
     config: Any
+    pooled_by: str = "avg"
     blocks: Any
     stages: Any
     norm: nn.Module
@@ -70,7 +76,7 @@ class TimmInterface(nn.Module):
 
     def drop_head(self) -> None:
         """Remove the classifier and the layers that only it uses."""
-        self.reset_classifier(0)
+        self.reset_classifier(0, "")
 
     def get_classifier(self) -> nn.Module:
         """Return the classifier head, as timm's models do."""
@@ -82,20 +88,20 @@ class TimmInterface(nn.Module):
         Args:
             num_classes: number of classes.
             global_pool: "", with 0 classes, to return the final tokens (B, N, D) without pooling;
-                None to keep the pooling. Only ViT supports others.
+                "avg" or "token" to pool them, of which only ViT supports both; None to keep it.
 
         Raises:
             ValueError: for another ``global_pool``, "" with classes, or a value of another type.
         """
         given = {"num_classes": num_classes, "global_pool": global_pool}
         check_types(given, TimmInterface.reset_classifier)
-        if global_pool:
-            name = type(self).__name__
+        if global_pool and global_pool != self.pooled_by:
             raise ValueError(
-                f"{name} pools in one way: global_pool {global_pool!r} must be None, or '' for no "
-                "pooling"
+                f"{type(self).__name__} pools in one way: global_pool {global_pool!r} must be "
+                f"{self.pooled_by!r}, None, or '' for no pooling"
             )
-        pooled = global_pool is None and (num_classes > 0 or self.config.global_pool)
+        keeps = global_pool is None and (num_classes > 0 or self.config.global_pool)
+        pooled = bool(global_pool) or keeps
         self.config = dataclasses.replace(self.config, num_classes=num_classes, global_pool=pooled)
         reference = next(self.parameters())
         self.head = self.make_head(num_classes).to(reference).train(self.training)
@@ -136,8 +142,11 @@ class TimmInterface(nn.Module):
         resize_in_place(self, before, after)
 
     def no_weight_decay(self) -> set[str]:
-        """Return the names of position tables, tokens and biases that should not decay."""
-        return {n for n, p in self.named_parameters() if p.ndim > 1 and not n.endswith("weight")}
+        """Return the names of tokens and of tables of positions, which should not decay.
+
+        Parameters with a single axis, such as biases, are not named: timm never lets them decay.
+        """
+        return {name for name, _ in self.named_parameters() if _TABLE.search(name)}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return patterns that group parameter names by depth, for timm's layer-wise decay.
@@ -197,6 +206,7 @@ class TimmInterface(nn.Module):
     ) -> list[int]:
         """Remove the layers that the given features do not need, as timm's models do.
 
+        Without its head, the model returns its final tokens (B, N, D).
         The model can then no longer be saved by ``save_model``, only its state dict.
 
         Args:
@@ -259,7 +269,7 @@ class TimmInterface(nn.Module):
                 register tokens.
             intermediates_only: whether to leave out the final tokens.
             return_prefix_tokens: whether to return pairs, with the class and register tokens
-                (B, P, D) second, if the model has any.
+                (B, P, D) second, if any of the layers has some.
 
         Returns:
             The final tokens, as from :meth:`forward_features`, and a list of intermediates, or only
@@ -282,8 +292,10 @@ class TimmInterface(nn.Module):
                 if feature.layer == layer:
                     y, on = feature.of(x, grid)
                     y = feature.norm(y) if norm and feature.norm is not None else y
-                    found[index] = _formatted(y, on, output_fmt, return_prefix_tokens)
-        intermediates = [found[index] for index, _ in taken]
+                    found[index] = y[:, : on.prefix], _formatted(y[:, on.prefix :], on, output_fmt)
+        intermediates: list[Any] = [found[index][1] for index, _ in taken]
+        if return_prefix_tokens and any(prefix.shape[1] for prefix, _ in found.values()):
+            intermediates = [(found[index][1], found[index][0]) for index, _ in taken]
         if intermediates_only:
             return intermediates
         ends = next(feature for feature in features if feature.layer == depth - 1)
@@ -319,9 +331,6 @@ def take_indices(count: int, indices: int | Sequence[int] | None) -> list[int]:
     return sorted({index % count for index in indices})
 
 
-def _formatted(x: Tensor, grid: TokenGrid, output_fmt: OutputFormat, prefix: bool) -> Any:
-    """Format the tokens on the grid, with ``prefix`` as a pair with the prefix tokens."""
-    y = x[:, grid.prefix :]
-    if output_fmt == "NCHW":
-        y = y.mT.unflatten(2, grid.shape).contiguous()
-    return (y, x[:, : grid.prefix]) if prefix and grid.prefix else y
+def _formatted(cells: Tensor, grid: TokenGrid, output_fmt: OutputFormat) -> Tensor:
+    """Format the tokens of the cells of the grid: (B, N, D) -> the same or (B, D, *grid)."""
+    return cells if output_fmt == "NLC" else cells.mT.unflatten(2, grid.shape).contiguous()

@@ -178,7 +178,7 @@ class Isotropic(VisionModel):
         c = self.config
         make = functools.partial(create_mixer, c.mixer, dim=c.dim, heads=c.heads, **c.mixer_options)
         blocks = []
-        for drop_path in drop_paths(c.drop_path, (c.depth,))[0]:
+        for drop_path in self.drop_path_rates():
             mixers = [make(grid=self.grid)] if not c.factorized else self._space_time(make)
             for mixer in mixers:
                 ratio = c.mlp_ratio if mixer is mixers[-1] else 0.0
@@ -189,8 +189,12 @@ class Isotropic(VisionModel):
                 blocks.append(block)
         return blocks
 
+    def drop_path_rates(self) -> list[float]:
+        """Stochastic depth of each block."""
+        return drop_paths(self.config.drop_path, (self.config.depth,))[0]
+
     def _space_time(self, make: functools.partial[Mixer]) -> list[Mixer]:
-        return space_time(lambda grid: make(grid=grid), self.grid)
+        return space_time(lambda grid: make(grid=grid), self.grid, self.config.dynamic_size)
 
     def embed(self, x: Tensor) -> tuple[Tensor, TokenGrid]:
         """Compute tokens before the first block, (B, C, *shape) -> (B, N, D), and their grid."""
@@ -247,6 +251,7 @@ class ViT(Isotropic):
         Raises:
             ValueError: for another pooling, "token" without a class token, or "" with classes.
         """
+        before = self.config
         if global_pool:
             pools: dict[str, Pool] = {"token": "cls", "avg": "mean"}
             if global_pool not in pools:
@@ -256,7 +261,11 @@ class ViT(Isotropic):
                 c, pool=pool, class_token=c.has_class_token, fc_norm=c.has_fc_norm,
                 pool_include_prefix=c.pool_include_prefix and pool != "cls", global_pool=True,
             )  # fmt: skip
-        super().reset_classifier(num_classes, None if global_pool else global_pool)
+        try:
+            super().reset_classifier(num_classes, None if global_pool else global_pool)
+        except ValueError:
+            self.config = before
+            raise
         if not self.config.has_pool_weights:
             self.pool = None
         elif self.pool is None:

@@ -63,12 +63,15 @@ class Kernel(nn.Module):
         takes_bias: whether the kernel forms an attention map that ``bias`` can be added to.
         supports_single_query: whether the output for one query is independent of the other queries.
         fixed: whether the kernel is tied to the keys of its site; another grid raises a ValueError.
+        weight_grid: grid whose cells rows of the weights belong to, if the shape of these weights
+            does not state it.
     """
 
     takes_rope: bool = True
     takes_bias: bool = False
     supports_single_query: ClassVar[bool] = True
     fixed: bool = False
+    weight_grid: tuple[int, ...] | None = None
 
     def __init__(self, site: Site) -> None:
         super().__init__()

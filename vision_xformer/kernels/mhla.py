@@ -139,6 +139,7 @@ class Mhla(Kernel):
         check_at_least("blocks", blocks, 1)
         self.check_axes(site.queries, site.keys)
         self.blocks = cut_keys(site.keys, site.queries, blocks)
+        self.weight_grid = self.blocks.parts
         self.features = FEATURE_MAPS["relu"](site.heads, site.key_dim, True)
         mixing = local_mixing(self.blocks.parts, site.keys.prefix > 0)
         self.mixing = nn.Parameter(mixing) if len(mixing) > 1 else None

@@ -26,12 +26,15 @@ class Mixer(nn.Module):
         takes_heads: whether the mixer has heads.
         updates_prefix: whether prefix tokens are updated.
         fixed: whether parameters are sized by ``grid``, so that other grids raise a ValueError.
+        weight_grid: grid whose cells rows of the weights belong to, if the shape of these weights
+            does not state it.
         rope_dim: width per head of the queries and keys that RoPE rotates; None without them.
     """
 
     takes_heads: ClassVar[bool] = True
     updates_prefix: bool = True
     fixed: bool = False
+    weight_grid: tuple[int, ...] | None = None
     rope_dim: int | None = None
 
     def __init__(self, dim: int, heads: int | None, grid: TokenGrid) -> None:

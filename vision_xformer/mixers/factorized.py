@@ -109,16 +109,21 @@ def subgrid(grid: TokenGrid, axes: tuple[int, ...]) -> TokenGrid:
     return TokenGrid(tuple(grid.shape[axis] for axis in axes), grid.prefix)
 
 
-def space_time(make: Callable[[TokenGrid], Mixer], grid: TokenGrid) -> list[Mixer]:
+def space_time(make: Callable[[TokenGrid], Mixer], grid: TokenGrid, dynamic: bool) -> list[Mixer]:
     """A mixer within each frame of a (T, H, W) grid, then one over time if T is above 1.
 
     Raises:
-        ValueError: for a grid without time.
+        ValueError: for a grid without time, or with T = 1 if T may change (``dynamic``).
     """
     if len(grid.shape) != 3:
         raise ValueError(
             f"factorized=True needs frames, height and width, not a grid of {grid.shape}: "
             "input_shape must be (channels, frames, height, width)"
+        )
+    if dynamic and grid.shape[0] == 1:
+        raise ValueError(
+            f"factorized=True with dynamic_size=True and a grid of {grid.shape} would never mix "
+            "over time: input_shape must have frames for at least two steps"
         )
     axes = [(1, 2)] + [(0,)] * (grid.shape[0] > 1)
     return [AxisMixer(make(subgrid(grid, some)), grid, some) for some in axes]

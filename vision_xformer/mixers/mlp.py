@@ -60,6 +60,7 @@ class TokenMlp(Mixer):
         self, dim: int, heads: None, grid: TokenGrid, *, hidden_dim: int | None = None
     ) -> None:
         super().__init__(dim, heads, grid)
+        self.weight_grid = grid.shape
         hidden = max(1, dim // 2) if hidden_dim is None else hidden_dim
         check_at_least("hidden_dim", hidden, 1)
         self.fc1 = TokenLinear(grid.length, hidden)
@@ -97,6 +98,7 @@ class GatedMlp(Mixer):
         self, dim: int, heads: None, grid: TokenGrid, *, hidden_dim: int | None = None
     ) -> None:
         super().__init__(dim, heads, grid)
+        self.weight_grid = grid.shape
         hidden = 6 * dim if hidden_dim is None else hidden_dim
         if hidden < 2 or hidden % 2:
             raise ValueError(f"hidden_dim {hidden} must be even and at least 2")

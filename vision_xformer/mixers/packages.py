@@ -221,6 +221,7 @@ class LinformerPytorch(_Package):
         dropout: float = 0.0,
     ) -> None:
         super().__init__(dim, heads, grid)
+        self.weight_grid = grid.shape
         heads, head_dim = head_width(dim, heads, head_dim)
         check_at_least("rank", rank, 1)
         if dim % heads:
