@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import shlex
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -91,18 +93,67 @@ def test_recipes_are_merged_key_by_key(tmp_path: Path) -> None:
         ("train.compile", "x", "train.compile x must be 'cudagraphs', or true or false"),
         ("train.device", "x", "train.device x must be one of 'auto', 'cpu', 'cuda', 'mps'"),
         ("model.options", "3", "model.options 3 must be names with values, such as {depth: 6}"),
+        (
+            "model.convert.layers",
+            "3",
+            "model.convert.layers 3 must be a list of whole numbers, or null",
+        ),
     ],
 )
 def test_an_error_for_a_wrong_type_says_what_the_value_must_be(
     option: str, value: str, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert fails([f"--{option}", value], capsys) == sentence
-    part, _, field = option.rpartition(".")
-    value = yaml.safe_load(value) if value else ""
-    text = yaml.safe_dump({part: {field: value}} if part else {field: value})
+    config = yaml.safe_load(value) if value else ""
+    for part in reversed(option.split(".")):
+        config = {part: config}
     file = tmp_path / "a.yaml"
-    file.write_text(text, encoding="utf-8")
+    file.write_text(yaml.safe_dump(config), encoding="utf-8")
     assert fails(["--config", str(file)], capsys) == f"{file}: {sentence}"
+
+
+def test_an_unknown_option_in_a_file_is_named_with_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = recipe(tmp_path / "a.yaml", name="vit"), recipe(tmp_path / "b.yaml", nme="vit")
+    sentence = "model.nme is not an option; did you mean model.name?"
+    assert fails([*first, *second, *first], capsys) == f"{second[1]}: {sentence}"
+
+
+EMPTY = [
+    f"{part.name}.{field.name}"
+    for part in dataclasses.fields(RunConfig)
+    if part.default_factory is not dataclasses.MISSING
+    for field in dataclasses.fields(part.default_factory)
+    if "None" not in str(field.type) and field.name != "convert"
+]
+
+
+@pytest.mark.parametrize("option", [*EMPTY, "model.convert.options", "seed", "imports"])
+def test_an_option_that_is_left_empty_is_named(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """jsonargparse lets null pass for options of any type."""
+    config: dict[str, Any] = {"train": {"epochs": 1}}
+    part, field = config, option
+    while "." in field:
+        first, _, field = field.partition(".")
+        part = part.setdefault(first, {})
+    part[field] = None
+    file, folder = tmp_path / "a.yaml", tmp_path / "run"
+    file.write_text(yaml.safe_dump(config), encoding="utf-8")
+    error = fails(["--config", str(file), "--run_dir", str(folder)], capsys)
+    assert error == f"{option} is empty (null): give it a value, or leave it out"
+    assert not folder.exists()
+
+
+def test_a_section_that_is_left_empty_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for text in ("model: {convert: null}", "model: {convert: 3}", "seed: 1\ntrain:"):
+        file = tmp_path / "a.yaml"
+        file.write_text(text, encoding="utf-8")
+        assert "must be options with values" in fails(["--config", str(file)], capsys)
 
 
 def test_commands_are_quoted(
@@ -389,8 +440,32 @@ def test_images_that_changed_after_training_are_mentioned(
     monkeypatch.chdir(tmp_path)
     assert warned("--data.root", "images/")
     assert not warned("--data.root", str(tmp_path / "other"))  # chosen by the user
+    state = (folder / "state.pt").read_bytes()
+    for damaged in (state[: len(state) // 2], b""):
+        (folder / "state.pt").write_bytes(damaged)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        main(["evaluate", str(folder)])
+        captured = capsys.readouterr()
+        assert captured.out.startswith("test top-1 ")
+        assert captured.err.splitlines()[-1] == (
+            f"warning: {folder / 'state.pt'} cannot be read, so it is not known whether the images "
+            f"in {root} have changed since the run was trained"
+        )
     (folder / "state.pt").unlink()
     assert not warned()
+
+
+def test_a_run_without_labels_has_no_accuracy(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(photos / "run", tmp_path / "run")
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    config["data"]["name"] = "unlabeled"
+    (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    assert fails(["evaluate", str(folder)], capsys) == (
+        f"{folder} was trained on images without labels (data.name unlabeled), so there is nothing "
+        "to compare its predictions with"
+    )
 
 
 def test_validation_needs_no_more_memory_than_training(tmp_path: Path) -> None:
@@ -416,10 +491,16 @@ def test_reports_skip_folders_that_are_not_runs(
         (tmp_path / name).write_text(text, encoding="utf-8")
     shutil.copytree(photos / "run", tmp_path / "odd")
     (tmp_path / "odd" / "result.json").write_text('{"test_top1": "high"}', encoding="utf-8")
+    for i, (name, text) in enumerate([
+        ("sessions.json", "[1]"), ("sessions.json", "[{}]"), ("sessions.json", '[{"command": 1}]'),
+        ("config.yaml", "data: null"), ("config.yaml", "data: {root: 5}"),
+    ]):  # fmt: skip
+        shutil.copytree(photos / "run", tmp_path / f"odd {i}")
+        (tmp_path / f"odd {i}" / name).write_text(text, encoding="utf-8")
     main(["report", str(tmp_path)])
     captured = capsys.readouterr()
     lines = captured.err.splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 9
     assert all(line.startswith("skipped: ") and "is not of a run" in line for line in lines)
     assert captured.out.splitlines()[1].startswith("run ")
     assert len(captured.out.split("\n\n")[0].splitlines()) == 2
@@ -429,6 +510,24 @@ def test_reports_skip_folders_that_are_not_runs(
         main(["report", str(tmp_path)])
     assert stop.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: no runs")
+
+
+def test_reports_name_each_run_once(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    for name in ("linear/features", "linear/attention", "nystrom/features", "other"):
+        shutil.copytree(photos / "run", tmp_path / "all" / name)
+    monkeypatch.chdir(tmp_path)
+    main(["report", "all", str(tmp_path / "all" / "linear")])
+    table = capsys.readouterr().out.split("\n\n")[0].splitlines()[1:]
+    names = ["attention", "linear/features", "nystrom/features", "other"]
+    assert sorted(line.split()[0] for line in table) == names
+    page = (tmp_path / "all" / "report.html").read_text(encoding="utf-8")
+    assert "linear/features: " in page
+    monkeypatch.chdir(tmp_path / "all" / "other")
+    main(["report", "."])
+    assert capsys.readouterr().out.splitlines()[1].startswith("other ")
 
 
 def test_a_complete_run_trains_longer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -499,6 +598,32 @@ def test_a_folder_name_suits_every_system(tmp_path: Path, monkeypatch: pytest.Mo
     config = config_for(tmp_path)
     config.run_dir, config.data.name = None, "torchvision:EMNIST:split=letters"
     assert new_folder(config).name == "vit-torchvision-emnist-split-letters-0"
+
+
+def test_runs_that_start_together_have_folders_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = config_for(tmp_path)
+    config.run_dir = None
+    first = new_folder(config)
+    assert new_folder(config) == first  # after a run that did not start
+    monkeypatch.setattr("train.run_dir._reserved", set())  # as in another process
+    second = new_folder(config)
+    assert [first.name, second.name] == ["vit-digits-0", "vit-digits-0-2"]
+    monkeypatch.setenv("WORLD_SIZE", "2")  # of which no process may take the name from the other
+    assert new_folder(config) == new_folder(config) == first.with_name("vit-digits-0-3")
+
+
+def test_a_run_that_does_not_start_leaves_no_folder(tmp_path: Path) -> None:
+    words = ["-m", "train", "fit", "--model.name", "vit", "--model.options.patch_size", "3"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert "patch_size" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 # modules of the user

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
@@ -17,9 +18,12 @@ import onnx
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from accelerate.state import AcceleratorState
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from test_commands import fails
 from test_onnx import run
 from test_train import config_for
@@ -64,6 +68,41 @@ def test_models_return_from_a_folder(name: str, tmp_path: Path) -> None:
     assert not found.training
     assert sorted(p.name for p in tmp_path.iterdir()) == ["new"]
     assert_same(vx.load_model(tmp_path / "new" / "folder" / "model.safetensors"), model)
+
+
+def test_a_folder_may_be_a_link_to_another_file_system(
+    model: vx.VisionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = Path.replace
+
+    def across(self: Path, target: Path) -> Path:
+        if self.parent.resolve() != target.parent.resolve():
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", across)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    model.save_pretrained(tmp_path / "link")
+    assert_same(vx.from_pretrained(tmp_path / "real"), model)
+
+
+def test_a_full_disk_leaves_a_folder_as_it_was(
+    model: vx.VisionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.save_pretrained(tmp_path / "old")
+    before = {path: path.read_bytes() for path in (tmp_path / "old").iterdir()}
+
+    def full(*arguments: Any) -> None:
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("vision_xformer.factory.save_file", full)
+    other = vx.create_model("vit_test", num_classes=5)
+    for folder in (tmp_path / "old", tmp_path / "new" / "folder"):
+        with pytest.raises(OSError, match=r"cannot be written: .*No space left"):
+            other.save_pretrained(folder)
+    assert {path: path.read_bytes() for path in (tmp_path / "old").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
 
 
 class Stub:
@@ -263,6 +302,22 @@ def test_transformers_classifies_with_our_models(model: vx.VisionModel, tmp_path
 
 
 @pytest.mark.filterwarnings("ignore")  # those of transformers are not ours
+@pytest.mark.parametrize("backend", ["pil", "torchvision"])
+def test_images_of_a_model_that_is_not_square_are_stretched(backend: str, tmp_path: Path) -> None:
+    model = vx.create_model("vit_test", input_shape=(3, 16, 32))
+    model.pretrained_cfg = {"mean": (0.5,), "std": (0.5,)}
+    model.save_pretrained(tmp_path)
+    prepare = AutoImageProcessor.from_pretrained(tmp_path, backend=backend)
+    columns = np.arange(32, dtype=np.uint8) * 8
+    image = Image.fromarray(np.broadcast_to(columns[None, :, None], (16, 32, 3)).copy())
+    pixels = torch.as_tensor(np.asarray(prepare(image)["pixel_values"][0]))
+    want = (torch.as_tensor(columns) / 127.5 - 1).expand(3, 16, 32)
+    torch.testing.assert_close(pixels, want, rtol=0, atol=1e-5)
+    taller = prepare(image.resize((32, 64)))["pixel_values"][0]
+    torch.testing.assert_close(torch.as_tensor(np.asarray(taller)), want, rtol=0, atol=0.02)
+
+
+@pytest.mark.filterwarnings("ignore")  # those of transformers are not ours
 @pytest.mark.parametrize("name", ["vit_test", "swin_test", "xcit_test"])
 def test_transformers_fills_computed_tables(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -361,6 +416,32 @@ def test_transformers_gives_a_model_other_labels(name: str, tmp_path: Path) -> N
     assert found.pretrained_cfg["label_names"] == tuple(f"LABEL_{i}" for i in range(5))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_name_of_two_classes_has_no_number(model: vx.VisionModel, tmp_path: Path) -> None:
+    import vision_xformer.transformers  # noqa: F401
+
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert config["label2id"] == {label: i for i, label in enumerate(LABELS)}
+    model.pretrained_cfg["label_names"] = names = ("crane", "crane", "emu")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert "label2id" not in config
+    assert vx.from_pretrained(tmp_path).pretrained_cfg["label_names"] == names
+    theirs = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert tuple(theirs.config.id2label.values()) == names
+    images = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(theirs(images).logits, model(images))
+
+
+def test_a_file_without_floating_point_weights_is_refused(tmp_path: Path) -> None:
+    config = json.dumps(vx.create_model("vit_test").config.to_dict())
+    for state in ({}, {"norm.weight": torch.ones(3, dtype=torch.int8)}):
+        save_file(state, file := tmp_path / "model.safetensors", {"config": config})
+        with pytest.raises(ValueError, match=r"safetensors: the weights must be floating point"):
+            vx.load_model(file)
+
+
 def test_images_without_three_channels_have_no_processor(tmp_path: Path) -> None:
     for channels in (3, 1):
         model = vx.create_model("vit_test", channels=channels)
@@ -411,6 +492,28 @@ def test_runs_become_folders_for_the_hub(
     assert "Trained on digits, for 2 epochs." in text
     main(["export", str(finished), "--hub", str(out)])  # over an earlier export
     assert "license" not in (out / "README.md").read_text(encoding="utf-8").split("---")[1]
+
+
+def test_the_card_of_a_run_has_its_first_command_and_its_folder(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(finished, tmp_path / "run")
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    config["data"].update(name="imagefolder", root=".")
+    (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    file = folder / "sessions.json"
+    [session] = json.loads(file.read_text(encoding="utf-8"))
+    sessions = [{**session, "command": ["python", "-m", "train", word]} for word in ("fit", "re")]
+    file.write_text(json.dumps(sessions), encoding="utf-8")
+    lines = (folder / "metrics.csv").read_text(encoding="utf-8").splitlines()
+    (folder / "metrics.csv").write_text("\n".join(lines[:2]) + "\n", encoding="utf-8")
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path / "photos")
+    main(["export", str(folder), "--hub", str(tmp_path / "card")])
+    text = (tmp_path / "card" / "README.md").read_text(encoding="utf-8")
+    assert "```sh\npython -m train fit\n```" in text
+    assert "Trained on photos, for 1 epoch.\n" in text
+    assert huggingface_hub.ModelCard(text).data.eval_results[0].dataset_name == "photos"
 
 
 def test_exports_that_cannot_be_are_refused(

@@ -179,6 +179,24 @@ def test_every_orientation_is_turned_upright(value: int, ending: str, tmp_path: 
     assert np.abs(got - want).mean() < 16  # chroma of JPEG and WebP at the edges
 
 
+@pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "I;16"])
+def test_uncompressed_tiffs_of_every_mode_are_turned_upright(mode: str, tmp_path: Path) -> None:
+    """Pillow maps such files into memory, unless they are opened as streams."""
+    shape = (8, 16, 4) if mode in ("RGBA", "CMYK") else (8, 16)
+    kind = np.uint16 if mode == "I;16" else np.uint8
+    values = np.arange(8 * 16 * 4)[: np.prod(shape)].reshape(shape).astype(kind)
+    image = Image.frombytes(mode, (16, 8), values.tobytes())
+    image.save(tmp_path / "plain.tiff")
+    plain, reading = tmp_path / "plain.tiff", Reading(max_value=512 if mode == "I;16" else None)
+    pixels = np.asarray(open_image(plain, reading))
+    assert len(np.unique(pixels)) > 16
+    for value, turn in TURNS.items():
+        tags = Image.Exif()
+        tags[0x0112] = value
+        image.save(file := tmp_path / f"{value}.tiff", exif=tags)
+        assert np.array_equal(np.asarray(open_image(file, reading)), turn(pixels))
+
+
 ODD = {
     "text for a number": [orientation(6), struct.pack(">HHI4s", 0x0100, 2, 2, b"8\0\0\0")],
     "an offset behind the end": [orientation(6), struct.pack(">HHII", 0x010F, 2, 99, 9999)],

@@ -388,6 +388,24 @@ def test_a_sample_that_makes_images_grayscale_is_mentioned(tmp_path: Path) -> No
     assert notes(200, "L") == ["images are read as grayscale, as the 67 that were looked at are"]
 
 
+def test_colors_in_any_local_shard_are_found(server: str, tmp_path: Path) -> None:
+    """Of remote shards, only the first and the last one are looked at."""
+    file = io.BytesIO()
+    Image.new("L", (8, 8)).save(file, "PNG")
+    for number in range(4):
+        files = samples(10 * number, 10)
+        if number in (0, 3):
+            files |= {name: file.getvalue() for name in files if name.endswith(".png")}
+        write_tar(tmp_path / "served" / f"train-{number:02}.tar", files)
+    urls = server + "/train-{00..03}.tar"
+    sources = [
+        read_webdataset(DataConfig(name="webdataset", root=root))
+        for root in (str(tmp_path / "served"), urls, f"{urls}::{tmp_path}/served/train-01.tar")
+    ]
+    assert [source.channels for source in sources] == [3, 1, 3]
+    assert sources[1].notes == ["images are read as grayscale, as the 20 that were looked at are"]
+
+
 # The order of an epoch
 SHARDS = torch.arange(12).repeat_interleave(50)
 

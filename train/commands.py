@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import os
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from .data import Splits, load_data
 from .devices import make_accelerator
 from .evaluation import accuracy, predict
 from .model import load_model, resized
-from .report import page, table
+from .report import name_of, page, table
 from .text import error_text, escaped
 
 
@@ -71,8 +73,13 @@ def evaluate(folder: Path, config: RunConfig, split: str) -> str:
         split: "test" or "val".
 
     Raises:
-        ValueError: if the data has other classes or channels than the run.
+        ValueError: if the data has other classes or channels than the run, or no labels.
     """
+    if config.data.name == "unlabeled":
+        raise ValueError(
+            f"{folder} was trained on images without labels (data.name unlabeled), so there is "
+            "nothing to compare its predictions with"
+        )
     accelerator = make_accelerator(config.train)
     path = folder / "best.safetensors"
     model, sizes = load_model(path)
@@ -109,7 +116,13 @@ def _changed(folder: Path, config: RunConfig, data: Splits) -> str:
     here, there = (Path(name).expanduser().resolve() for name in (config.data.root, root))
     if here != there or not state.is_file():
         return ""
-    *_, train, _, _ = read_state(state)["data"]
+    try:
+        *_, train, _, _ = read_state(state)["data"]
+    except (ValueError, KeyError, TypeError):  # evaluation needs nothing else of the state
+        return (
+            f"warning: {state} cannot be read, so it is not known whether the images in {root} "
+            "have changed since the run was trained"
+        )
     if train == data.train.fingerprint():
         return ""
     return (
@@ -146,15 +159,24 @@ def classify(classifier: Classifier, paths: list[Path], out: Path | None) -> Non
 def read_runs(paths: list[Path]) -> list[dict[str, Any]]:
     """Read the configuration, result, sessions and metrics of all runs in or below the folders.
 
-    A folder whose files are not those of a run is skipped with a line on stderr.
+    A folder whose files are not those of a run is skipped with a line on stderr. Runs whose folders
+    have the same name have a "name" that tells them apart, the path below their common folder.
     """
-    found = sorted({file.parent for path in paths for file in path.rglob("metrics.csv")})
+    files = [file for path in paths for file in sorted(path.rglob("metrics.csv"))]
+    found = {file.parent.resolve(): file.parent for file in files}  # each run once
     runs = []
-    for folder in found:
+    for folder in sorted(found.values()):
         try:
             runs.append(read_run(folder))
         except (ValueError, OSError) as error:
             print(f"skipped: {error_text(error)}", file=sys.stderr)
+    names = Counter(name_of(run) for run in runs)
+    same = [run for run in runs if names[name_of(run)] > 1]
+    if same:
+        places = [Path(os.path.abspath(run["folder"])) for run in same]
+        common = os.path.commonpath([place.parent for place in places])
+        for run, place in zip(same, places, strict=True):
+            run["name"] = place.relative_to(common).as_posix()
     return runs
 
 
@@ -177,12 +199,27 @@ def read_run(folder: Path) -> dict[str, Any]:
     results = read_json(result, dict) if result.is_file() else {}
     if odd := [k for k, v in results.items() if not isinstance(v, int | float | None)]:
         raise ValueError(f"{result} is not of a run: {odd[0]} is not a number")
+    options = read_yaml(config) if config.is_file() else {}
+    data = options.get("data", {})
+    if not isinstance(data, dict) or not all(
+        isinstance(data.get(key), str | None) for key in ("name", "root")
+    ):
+        raise ValueError(
+            f"{config} is not of a run: data {data} must be options, whose name and root are text"
+        )
+    started = read_json(sessions, list) if sessions.is_file() else []
+    for session in started:
+        words = session.get("command") if isinstance(session, dict) else None
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise ValueError(
+                f"{sessions} is not of a run: {session} must have a command, a list of words"
+            )
     return {
         "folder": folder,
-        "config": read_yaml(config) if config.is_file() else {},
+        "config": options,
         "rows": rows,
         "result": results,
-        "sessions": read_json(sessions, list) if sessions.is_file() else [],
+        "sessions": started,
     }
 
 

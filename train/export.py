@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -77,18 +78,19 @@ def _card(model: vx.VisionModel, run: dict[str, Any], license: str | None) -> st
     data = run["config"].get("data", {})
     dataset = str(data.get("name", "unknown"))
     if dataset == "imagefolder":
-        dataset = Path(str(data.get("root"))).name
+        dataset = Path(os.path.abspath(Path(str(data.get("root"))).expanduser())).name
     result = run["result"]
     columns = {"accuracy": "test_top1", "top-5 accuracy": "test_top5"}
     results = {name: result[key] for name, key in columns.items() if key in result}
-    parts = [f"Trained on {dataset}, for {run['rows'][-1]['epoch']:.0f} epochs."]
+    epochs = round(run["rows"][-1]["epoch"])
+    parts = [f"Trained on {dataset}, for {epochs} epoch{'' if epochs == 1 else 's'}."]
     if results:
         cells = [[name, f"{value:.2%}"] for name, value in results.items()]
         parts += ["## Results", Table(["test set", ""], cells).markdown()]
     else:
         parts.append("The run is not complete: it has no accuracy on the test set.")
     if run["sessions"]:
-        session = run["sessions"][-1]
+        session = run["sessions"][0]  # later ones resumed it
         versions = ", ".join(f"{k} {v}" for k, v in session.get("versions", {}).items())
         command = command_text(map(str, session.get("command", ())))
         parts += ["## Training", f"```sh\n{command}\n```", f"Versions: {versions}."]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,6 +40,11 @@ LIMITS = (
 _COSTS = ("parameters", "peak_mib", "images_per_second", "minutes")
 
 
+def name_of(run: Run) -> str:
+    """Return the name of a run: that of its folder, unless others have the same."""
+    return str(run.get("name") or Path(os.path.abspath(run["folder"])).name)
+
+
 def data_of(run: Run) -> str:
     """Return the dataset of a run, by name and folder; "" if it is unknown."""
     data = run["config"].get("data", {})
@@ -51,7 +57,7 @@ def figures(run: Run) -> dict[str, Any]:
     rows, result = run["rows"], run["result"]
     last = run["sessions"][-1] if run["sessions"] else {}
     found = {
-        "name": run["folder"].name,
+        "name": name_of(run),
         "data": data_of(run) or None,
         "epochs": len(rows),
         "val_top1": max(row["val_top1"] for row in rows),
@@ -72,7 +78,7 @@ def table(runs: Sequence[Run]) -> Table:
 
 def curves(runs: Sequence[Run]) -> Figure:
     """Plot the validation accuracy of all runs by epoch."""
-    text, names = plain_text([run["folder"].name for run in runs])
+    text, names = plain_text([*map(name_of, runs)])
     with mpl.rc_context({**STYLE, **text}):
         figure = Figure(figsize=(10, 5))
         axis = figure.subplots()
@@ -180,7 +186,7 @@ def _drawn(draw: Callable[[Sequence[Run]], Figure | None], runs: Sequence[Run]) 
 def commands(runs: Sequence[Run]) -> list[str]:
     """List the command that started each run."""
     return [
-        f"{run['folder'].name}: {command_text(run['sessions'][0]['command'])}"
+        f"{name_of(run)}: {command_text(run['sessions'][0]['command'])}"
         for run in runs
         if run["sessions"]
     ]

@@ -250,7 +250,10 @@ def rebuilt(
         ValueError: for an invalid configuration, or weights or entries that do not fit it.
     """
     model = create_model(config)
-    model.to(next(t.dtype for t in state.values() if t.is_floating_point()))
+    dtypes = [tensor.dtype for tensor in state.values() if tensor.is_floating_point()]
+    if not dtypes:
+        raise ValueError("the weights must be floating point tensors, but there are none")
+    model.to(dtypes[0])
     load_weights(model, state)
     found = published(known, model.config.input_shape[0])
     model.pretrained_cfg = {key: tuple(value) for key, value in found.items()}

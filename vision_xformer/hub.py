@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
@@ -30,20 +31,24 @@ def save_pretrained(model: Any, folder: str | os.PathLike[str], card: str | None
         raise ValueError(f"{folder} must be a folder, not a file")
     if card is None and not (folder / CARD).is_file():
         card = model_card(model)
-    parent = next(path for path in folder.absolute().parents if path.exists())
-    with tempfile.TemporaryDirectory(dir=parent, prefix=".vx-") as made:
-        save_model(model, Path(made) / WEIGHTS)
-        texts = {CONFIG: _json(config_of(model)), CARD: card}
-        if (processor := processor_of(model)) is not None:
-            texts[PROCESSOR] = _json(processor)
-        folder.mkdir(parents=True, exist_ok=True)
-        if processor is None:  # that of an earlier model
-            (folder / PROCESSOR).unlink(missing_ok=True)
-        for name, text in texts.items():
-            if text is not None:
-                with replacing(folder / name) as part:
-                    part.write_text(text, encoding="utf-8")
-        (Path(made) / WEIGHTS).replace(folder / WEIGHTS)
+    texts = {CONFIG: _json(config_of(model)), CARD: card}
+    if (processor := processor_of(model)) is not None:
+        texts[PROCESSOR] = _json(processor)
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        save_model(model, folder / WEIGHTS)  # first, so that no folder has only the other files
+    except Exception:
+        for path in new:
+            with contextlib.suppress(OSError):  # another process has written to it
+                path.rmdir()
+        raise
+    if processor is None:  # that of an earlier model
+        (folder / PROCESSOR).unlink(missing_ok=True)
+    for name, text in texts.items():
+        if text is not None:
+            with replacing(folder / name) as part:
+                part.write_text(text, encoding="utf-8")
 
 
 def push_to_hub(
@@ -127,7 +132,7 @@ def config_of(model: VisionModel) -> dict[str, Any]:
             f"pretrained_cfg['label_names'] has {len(labels)} names, and the model "
             f"{model.num_classes} classes"
         )
-    return {
+    found = {
         "model_type": SECTION,
         "architectures": ["VisionXformerForImageClassification"],
         "library_name": SECTION,
@@ -135,29 +140,34 @@ def config_of(model: VisionModel) -> dict[str, Any]:
         SECTION: model.config.to_dict(),
         **known,  # not as "pretrained_cfg", by which transformers recognizes models of timm
         "id2label": dict(enumerate(labels)),
-        "label2id": {label: i for i, label in enumerate(labels)},
     }
+    if len(set(labels)) == len(labels):  # a name of two classes, as ImageNet has, has no number
+        found["label2id"] = {label: i for i, label in enumerate(labels)}
+    return found
 
 
 def processor_of(model: VisionModel) -> dict[str, Any] | None:
     """Return preprocessor_config.json, by which transformers prepares color images.
 
-    Images are scaled until they cover the size of the model and cropped at the center, as
-    ``python -m train predict`` does. None for other inputs, or if the pixel statistics are unknown.
+    For square models, images are scaled until they cover the size of the model and cropped at the
+    center, as ``python -m train predict`` does; for others, which transformers cannot describe so,
+    they are stretched to it. None for other inputs, or if the pixel statistics are unknown.
     """
     channels, *size = model.config.input_shape
     known = published(model.pretrained_cfg, channels)
     mean, std = (known.get(key, []) for key in ("mean", "std"))
     if channels != 3 or len(size) != 2 or not (mean and std):
         return None
+    height, width = size
+    whole = {"height": height, "width": width}
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": max(size)},
+        "size": {"shortest_edge": height} if height == width else whole,
         "resample": 3,  # bicubic
         "do_center_crop": True,
-        "crop_size": {"height": size[0], "width": size[1]},
+        "crop_size": whole,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,

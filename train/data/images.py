@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import signal
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -282,13 +282,18 @@ def _looked_at(count: int) -> range:
     return range(0, count, max(1, count // MODE_SAMPLES))
 
 
-def item_channels(samples: Sequence[tuple[Item, int]]) -> tuple[int, list[str]]:
+def item_channels(
+    samples: Sequence[tuple[Item, int]], local: Collection[int] = ()
+) -> tuple[int, list[str]]:
     """Return 1 if some images are all grayscale, otherwise 3; and a note if they decide on others.
 
-    They are in the first and last shard if there are any.
+    Args:
+        samples: images with their labels.
+        local: numbers of the shards that need not be fetched; of the others, only images in the
+            first and last shard are looked at.
     """
-    ends = {item.shard for item, _ in (*samples[:1], *samples[-1:])}  # others must be fetched
-    some = [item for item, _ in samples if item.shard in ends]
+    shards = {item.shard for item, _ in (*samples[:1], *samples[-1:])}.union(local)
+    some = [item for item, _ in samples if item.shard in shards]
     channels = count_channels(lambda i: some[i].read(some[i].index), len(some))
     count = len(_looked_at(len(some)))
     if channels == 3 or count == len(samples):

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import logging
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
@@ -107,14 +108,21 @@ def image_error(name: object, error: Exception) -> ValueError:
     return ValueError(f"{name} cannot be read{what}: {reason(error)}")
 
 
-def _opened(source: Encoded) -> contextlib.AbstractContextManager[Image.Image]:
+@contextlib.contextmanager
+def _opened(source: Encoded) -> Iterator[Image.Image]:
     """Open a file in a context that closes it; an image of a dataset stays open."""
     if isinstance(source, Image.Image):
-        return contextlib.nullcontext(source)
-    try:
-        return Image.open(source, formats=FORMATS)
-    except UnidentifiedImageError as error:
-        raise ValueError("its content has no known image format") from error
+        yield source
+        return
+    # By its path, Pillow would map an uncompressed TIFF into memory with the size that it has only
+    # after its orientation is applied, and so scramble it.
+    with source.open("rb") if isinstance(source, Path) else source as file:
+        try:
+            image = Image.open(file, formats=FORMATS)
+        except UnidentifiedImageError as error:
+            raise ValueError("its content has no known image format") from error
+        with image:
+            yield image
 
 
 def _stored(image: Image.Image) -> str:

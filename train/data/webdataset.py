@@ -93,7 +93,9 @@ def read_webdataset(config: DataConfig) -> Source:
         indices["test"] = indices.pop("val")
     numbers = _number_classes(indices["train"])
     samples = {part: _samples(shards, numbers) for part, shards in indices.items()}
-    channels, notes = item_channels(samples["train"])
+    paths = [index.shard.path for index in indices["train"]]
+    local = {number for number, path in enumerate(paths) if not path.startswith(URLS)}
+    channels, notes = item_channels(samples["train"], local)
     return Source(
         samples["train"],
         list(numbers),
