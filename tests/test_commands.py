@@ -600,32 +600,6 @@ def test_a_folder_name_suits_every_system(tmp_path: Path, monkeypatch: pytest.Mo
     assert new_folder(config).name == "vit-torchvision-emnist-split-letters-0"
 
 
-def test_runs_that_start_together_have_folders_of_their_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    config = config_for(tmp_path)
-    config.run_dir = None
-    first = new_folder(config)
-    assert new_folder(config) == first  # after a run that did not start
-    monkeypatch.setattr("train.run_dir._reserved", set())  # as in another process
-    second = new_folder(config)
-    assert [first.name, second.name] == ["vit-digits-0", "vit-digits-0-2"]
-    monkeypatch.setenv("WORLD_SIZE", "2")  # of which no process may take the name from the other
-    assert new_folder(config) == new_folder(config) == first.with_name("vit-digits-0-3")
-
-
-def test_a_run_that_does_not_start_leaves_no_folder(tmp_path: Path) -> None:
-    words = ["-m", "train", "fit", "--model.name", "vit", "--model.options.patch_size", "3"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(
-        [sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    assert "patch_size" in done.stderr
-    assert not list(tmp_path.iterdir())
-
-
 # modules of the user
 
 

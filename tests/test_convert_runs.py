@@ -16,13 +16,14 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import vision_xformer as vx
 from train import align, convert
 from train.__main__ import main
 from train.config import ConvertConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
 from train.convert_cost import image_sizes
-from train.convert_plan import conversion_of
+from train.convert_plan import STAGES, conversion_of, plan_of
 from train.data import Splits
 from train.loop import Run
 from train.model import Sizes, build_base, build_model, load_model, resized, save_weights
@@ -39,6 +40,12 @@ DATA = {"name": "digits", "workers": 0, "batch_size": 200}
 @pytest.fixture(autouse=True)
 def _fresh_accelerate() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def registries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test registers is gone after it."""
+    monkeypatch.setattr(vx.KERNELS, "_entries", dict(vx.KERNELS._entries))
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +97,7 @@ def test_kernels_are_converted_trained_and_compared(
         model, _ = load_model(folder / "features" / "best.safetensors")
         assert len(converted_layers(model)) == layers
         before = load_file(teachers[name] / "best.safetensors")
-        first, second = (load_file(folder / s / "best.safetensors") for s in convert._STAGES)
+        first, second = (load_file(folder / s / "best.safetensors") for s in STAGES)
         moved = {key for key, value in before.items() if not torch.equal(value, first[key])}
         assert moved
         assert all("qkv" in key for key in moved)
@@ -176,7 +183,8 @@ def test_labels_of_the_teacher_stay_on_the_device_of_the_images(
     logits = torch.eye(3), torch.zeros(3)
     monkeypatch.setattr(align, "predict", lambda *arguments: logits)
     config = RunConfig(ModelConfig("vit", convert=ConvertConfig("linear")))
-    config.train.loss, config.train.teacher = "features", str(teachers["own"] / "best.safetensors")
+    monkeypatch.setenv("HOME", str(teachers["own"]))
+    config.train.loss, config.train.teacher = "features", "~/best.safetensors"
     data = Splits(train=parts[0], val=parts[0], test=parts[1], classes=["images"],
                   channels=1, image_size=8, mirror=False, notes=[])  # fmt: skip
     named = align.named_by_teacher(data, config, Accelerator(cpu=True))
@@ -225,25 +233,86 @@ def test_an_interrupted_conversion_resumes(
             }
 
 
-def test_weights_of_timm_are_the_teacher(
-    teachers: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_stage_that_ended_before_its_result_was_noted_is_not_trained_again(
+    teachers: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(convert, "break_even", lambda plan, conversion: "")
+    main(arguments(teachers["own"], tmp_path))
+    path = tmp_path / "conversion.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    del rows["rows"]["nystrom:landmarks=2"]["features"]
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    monkeypatch.setattr(Run, "fit", None)
+    main(arguments(teachers["own"], tmp_path))
+    assert json.loads(path.read_text(encoding="utf-8")) == found
+    # without the accuracy after the swap, which the trained weights no longer have
+    del rows["rows"]["nystrom:landmarks=2"]
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments(teachers["own"], tmp_path))
+    folder = tmp_path / "nystrom-landmarks=2" / "attention"
+    assert f"{folder} has a run that {path} does not know" in capsys.readouterr().err
+
+
+def noise(root: Path, first: int = 0) -> Path:
+    """A folder of 12 images without classes."""
+    root.mkdir(parents=True)
+    for i in range(first, first + 12):
+        Image.effect_noise((16, 16), 9 * i).convert("RGB").save(root / f"{i}.png")
+    return root
+
+
+def timm_arguments(folder: Path, weights: Path, root: Path, *mixers: str) -> list[str]:
+    return [
+        "convert", "--model", "timm:vit_tiny_patch16_224", "--weights", str(weights), "--mixer",
+        *mixers, "--model.options", json.dumps(TIMM), "--data.name", "unlabeled",
+        "--data.root", str(root), "--data.image_size", "16", "--data.batch_size", "4",
+        "--data.val_fraction", "0.3", "--run_dir", str(folder), "--train.precision",
+        "fp32", "--epochs", "1", "1",
+    ]  # fmt: skip
+
+
+def timm_weights(path: Path) -> nn.Module:
+    """Write the weights of a new model, and return it."""
+    model = build_base(ModelConfig("timm:vit_tiny_patch16_224", options=TIMM), Sizes(16, 3, 5))
+    save_file(model.state_dict(), path)
+    return model
+
+
+def test_results_of_other_images_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(convert, "break_even", lambda plan, conversion: "")
-    root = tmp_path / "photos"
-    for i in range(12):
-        path = root / f"{i}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.effect_noise((16, 16), 9 * i).convert("RGB").save(path)
-    model = build_base(ModelConfig("timm:vit_tiny_patch16_224", options=TIMM), Sizes(16, 3, 5))
+    folder, weights = tmp_path / "run", tmp_path / "weights.safetensors"
+    timm_weights(weights)
+    first, other = noise(tmp_path / "a"), noise(tmp_path / "other" / "a", first=1)
+    main(timm_arguments(folder, weights, first, "linear"))
+    path = folder / "conversion.json"
+    before = path.read_text(encoding="utf-8")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(SystemExit, match="2"):
+        main(timm_arguments(folder, weights, other, "linear", "performer"))
+    sentence = f"{path} has results for other images or classes than unlabeled in {other}: "
+    assert sentence in capsys.readouterr().err
+    assert path.read_text(encoding="utf-8") == before
+    assert not (folder / "performer").exists()
+    (tmp_path / "moved").mkdir()
+    first = first.rename(tmp_path / "moved" / "a")  # the same images
+    AcceleratorState._reset_state(reset_partial_state=True)
+    older = {k: v for k, v in json.loads(before).items() if k != "images"}
+    path.write_text(json.dumps(older), encoding="utf-8")
+    main(timm_arguments(folder, weights, first, "linear", "performer"))
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert found["images"] == json.loads(before)["images"]
+
+
+def test_weights_of_timm_are_the_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convert, "break_even", lambda plan, conversion: "")
     weights = tmp_path / "weights.safetensors"
-    save_file(model.state_dict(), weights)
-    main(
-        ["convert", "--model", "timm:vit_tiny_patch16_224", "--weights", str(weights), "--mixer",
-         "performer", "--model.options", json.dumps(TIMM), "--data.name", "unlabeled",
-         "--data.root", str(root), "--data.image_size", "16", "--data.batch_size", "4",
-         "--data.val_fraction", "0.3", "--run_dir", str(tmp_path / "run"), "--train.precision",
-         "fp32", "--epochs", "1", "1"]
-    )  # fmt: skip
+    model = timm_weights(weights)
+    main(timm_arguments(tmp_path / "run", weights, noise(tmp_path / "photos"), "performer"))
     found = json.loads((tmp_path / "run" / "conversion.json").read_text(encoding="utf-8"))
     assert found["teacher"] == 1  # its own predictions are the labels
     teacher, sizes = load_model(tmp_path / "run" / "teacher.safetensors")
@@ -272,6 +341,34 @@ def test_conversions_are_parsed() -> None:
         (["--model", "OWN", "--mixer", "linear", "--train.epochs", "3"], "it is set by --epochs"),
         (["--model", "OWN", "--mixer", "linear", "--model.convert.mixer=linear"], "set by --mixer"),
         (["--model", "OWN", "--mixer", "linear", "--train.lr", "1"], "only with --scratch"),
+        (
+            ["--model", "OWN", "--mixer", "linear", "--lr", "1e-3", "0"],
+            "stage features: train.lr 0.0 must be above 0",
+        ),
+        (
+            ["--model", "OWN", "--mixer", "linear", "--epochs", "1", "0"],
+            "stage features: train.epochs 0 must be above 0",
+        ),
+        (["--model", "OWN", "--mixer", "linear", "--tokens", "0"], "--tokens 0 must be at least 1"),
+        *(
+            (
+                [
+                    "--model",
+                    "timm:vit_tiny_patch16_224",
+                    "--weights",
+                    "x",
+                    "--mixer",
+                    "linear",
+                    f"--{option}",
+                    value,
+                ],
+                f"{option} is not an option of convert: it is set by {instead}",
+            )
+            for option, value, instead in (
+                ("model.mixer", "performer", "--mixer"),
+                ("model.name", "vip", "--model"),
+            )
+        ),
     ],
 )
 def test_a_wrong_conversion_is_one_sentence(
@@ -286,6 +383,51 @@ def test_a_wrong_conversion_is_one_sentence(
     assert error.startswith("error: ")
     assert sentence in error
     assert not list((tmp_path / "run").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("train: {epochs: 20}", "train.epochs is not an option of convert: it is set by --epochs"),
+        ("train: {loss: attention}", "it is set by the two stages"),
+        ("model: {weights: x}", "it is set by --weights, or the weights of the run"),
+        ("model: {convert: {mixer: linear}}", "it is set by --mixer"),
+        ("train: {lr: 0.5}", "train.lr has an effect only with --scratch"),
+        ("train: {warmup_epochs: 7}", "train.warmup_epochs has an effect only with --scratch"),
+    ],
+)
+def test_a_file_has_no_options_that_convert_ignores(
+    text: str, sentence: str, teachers: dict[str, Path], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    file = tmp_path / "c.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments(teachers["own"], tmp_path / "run", "--config", str(file)))
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("registries")
+def test_stages_import_the_modules_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And those that are given, among which the kernel to convert to may be."""
+    (tmp_path / "own_first.py").write_text("", encoding="utf-8")
+    (tmp_path / "own_second.py").write_text(
+        "import vision_xformer as vx\n"
+        "vx.KERNELS.register('own_linear')(vx.KERNELS['linear'])\n", encoding="utf-8"
+    )  # fmt: skip
+    monkeypatch.syspath_prepend(tmp_path)
+    run, folder = tmp_path / "run", tmp_path / "out"
+    run.mkdir()
+    (run / "best.safetensors").write_bytes(b"weights")
+    (run / "config.yaml").write_text("imports: own_first", encoding="utf-8")
+    words = ["--model", str(run), "--run_dir", str(folder)]
+    plan = plan_of([*words, "--mixer", "linear"])
+    assert plan.config_of("linear", "attention").imports == "own_first"
+    plan = plan_of([*words, "--mixer", "own_linear", "--imports", "own_second own_first"])
+    assert plan.config_of("own_linear", "features").imports == "own_first own_second"
 
 
 @pytest.mark.parametrize(

@@ -266,6 +266,27 @@ def test_models_of_timm_start_from_weights(channels: int, classes: int, tmp_path
     run.train_step(run.data.train.batches([torch.arange(116)], run.device, 0))
 
 
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
+def test_weights_of_timm_without_a_head_get_a_new_one(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All other tensors are still needed."""
+    theirs = timm.create_model(name, img_size=16, num_classes=0, **SIZES).state_dict()
+    path = tmp_path / "headless.safetensors"
+    save_file(theirs, path)
+    config = config_for(tmp_path / "run", None)
+    config.model = ModelConfig(f"timm:{name}", options=SIZES, weights=str(path))
+    run = Run(config)
+    both = " and head_dist" if "distilled" in name else ""
+    assert f"loaded by timm, except head{both}, which the file does not" in capsys.readouterr().out
+    key = "blocks.1.attn.qkv.weight"
+    assert torch.equal(run.model.get_parameter(key), theirs[key])
+    assert run.model.get_parameter("head.weight").shape == (10, 12)
+    save_file({k: v for k, v in theirs.items() if k != key}, path)
+    with pytest.raises(ValueError, match=f"Missing key.*{key}"):
+        Run(config)
+
+
 # Resuming
 
 
@@ -420,6 +441,24 @@ def test_statistics_of_other_channels() -> None:
     assert pixels.for_channels(3) == pixels
     assert pixels.for_channels(4) == Pixels((0.1, 0.2, 0.6, 0.1), (0.2, 0.3, 0.4, 0.2))
     assert Pixels((0.5,), (0.5,)).for_channels(3) == Pixels((0.5,) * 3, (0.5,) * 3)
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({"mean": 0.5, "std": 0.5}, "mean 0.5 must be a list of numbers, one for each channel"),
+        ({"pretrained_cfg": {"mean": [0.5]}}, "std None must be a list of numbers"),
+        ({"mean": [0.5], "std": ["x"]}, "std ['x'] must be a list of numbers"),
+    ],
+)
+def test_statistics_that_are_no_lists_are_refused(
+    config: dict[str, Any], sentence: str, tmp_path: Path
+) -> None:
+    weights = weights_in(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ValueError, match=re.escape(f"{path}: {sentence}")):
+        pixels_of_weights(weights, "vit")
 
 
 def test_where_statistics_come_from(tmp_path: Path) -> None:

@@ -441,6 +441,26 @@ def test_a_signal_at_any_time_is_one_line(
     assert (folder / "result.json").is_file()
 
 
+def test_a_run_that_is_stopped_while_it_draws_is_not_complete(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is resumed as the line says, and has its figures then."""
+    folder, drawn = tmp_path / "run", []
+
+    def stopped(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("train.loop.draw_run", stopped)
+    with pytest.raises(SystemExit):
+        main(fit_arguments(folder))
+    assert f"resume with: python -m train resume {folder}" in capsys.readouterr().err
+    monkeypatch.setattr("train.loop.draw_run", lambda *arguments: drawn.append(1))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    main(["resume", str(folder)])
+    assert drawn == [1]
+    assert (folder / "result.json").is_file()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_command_that_uses_a_run(
     number: int, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],

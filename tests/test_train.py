@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import math
+import re
 import subprocess
 import sys
 import weakref
@@ -517,7 +518,7 @@ TIMM = {"patch_size": 4, "embed_dim": 12, "depth": 1, "num_heads": 2}
 
 
 def test_a_model_of_timm_is_trained_and_rebuilt(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_for(tmp_path / "run")
     config.model = ModelConfig(name="timm:vit_tiny_patch16_224", options=TIMM)
@@ -536,7 +537,8 @@ def test_a_model_of_timm_is_trained_and_rebuilt(
     main(["evaluate", str(tmp_path / "run")])
     assert f"test top-1 {found.top1:.2%}" in capsys.readouterr().out
     taught = config_for(tmp_path / "student")
-    taught.train.teacher = str(tmp_path / "run" / "best.safetensors")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    taught.train.teacher = "~/run/best.safetensors"
     assert isinstance(Run(taught).teacher, VisionTransformer)
 
 
@@ -551,6 +553,30 @@ def test_a_model_of_timm_is_trained_and_rebuilt(
 def test_a_model_of_timm_is_refused_by_name(model: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         build_model(ModelConfig(**model), Sizes(32, 3, 10))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "sentence"),
+    [
+        ("num_classes", 1000, "num_classes 1000: a run uses the classes of the data"),
+        ("in_chans", 5, "in_chans 5: a run uses the channels of the data"),
+        ("img_size", 16, "img_size 16: a run uses data.image_size"),
+        ("pretrained", True, "pretrained True: a run uses model.weights"),
+        ("checkpoint_path", "x.pth", "checkpoint_path x.pth: a run uses model.weights"),
+        ("features_only", True, "features_only True: a run uses a classifier as it is"),
+        ("act_layer", "nonsense", "'act_layer': 'nonsense'}: unknown name 'nonsense'"),
+        ("norm_layer", "nonsense", "'norm_layer': 'nonsense'}: unknown name 'nonsense'"),
+        ("patch_size", 0, "'patch_size': 0"),
+        ("num_heads", 0, "'num_heads': 0}: integer "),
+        ("embed_dim", -12, "negative dimension -12"),
+        ("pos_embed", "q", "'pos_embed': 'q'}: AssertionError"),
+    ],
+)
+def test_options_of_a_model_of_timm_are_refused(option: str, value: object, sentence: str) -> None:
+    """Those that a run sets, and those that timm does not check."""
+    config = ModelConfig("timm:vit_tiny_patch16_224", options={**TIMM, option: value})
+    with pytest.raises(ValueError, match=f"model.options .*{re.escape(sentence)}"):
+        build_model(config, Sizes(8, 1, 10))
 
 
 def test_muon_updates_maps_and_adamw_the_rest() -> None:

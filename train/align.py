@@ -50,7 +50,7 @@ def named_by_teacher(data: Splits, config: RunConfig, accelerator: Accelerator) 
             f"data.name {config.data.name} has {len(data.classes)} class: train.loss labels needs "
             "at least 2; attention and features need a teacher"
         )
-    teacher, sizes = load_model(Path(path))
+    teacher, sizes = load_model(Path(path).expanduser())
     teacher.to(accelerator.device)
     parts = config.train.accumulate * accelerator.num_processes
     for images in (data.val, data.test):

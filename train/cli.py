@@ -19,12 +19,13 @@ from .text import escaped, shell_path
 _KEY = re.compile(r'Parser key "([\w.]+)"(?: element \d+)?: (?:Not of type \w+: )?(.*)')
 _UNKNOWN = re.compile(r"(?:Group '([\w.]+)' does not accept option|Option) '([^']+)'.*")
 _KINDS = {
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "str": "text",
-    "dict": "names with values, such as {depth: 6}",
-    "NoneType": "null",
+    "'int'": "a whole number",
+    "'float'": "a number",
+    "'bool'": "true or false",
+    "'str'": "text",
+    "'dict'": "names with values, such as {depth: 6}",
+    "list[int]": "a list of whole numbers",
+    "'NoneType'": "null",
 }
 _BOUNDS = {"v>=": "at least ", "v>": "above ", "v<=": "at most ", "v<inf": "finite", "v<": "below "}
 
@@ -69,7 +70,7 @@ def type_sentence(name: str, message: str, bounds: str = "") -> str | None:
     if found is None:
         return None
     expected, value = found.groups()
-    kinds = [words for word, words in _KINDS.items() if f"'{word}'" in expected]
+    kinds = [words for word, words in _KINDS.items() if word in expected]
     if listed := re.search(r"Literal\[(.*?)\]", expected):
         kinds.insert(0, f"one of {listed[1]}" if "," in listed[1] else listed[1])
     if not kinds:

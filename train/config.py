@@ -238,8 +238,9 @@ class RunConfig:
         """Check all values, and make the numbers plain ones.
 
         Raises:
-            ValueError: for a value out of range; it names the option.
+            ValueError: for a value that is missing or out of range; it names the option.
         """
+        _check_values(self, "")
         for name in ("options", "mixer_options"):
             if not isinstance(getattr(self.model, name), dict):
                 raise ValueError(f"model.{name} must be names with values, such as {{depth: 6}}")
@@ -252,9 +253,6 @@ class RunConfig:
             self._check_alignment()
         if self.run_dir == "":
             raise ValueError("run_dir is empty: name a folder, or leave it out")
-        _check_numbers(self, "")
-        for part in ("data", "augment", "train"):
-            _check_numbers(getattr(self, part), f"{part}.")
 
     def _check_alignment(self) -> None:
         """Raise a ValueError for options that have no meaning without labels."""
@@ -304,10 +302,14 @@ def _restricted(hint: Any) -> Any:
     return next((k for k in (hint, *get_args(hint)) if hasattr(k, "_restrictions")), None)
 
 
-def _check_numbers(config: Any, prefix: str) -> None:
-    """Check the fields of restricted types, whose values may not come from the command line."""
+def _check_values(config: Any, prefix: str) -> None:
+    """Check that values are there, and the bounds of numbers, which need not be parsed ones."""
     for name, hint in get_type_hints(type(config)).items():
         value, kind = getattr(config, name), _restricted(hint)
+        if dataclasses.is_dataclass(value):
+            _check_values(value, f"{prefix}{name}.")
+        if value is None and type(None) not in get_args(hint):  # jsonargparse lets null pass
+            raise ValueError(f"{prefix}{name} is empty (null): give it a value, or leave it out")
         if kind is None or value is None:
             continue
         try:

@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
 import vision_xformer as vx
+from vision_xformer.weights import read_weights
 
 from . import convert_page
 from .atomic import read_json, write_whole
 from .augment import plain
-from .checkpoint import settings_of
-from .config import ConvertConfig, RunConfig
+from .checkpoint import data_fingerprint, settings_of
+from .config import ConvertConfig
 from .convert_cost import TEACHER, image_sizes, measure_cost
 from .convert_page import COLUMNS, RESULTS
-from .convert_plan import SCRATCH, Plan, plan_of
+from .convert_plan import SCRATCH, Plan, Stage, plan_of
 from .devices import pick_device
 from .evaluation import accuracy, predict
 from .loop import Run
 from .model import load_model
+from .provenance import digest
 from .run_dir import discard
 from .signals import Interrupted
 
-Stage = Literal["attention", "features", "scratch"]
-_STAGES: tuple[Stage, ...] = ("attention", "features")
 _COMPARED = 64  # validation images whose features are compared with the teacher's
 
 
@@ -44,12 +43,11 @@ def run_plan(plan: Plan) -> str:
     sizes = _image_sizes(plan)
     plan.folder.mkdir(parents=True, exist_ok=True)
     found = _results(plan)
-    for name, conversion in plan.mixers.items():
+    for name in plan.mixers:
         row = found["rows"].setdefault(name, {})
-        stages: tuple[Stage, ...] = (*_STAGES, "scratch") if plan.scratch else _STAGES
-        for stage in stages:
+        for stage in plan.stages:
             if stage not in row:
-                _train(plan, name, conversion, stage, found)
+                _train(plan, name, stage, found)
     if not PartialState().is_main_process:
         return ""
     if sizes:
@@ -123,12 +121,10 @@ def _add_cost(plan: Plan, sizes: dict[int, int], found: dict[str, Any]) -> None:
     write_whole(plan.folder / RESULTS, json.dumps(found, indent=2) + "\n")
 
 
-def _train(
-    plan: Plan, name: str, conversion: ConvertConfig, stage: Stage, found: dict[str, Any]
-) -> None:
+def _train(plan: Plan, name: str, stage: Stage, found: dict[str, Any]) -> None:
     """Train or resume one stage of one kernel, and write the results."""
     path, row = plan.folder / RESULTS, found["rows"][name]
-    config = _config(plan, name, conversion, stage)
+    config = plan.config_of(name, stage)
     folder = Path(config.run_dir or "")
     run = Run(config, folder if (folder / "config.yaml").is_file() else None)
 
@@ -139,15 +135,41 @@ def _train(
             print(f"{name}: test top-1 {top1:.2%} {COLUMNS[what]}", flush=True)
 
     try:
+        _check_images(run, path, found)
         if run.teacher is not None and "teacher" not in found:
             found["teacher"] = accuracy(*_predict(run, run.teacher)).top1
         if stage == "attention" and "swap" not in row:
+            if run.step:  # the weights are no longer those after the swap
+                raise ValueError(f"{folder} has a run that {path} does not know: remove {folder}")
             note("swap", accuracy(*run.predict(run.data.test)).top1)
-        test = run.fit()
+        top1 = _test_top1(run)
     except (ValueError, OSError, KeyboardInterrupt):
         discard(run)
         raise
-    note(stage, test.top1, minutes=run.seconds / 60)
+    note(stage, top1, minutes=run.seconds / 60)
+
+
+def _check_images(run: Run, path: Path, found: dict[str, Any]) -> None:
+    """Raise a ValueError if the results so far are of other images than a run; or note its images.
+
+    Results of earlier versions do not tell.
+    """
+    images = digest(json.dumps(data_fingerprint(run)).encode())
+    if found.setdefault("images", images) != images:
+        raise ValueError(
+            f"{path} has results for other images or classes than {run.config.data.name} in "
+            f"{run.config.data.root}: name another run_dir, or restore them"
+        )
+
+
+def _test_top1(run: Run) -> float:
+    """Train a run and return its test accuracy; or that of a complete one, with its weights."""
+    result = run.folder / "result.json"
+    if not (run.finished and result.is_file()):
+        return run.fit().top1
+    with run.lock:
+        run.best_model.load_state_dict(read_weights(run.folder / "best.safetensors"))
+    return float(read_json(result, dict)["test_top1"])
 
 
 def _predict(run: Run, model: nn.Module) -> tuple[Tensor, Tensor]:
@@ -166,27 +188,6 @@ def _distance(run: Run) -> dict[str, float]:
     error = sum(found.errors.values()) / len(found.errors)
     agreement = {} if found.agreement is None else {"agreement": found.agreement}
     return {"error": error, "cosine": found.cosine, **agreement}
-
-
-def _config(plan: Plan, name: str, conversion: ConvertConfig, stage: Stage) -> RunConfig:
-    """Return the configuration of one stage of one kernel."""
-    folder = plan.folder / name.replace(":", "-")
-    weights: Path | None = plan.teacher
-    if stage == "features":
-        weights = folder / "attention" / "best.safetensors"
-    train = plan.config.train
-    if stage == "scratch":
-        weights, train = None, dataclasses.replace(train, epochs=sum(plan.epochs))
-    else:
-        i = _STAGES.index(stage)
-        train = dataclasses.replace(
-            train, epochs=plan.epochs[i], lr=plan.lr[i], loss=stage, teacher=str(plan.teacher),
-            warmup_epochs=0.1,
-        )  # fmt: skip
-    model = dataclasses.replace(
-        plan.config.model, weights=str(weights) if weights else None, convert=conversion
-    )
-    return dataclasses.replace(plan.config, model=model, train=train, run_dir=str(folder / stage))
 
 
 def break_even(plan: Plan, conversion: ConvertConfig) -> vx.BreakEven:

@@ -7,7 +7,7 @@ import dataclasses
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import yaml
 
@@ -20,7 +20,7 @@ from .convert_page import RESULTS
 from .model import Sizes, build_base, save_weights
 from .pixels import NAMED, pixels_of_weights, set_pixels
 from .provenance import fingerprint
-from .recipes import parse
+from .recipes import given_options, parse
 
 # Options of fit that convert sets, and what is given instead
 _SET = {
@@ -30,7 +30,14 @@ _SET = {
     "train.loss": "the two stages",
     "train.teacher": "the model before conversion",
 }
+_SET_TIMM = {  # also, for a timm model
+    "model.name": "--model",
+    "model.mixer": "--mixer",
+    "model.mixer_options": "--mixer",
+}
 SCRATCH = ("train.lr", "train.warmup_epochs")  # that only training from scratch uses
+Stage = Literal["attention", "features", "scratch"]
+STAGES: tuple[Stage, ...] = ("attention", "features")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +65,48 @@ class Plan:
     tokens: Sequence[int]
     scratch: bool
     folder: Path
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """What is trained for each kernel."""
+        return (*STAGES, "scratch") if self.scratch else STAGES
+
+    def config_of(self, name: str, stage: Stage) -> RunConfig:
+        """Return the configuration of one stage of one kernel."""
+        folder = self.folder / name.replace(":", "-")
+        weights: Path | None = self.teacher
+        if stage == "features":
+            weights = folder / "attention" / "best.safetensors"
+        train = self.config.train
+        if stage == "scratch":
+            weights, train = None, dataclasses.replace(train, epochs=sum(self.epochs))
+        else:
+            i = STAGES.index(stage)
+            train = dataclasses.replace(
+                train, epochs=self.epochs[i], lr=self.lr[i], loss=stage,
+                teacher=str(self.teacher), warmup_epochs=0.1,
+            )  # fmt: skip
+        model = dataclasses.replace(
+            self.config.model, weights=str(weights) if weights else None,
+            convert=self.mixers[name],
+        )  # fmt: skip
+        run_dir = str(folder / stage)
+        return dataclasses.replace(self.config, model=model, train=train, run_dir=run_dir)
+
+    def check(self) -> None:
+        """Check numbers of tokens and all stages, before the first of them is trained.
+
+        Raises:
+            ValueError: for a value out of range.
+        """
+        for count in self.tokens:
+            if count < 1:
+                raise ValueError(f"--tokens {count} must be at least 1")
+        for stage in self.stages:
+            try:
+                self.config_of(next(iter(self.mixers)), stage).check()
+            except ValueError as error:
+                raise ValueError(f"stage {stage}: {error}") from error
 
 
 def parser() -> argparse.ArgumentParser:
@@ -122,20 +171,16 @@ def plan_of(arguments: list[str]) -> Plan:
         ValueError: for an invalid model, kernel or option.
     """
     own, others = parser().parse_known_args(arguments)
-    _check_options(others, own.scratch)
-    mixers = {text: conversion_of(text) for text in own.mixer}
-    given = parse(others)
+    given, is_timm = parse(others), own.model.startswith("timm:")
+    _check_options(given_options(others), is_timm, own.scratch)
     if given.run_dir is None:
         raise ValueError("run_dir is needed: name a folder for the converted models")
     folder = Path(given.run_dir).expanduser()
-    if own.model.startswith("timm:"):
+    if is_timm:
         if own.weights is None:
             raise ValueError(f"--weights is needed: a file with weights of {own.model}")
         model, config = ModelConfig(own.model, options=given.model.options), given
         teacher, source = folder / "teacher.safetensors", fingerprint(own.weights.expanduser())
-        if not (teacher.is_file() and (folder / RESULTS).is_file()):
-            folder.mkdir(parents=True, exist_ok=True)
-            _write_teacher(teacher, model, own.weights, config.data)
     else:
         run = Path(own.model).expanduser()
         teacher = run / "best.safetensors"
@@ -144,23 +189,33 @@ def plan_of(arguments: list[str]) -> Plan:
         config, source = _over(parse([], run / "config.yaml"), others), fingerprint(teacher)
         model = config.model
     config = dataclasses.replace(config, model=dataclasses.replace(model, weights=str(teacher)))
+    # their modules may be among the imports
+    mixers = {text: conversion_of(text) for text in own.mixer}
     stages = own.epochs, own.lr
-    return Plan(config, teacher, source, mixers, *stages, own.tokens, own.scratch, folder)
+    plan = Plan(config, teacher, source, mixers, *stages, own.tokens, own.scratch, folder)
+    plan.check()
+    if is_timm and not (teacher.is_file() and (folder / RESULTS).is_file()):
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_teacher(teacher, model, own.weights, config.data)
+    return plan
 
 
-def _check_options(words: Sequence[str], scratch: bool) -> None:
+def _check_options(names: Sequence[str], is_timm: bool, scratch: bool) -> None:
     """Raise a ValueError for options of ``fit`` that would have no effect."""
-    for word in words:
-        name = word.removeprefix("--").split("=")[0]
-        for option, instead in _SET.items():
+    taken = _SET | _SET_TIMM if is_timm else _SET
+    for name in names:
+        for option, instead in taken.items():
             if name == option or name.startswith(f"{option}."):
-                raise ValueError(f"--{name} is not an option of convert: it is set by {instead}")
+                raise ValueError(f"{name} is not an option of convert: it is set by {instead}")
         if name in SCRATCH and not scratch:
-            raise ValueError(f"--{name} has an effect only with --scratch; the stages have --lr")
+            raise ValueError(f"{name} has an effect only with --scratch; the stages have --lr")
 
 
 def _over(base: RunConfig, others: list[str]) -> RunConfig:
-    """Parse options of ``fit``, with model, data and augmentation of a run as defaults."""
+    """Parse options of ``fit``, with model, data and augmentation of a run as defaults.
+
+    The modules that the run imports, which its model may need, are kept.
+    """
     augment = dataclasses.replace(base.augment, mixup=0.0, cutmix=0.0)
     balance = "none" if base.data.balance == "loss" else base.data.balance
     data = dataclasses.replace(base.data, balance=balance)
@@ -169,7 +224,9 @@ def _over(base: RunConfig, others: list[str]) -> RunConfig:
         recipe = Path(folder) / "recipe.yaml"
         text = yaml.safe_dump({n: dataclasses.asdict(cast(Any, p)) for n, p in parts.items()})
         recipe.write_text(text, encoding="utf-8")
-        return parse([f"--config={recipe}", *others])
+        config = parse([f"--config={recipe}", *others])
+    modules = f"{base.imports} {config.imports or ''}".split()
+    return dataclasses.replace(config, imports=" ".join(dict.fromkeys(modules)))
 
 
 def _write_teacher(path: Path, config: ModelConfig, weights: Path, data: DataConfig) -> None:

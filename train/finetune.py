@@ -100,13 +100,21 @@ def _load_timm(model: nn.Module, config: ModelConfig, path: Path, sizes: Sizes) 
     """Load pretrained weights into a timm model, by timm's own loading of pretrained weights."""
     known: Any = model.pretrained_cfg
     classifiers = known["classifier"]
-    first = classifiers if isinstance(classifiers, str) else classifiers[0]
-    weight = read_weights(path).get(f"{first}.weight")
+    heads = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
+    state = read_weights(path)
+    weight = state.get(f"{heads[0]}.weight")
     classes = sizes.classes if weight is None else len(weight)
-    file = {"file": str(path), "num_classes": classes}
-    loaded = build_base(config, sizes, pretrained=True, pretrained_cfg_overlay=file)
+    source: dict[str, Any] = {"file": str(path)}
+    new = {k: v for k, v in model.state_dict().items() if k.rpartition(".")[0] in heads}
+    headless = bool(new) and not new.keys() & state.keys()
+    if headless:  # the new head is added, so that timm still requires all other tensors
+        source = {"state_dict": {**state, **new}}
+    overlay = {**source, "num_classes": classes}
+    loaded = build_base(config, sizes, pretrained=True, pretrained_cfg_overlay=overlay)
     model.load_state_dict(loaded.state_dict())
-    head = "" if classes == sizes.classes else f", except {first} of {classes} classes"
+    if headless:
+        return f"loaded by timm, except {' and '.join(heads)}, which the file does not have"
+    head = "" if classes == sizes.classes else f", except {heads[0]} of {classes} classes"
     return f"loaded by timm{head}"
 
 

@@ -244,7 +244,7 @@ class Run:
         logits, labels = self.predict(self.data.test)
         test = accuracy(logits, labels)
         if self.main:
-            save_result(self, test)
             draw_run(self, logits, labels)
+            save_result(self, test)  # the last, as a run that has a result is complete
         self.accelerator.wait_for_everyone()
         return test

@@ -23,6 +23,21 @@ from .data import Splits
 from .pixels import NAMED, pixels_of, pixels_of_weights, set_pixels
 from .text import reason
 
+# arguments of timm.create_model that a run sets itself, and what is used instead
+_TIMM_TAKEN = {
+    "num_classes": "the classes of the data",
+    "in_chans": "the channels of the data",
+    "img_size": "data.image_size",
+    **dict.fromkeys(
+        ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict",
+         "checkpoint_path", "cache_dir"), "model.weights",
+    ),
+    **dict.fromkeys(
+        ("features_only", "out_indices", "feature_cls", "scriptable", "exportable", "no_jit"),
+        "a classifier as it is",
+    ),
+}  # fmt: skip
+
 
 class Sizes(NamedTuple):
     """Sizes of a model that the data determines.
@@ -135,7 +150,15 @@ def _build_timm(config: ModelConfig, sizes: Sizes, more: dict[str, Any]) -> nn.M
             f"model.mixer {config.mixer} and model.mixer_options are not supported for "
             f"{config.name}: use model.convert"
         )
+    if clash := sorted(_TIMM_TAKEN.keys() & config.options.keys()):
+        raise ValueError(
+            f"model.options must not have {clash[0]} {config.options[clash[0]]}: a run uses "
+            f"{_TIMM_TAKEN[clash[0]]}"
+        )
     arguments = {"in_chans": sizes.channels, "num_classes": sizes.classes, **config.options, **more}
+    wrong: list[type[Exception]] = [TypeError, ValueError, AssertionError, LookupError]
+    # of a model with weights, the latter says that they do not fit
+    wrong += [ArithmeticError] if more else [ArithmeticError, RuntimeError]
     try:
         try:
             model = timm.create_model(name, img_size=sizes.image_size, **arguments)
@@ -143,9 +166,11 @@ def _build_timm(config: ModelConfig, sizes: Sizes, more: dict[str, Any]) -> nn.M
             if "'img_size'" not in str(error):
                 raise
             model = timm.create_model(name, **arguments)  # a model of any image size
-    except (TypeError, ValueError, AssertionError) as error:
+    except tuple(wrong) as error:
+        unknown = "unknown name " if isinstance(error, KeyError) else ""
         raise ValueError(
-            f"{config.name} cannot be built with its model.options: {error}"
+            f"{config.name} cannot be built with model.options {config.options}: "
+            f"{unknown}{reason(error)}"
         ) from error
     return _check_size(model, sizes.image_size, sizes.channels)
 
@@ -274,7 +299,7 @@ def load_teacher(
     """
     if path is None:
         return None
-    teacher, theirs = load_model(Path(path))
+    teacher, theirs = load_model(Path(path).expanduser())
     for field, its, ours in zip(Sizes._fields, theirs, sizes, strict=True):
         if its != ours:
             raise ValueError(f"train.teacher {path} has {field} {its}; the data has {ours}")

@@ -85,7 +85,7 @@ def pixels_of_weights(path: Path, name: str) -> Pixels | None:
         config = read_json(beside, dict)
         found = config.get("pretrained_cfg") or config  # older files have no such section
         if "mean" in found:
-            return Pixels(tuple(found["mean"]), tuple(found["std"]))
+            return Pixels(*(_listed(found, key, beside) for key in Pixels._fields))
     for known in (path.stem, name.removeprefix("timm:") if name.startswith("timm:") else ""):
         try:
             timms = timm.get_pretrained_cfg(known)
@@ -94,3 +94,12 @@ def pixels_of_weights(path: Path, name: str) -> Pixels | None:
         if timms is not None:
             return Pixels(tuple(timms.mean), tuple(timms.std))
     return None
+
+
+def _listed(config: dict[str, Any], key: str, path: Path) -> tuple[float, ...]:
+    """Return one statistic of a configuration; raise a ValueError unless it lists numbers."""
+    values = config.get(key)
+    listed = values if isinstance(values, list) else []
+    if not listed or not all(isinstance(value, int | float) for value in listed):
+        raise ValueError(f"{path}: {key} {values} must be a list of numbers, one for each channel")
+    return tuple(listed)

@@ -72,7 +72,7 @@ def draw_run(run: Run, logits: Tensor, labels: Tensor) -> None:
     for what, draw in figures.items():
         try:
             save(draw(), run.folder / f"{what}.png")
-        except Exception as error:  # fonts, images, the disk: the result is already saved
+        except Exception as error:  # fonts, images, the disk: the result is still to be saved
             log(run, f"warning: {what}.png could not be drawn: {error!r}", show=True)
 
 

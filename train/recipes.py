@@ -27,8 +27,11 @@ class _Recipe(ActionConfigFile):
         parser.file = str(values)
         try:
             super().__call__(parser, cfg, values, option_string)
+            parser.validate(cfg, skip_required=True)  # at the end, the file is no longer known
         except UnicodeDecodeError as error:
             parser.error(f"not a text in UTF-8: {error}")
+        except KeyError as error:  # an unknown option
+            parser.error(str(error))
         finally:
             parser.file = outer
         for name, old in before.items():
@@ -68,11 +71,16 @@ def parse(arguments: list[str], file: Path | None = None) -> RunConfig:
     except (TypeError, ValueError) as error:  # a file that is not YAML of options
         parser.error(str(error))
     namespace.pop("config")
-    for part in ("model", "data", "augment", "train"):
+    for part in ("model", "model.convert", "data", "augment", "train"):
         if not isinstance(namespace[part], Namespace):
             parser.error(f"{part}: {namespace[part]} must be options with values")
-    import_modules(namespace["imports"])
+    import_modules(namespace["imports"] or "")  # check() refuses null
     return RunConfig(**parser.instantiate(namespace).as_dict())
+
+
+def given_options(arguments: list[str]) -> list[str]:
+    """Return the names of the options of ``fit`` that YAML files or the command line set."""
+    return list(fit_parser().parse_args(arguments, defaults=False).keys())
 
 
 def import_modules(names: str) -> None:
