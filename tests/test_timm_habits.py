@@ -165,6 +165,8 @@ def test_another_pool(pool: str, tmp_path: Path) -> None:
         model.reset_classifier(7, "max")
     with pytest.raises(ValueError, match="num_classes -1"):
         model.reset_classifier(-1, "avg")
+    with pytest.raises(ValueError, match=r"^global_pool=\['avg'\] must be of type"):
+        model.reset_classifier(7, ["avg"])  # type: ignore[arg-type]
     assert model.config == loaded.config
     torch.testing.assert_close(model(x), want)
     for name in ("vit_test", "cct_test"):

@@ -16,7 +16,7 @@ from ..grid import TokenGrid
 from ..layers import SequencePool, drop_paths, init_linears
 from ..mixers import Mixer, create_mixer
 from ..mixers.factorized import space_time
-from ..options import check_at_least
+from ..options import check_at_least, check_types
 from ..positions import PositionKind, RopeKind, make_position
 from ..stems import STEMS
 from .base import BACKBONES, Block, Stage, VisionModel, check_prefix, make_rope
@@ -251,6 +251,8 @@ class ViT(Isotropic):
         Raises:
             ValueError: for another pooling, "token" without a class token, or "" with classes.
         """
+        given = {"num_classes": num_classes, "global_pool": global_pool}
+        check_types(given, ViT.reset_classifier)
         before = self.config
         if global_pool:
             pools: dict[str, Pool] = {"token": "cls", "avg": "mean"}

@@ -109,7 +109,9 @@ def subgrid(grid: TokenGrid, axes: tuple[int, ...]) -> TokenGrid:
     return TokenGrid(tuple(grid.shape[axis] for axis in axes), grid.prefix)
 
 
-def space_time(make: Callable[[TokenGrid], Mixer], grid: TokenGrid, dynamic: bool) -> list[Mixer]:
+def space_time(
+    make: Callable[[TokenGrid], Mixer], grid: TokenGrid, dynamic: bool = False
+) -> list[Mixer]:
     """A mixer within each frame of a (T, H, W) grid, then one over time if T is above 1.
 
     Raises:
