@@ -19,7 +19,7 @@ except ImportError as error:
     raise ImportError("vision_xformer.timm needs timm: pip install timm") from error
 
 from .backbones import VisionModel
-from .backbones.vit import ViTConfig
+from .backbones.vit import POOLS, ViTConfig
 from .factory import create_model
 from .names import list_models, name_to_config
 from .stems import Stem
@@ -30,8 +30,6 @@ _FIELDS = {
     "drop_path_rate": "drop_path",
     "dynamic_img_size": "dynamic_size",
 }
-
-_POOLS = {"avg": "mean", "token": "cls"}
 
 
 def _default_cfg(name: str) -> dict[str, Any]:
@@ -74,8 +72,8 @@ def _build(name: str, arguments: dict[str, Any]) -> VisionModel:
         if theirs in arguments and not hasattr(config, _FIELDS[theirs]):
             raise ValueError(f"{theirs} {arguments[theirs]!r} has no meaning for vx_{name}")
     fields = {_FIELDS.get(key, key): value for key, value in arguments.items()}
-    pool = _POOLS.get(global_pool)
-    if isinstance(config, ViTConfig) and pool:  # the place of the norm depends on the pooling
+    pool = POOLS.get(global_pool)
+    if isinstance(config, ViTConfig) and pool:  # as in timm, the norm follows average pooling
         if "pool" in fields:
             raise ValueError(f"global_pool {global_pool!r} and pool {fields['pool']!r}: give one")
         token = config.has_class_token or pool == "cls"

@@ -27,6 +27,7 @@ _IMAGENET = dict(  # what the sizes of Touvron et al. 2020 (DeiT) share
     norm_eps=1e-6, mixer_options={"qkv_bias": True},
 )  # fmt: skip
 Pool = Literal["cls", "mean", "seq"]
+POOLS: dict[str, Pool] = {"token": "cls", "avg": "mean"}  # by their names in timm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -255,10 +256,9 @@ class ViT(Isotropic):
         check_types(given, ViT.reset_classifier)
         before = self.config
         if global_pool:
-            pools: dict[str, Pool] = {"token": "cls", "avg": "mean"}
-            if global_pool not in pools:
+            if global_pool not in POOLS:
                 raise ValueError(f"global_pool {global_pool!r} must be 'token', 'avg', '' or None")
-            c, pool = self.config, pools[global_pool]
+            c, pool = self.config, POOLS[global_pool]
             self.config = dataclasses.replace(
                 c, pool=pool, class_token=c.has_class_token, fc_norm=c.has_fc_norm,
                 pool_include_prefix=c.pool_include_prefix and pool != "cls", global_pool=True,
